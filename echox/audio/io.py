@@ -1,0 +1,81 @@
+"""Audio files and bytes to and from 16 kHz mono float32, the only waveform the rest of the project handles."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+import soxr
+
+from echox.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Waveform = NDArray[np.float32]
+
+SAMPLE_RATE = 16_000
+"""Samples a second of every waveform inside the project."""
+
+
+def read_audio(source: str | Path | bytes) -> Waveform:
+    """Decode, downmix and resample.
+
+    Args:
+        source: a file, or the bytes of one (WAV, FLAC, OGG, MP3: whatever libsndfile reads).
+
+    Returns:
+        float32 [samples], 16 kHz mono, nominally within -1 and 1.
+
+    Raises:
+        DataError: no such file, not audio, no samples in it, or samples that are not finite.
+    """
+    name = f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source)
+    fix = "Give a file that libsndfile can decode, such as WAV or FLAC."
+    try:
+        samples, rate = soundfile.read(
+            io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32", always_2d=True
+        )
+    except (soundfile.LibsndfileError, OSError) as error:
+        reason = str(error).rstrip(".").splitlines()[0]
+        raise DataError(f"Cannot decode {name}: {reason}", where=name, fix=fix) from error
+    if len(samples) == 0:
+        raise DataError(f"The audio of {name} is empty", where=name, fix="Give a recording with sound in it.")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    if not np.isfinite(mono).all():
+        raise DataError(f"The audio of {name} has samples that are not finite numbers", where=name, fix=fix)
+    return resample(np.ascontiguousarray(mono), rate)
+
+
+def resample(samples: Waveform, rate: float, to_rate: float = SAMPLE_RATE) -> Waveform:
+    """Change the sample rate with soxr's high quality filter; the same array when there is nothing to do.
+
+    Args:
+        samples: float32 [samples].
+        rate: samples a second in.
+        to_rate: samples a second out.
+    """
+    if rate == to_rate:
+        return samples
+    return np.asarray(soxr.resample(samples, rate, to_rate), dtype=np.float32)
+
+
+def _pcm16(samples: Waveform) -> NDArray[np.int16]:
+    if samples.ndim != 1 or len(samples) == 0:
+        raise DataError(f"Expected mono samples, found an array of shape {samples.shape}")
+    return (np.clip(samples, -1.0, 32767 / 32768) * 32768.0).round().astype(np.int16)
+
+
+def write_audio(path: str | Path, samples: Waveform, rate: int = SAMPLE_RATE) -> None:
+    """Write 16-bit mono audio, in the format of the file's suffix; values beyond -1 and 1 are clipped."""
+    soundfile.write(path, _pcm16(samples), rate, subtype="PCM_16")
+
+
+def encode_flac(samples: Waveform) -> bytes:
+    """FLAC bytes, 16 kHz mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, _pcm16(samples), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Recipes and DeepSpeed JSON: schema, reading, overrides, sentences about mistakes; nothing here runs a model."""

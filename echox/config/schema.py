@@ -1,0 +1,408 @@
+"""The typed tree of one recipe: every knob of a run, its unit, its default and the reason for it.
+
+Only shapes and rules live here; reading YAML, overrides and error sentences are in `echox.config.load`.
+"U1" to "U27" number the paper's unknowns; the comments name the default and the alternatives.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
+
+StageName = Literal["s2t", "t2c", "echo"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation of the LLM's linear maps (U6)."""
+
+    r: PositiveInt = Field(64, description="rank")
+    alpha: PositiveFloat = Field(16.0, description="scale numerator: the update is alpha/r * BA")
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="names of the linear maps that get an adapter",
+    )
+
+
+class PromptConfig(Section):
+    """The chat template around one spoken turn, in the LLM's own special tokens (U17: one BOS, no quirks)."""
+
+    before: str = Field(description="text before the audio")
+    after: str = Field(description="text between the audio and the response")
+    end: str = Field(description="token that ends the response")
+
+
+class LlmConfig(Section):
+    """Any Hugging Face causal LM (U24)."""
+
+    path: str = Field(description="model folder, or a name below $ECHOX_CACHE/models")
+    lora: LoraConfig = LoraConfig()
+    prompt: PromptConfig
+
+
+class SpeechEncoderConfig(Section):
+    """The frozen Whisper encoder."""
+
+    path: str = Field(description="Whisper folder, or a name below $ECHOX_CACHE/models")
+    input: Literal["trim", "pad_30s"] = Field(
+        "trim", description="trim: real frames plus a margin; pad_30s: as Whisper was pretrained, 3 to 7 times the cost"
+    )
+    margin_s: float = Field(0.5, ge=0, le=5, description="silence appended when trimming, seconds")
+    max_audio_s: float = Field(30.0, gt=0, le=30, description="longer audio is cut here and counted (U27), seconds")
+
+
+class AlignmentAdapterConfig(Section):
+    """Frame stacking, projection to the LLM width, one Transformer encoder layer, LayerNorm (Soundwave)."""
+
+    stack: PositiveInt = Field(2, description="encoder frames joined into one; 2 gives 25 Hz")
+    heads: PositiveInt | None = Field(None, description="attention heads; None takes the LLM's")
+    ffn_multiple: PositiveFloat = Field(2.0, description="feed-forward width over LLM width")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    attention: Literal["time", "frame_local"] = Field(
+        "time", description="U18: attention over time, or the released code's effective per-frame form"
+    )
+
+
+class CtcConfig(Section):
+    """The auxiliary CTC head over LLM tokens; blank is the audio placeholder token (released code)."""
+
+    weight: float = Field(0.3, ge=0, description="weight beside the text loss")
+    vocabulary: Literal["llm", "corpus"] = Field(
+        "llm", description="classes: every LLM token, or only those in the training transcripts (cheap on a CPU)"
+    )
+    init_from_llm: bool = Field(True, description="U26: start the head from the LLM's token table")
+    align_steps: int = Field(0, ge=0, description="U26: first steps that train only the adapter and this head by CTC")
+
+
+class ShrinkConfig(Section):
+    """Keep one frame a run of equal CTC labels, then look back at the frames by cross-attention (Soundwave)."""
+
+    heads: PositiveInt | None = Field(None, description="attention heads; None takes the LLM's")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    keys: Literal["all", "kept"] = Field("all", description="frames the look-back attends: all, or the release's kept")
+
+
+class T2cConfig(Section):
+    """The text-to-codec decoder: frozen text table, trained unit table, small Llama stack, unit head."""
+
+    layers: PositiveInt = 6
+    width: PositiveInt = 512
+    heads: PositiveInt = 8
+    ffn: PositiveInt = 2048
+    max_positions: PositiveInt = 2048
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the input embeddings while training")
+    head: Literal["units", "full_vocab"] = Field("units", description="U15: unit classes only, or text and units")
+    prefix: str = Field(min_length=1, description="text before the words, in the LLM's own special tokens")
+    unit_header: str = Field(min_length=1, description="text between the words and the units")
+    unit_language: str = Field(
+        description="unit-language JSON fitted on the corpus, file path or name below $ECHOX_CACHE/data"
+    )
+
+
+class DenoisingConfig(Section):
+    """Maps the LLM's hidden states to text embeddings: Linear, ReLU, dropout, Linear (Eq. 2)."""
+
+    ffn: PositiveInt | None = Field(None, description="hidden width; None takes the LLM's feed-forward width")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    weighting: Literal["dynamic_cap", "fixed"] = Field("dynamic_cap", description="U1: how lambda of Eq. 4 is set")
+    cap: PositiveFloat = Field(0.2, description="dynamic_cap: its share of the echo loss may not exceed this")
+    weight: float = Field(0.1, ge=0, description="fixed: lambda itself")
+
+
+class SegmentationConfig(Section):
+    """Where the response is cut into segments for the streaming trigger (U3)."""
+
+    mode: Literal["trigger", "none", "fixed"] = "trigger"
+    min_tokens: PositiveInt = 20
+    max_wait: PositiveInt = 50
+    threshold: float = 0.1
+    look_ahead: PositiveInt = 5
+    fixed_tokens: PositiveInt = Field(20, description="mode=fixed: tokens in a segment")
+
+
+class EchoConfig(Section):
+    """Stage III: pseudo text, segments, teacher decoding."""
+
+    pseudo_text: Literal["argmax_teacher_forced", "reference", "free_run"] = Field(
+        "argmax_teacher_forced", description="U2: where X' comes from"
+    )
+    segmentation: SegmentationConfig = SegmentationConfig()
+    denoising: DenoisingConfig = DenoisingConfig()
+    s2t_weight: float = Field(1.0, ge=0, description="U4: weight of the text loss in Eq. 4")
+    units_per_token: PositiveInt = Field(12, description="U20: the teacher stops after units_per_token * T + 32 words")
+    free_run_tokens: PositiveInt = Field(64, description="pseudo_text=free_run: tokens generated for every sample")
+    train_speech_adapters: bool = Field(False, description="the release's parameter count says they are frozen")
+
+
+class ModelConfig(Section):
+    """The parts of the speech-to-speech model; a stage builds those it needs."""
+
+    llm: LlmConfig
+    speech_encoder: SpeechEncoderConfig | None = None
+    alignment: AlignmentAdapterConfig = AlignmentAdapterConfig()
+    ctc: CtcConfig = CtcConfig()
+    shrink: ShrinkConfig = ShrinkConfig()
+    t2c: T2cConfig | None = None
+    echo: EchoConfig = EchoConfig()
+    random_init: bool = Field(False, description="true shapes, random weights: needs config.json and tokenizer only")
+
+
+class SourceConfig(Section):
+    """One folder of shards."""
+
+    path: str = Field(description="folder of shards, or a name below $ECHOX_CACHE/data")
+    task: Literal["sqa", "asr", "tts"]
+    repeat: PositiveInt = Field(1, description="passes over this source in one epoch")
+
+
+class DataConfig(Section):
+    """What is read, and in what portions."""
+
+    train: tuple[SourceConfig, ...] = Field(min_length=1)
+    valid: tuple[SourceConfig, ...] = ()
+    global_batch: PositiveInt = Field(128, description="samples in one optimizer step, over all ranks (U7)")
+    micro_batch: PositiveInt = Field(16, description="samples in one forward on one rank")
+    reader_threads: PositiveInt = Field(2, description="decoding threads a rank; the order does not depend on it")
+    prefetch: PositiveInt = Field(4, description="micro-batches decoded ahead")
+    asr_instruction: str = Field("Transcribe the speech.", description="text that follows the audio of an ASR sample")
+
+
+class LrConfig(Section):
+    """Peak learning rate of each part; a part the stage freezes ignores its rate (U8)."""
+
+    adapters: PositiveFloat = 1e-4
+    lora: PositiveFloat = 1e-4
+    t2c: PositiveFloat = 5e-4
+    denoising: PositiveFloat = 2e-4
+    echo: PositiveFloat = 2e-4
+
+
+class OptimConfig(Section):
+    """AdamW, linear warm-up, cosine decay (U7)."""
+
+    lr: LrConfig = LrConfig()
+    steps: PositiveInt = Field(description="optimizer steps of the whole run")
+    warmup_steps: int = Field(0, ge=0)
+    hold_steps: int = Field(0, ge=0, description="steps at the peak rate between warm-up and decay")
+    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the last step over the peak")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.1, ge=0)
+    clip: PositiveFloat = Field(1.0, description="global gradient norm")
+
+
+class EngineConfig(Section):
+    """How a step runs, and what a run leaves behind."""
+
+    deepspeed: str = Field(description="DeepSpeed JSON, file path")
+    precision: Precision = Field("auto", description="auto: bf16 where the hardware multiplies it fast, else fp32")
+    frozen_placement: Literal["shard", "replicate"] = Field(
+        "replicate", description="frozen weights: ZeRO-3 partitions, or whole on each rank and outside ZeRO-3"
+    )
+    activation_checkpointing: bool = False
+    validate_every: int = Field(0, ge=0, description="steps; 0 validates at the end only")
+    checkpoint_every: int = Field(0, ge=0, description="steps; 0 saves at the end only")
+    keep: PositiveInt = Field(2, description="checkpoints kept")
+    log_every: PositiveInt = 1
+
+
+class ScalingConfig(Section):
+    """What Ray Train starts."""
+
+    workers: PositiveInt = 2
+    gpus_per_worker: float = Field(0, ge=0)
+    cpus_per_worker: PositiveFloat = 1
+    max_failures: int = Field(0, ge=0, description="restarts of the worker group after a failure")
+    collective_timeout_s: PositiveInt = 1800
+
+
+class TrackingConfig(Section):
+    """Where MLflow keeps the run."""
+
+    uri: str | None = Field(None, description="MLflow tracking URI; None is a SQLite file under the run's storage")
+    experiment: str = "echox"
+    parent_run: str | None = Field(None, description="name of the parent run that groups the stages; None is `name`")
+    system_metrics: bool = True
+
+
+class InitConfig(Section):
+    """Weights a stage starts from: run folders or checkpoint folders of earlier stages."""
+
+    s2t: str | None = None
+    t2c: str | None = None
+
+
+class Recipe(Section):
+    """One run: a stage at a scale."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder below storage, and MLflow name")
+    stage: StageName
+    scale: str = Field(description="demo, 3b, 8b or your own; a tag to compare runs by")
+    seed: int = 17
+    storage: str = Field("runs", description="folder of runs; on a cluster, one that every node sees")
+    model: ModelConfig
+    init: InitConfig = InitConfig()
+    data: DataConfig
+    optim: OptimConfig
+    engine: EngineConfig
+    scaling: ScalingConfig = ScalingConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _parts_of_the_stage(self, info: ValidationInfo) -> Recipe:
+        # The loader runs these rules itself, to report them together with mistakes in single keys.
+        if info.context and info.context.get("cross_checks") is False:
+            return self
+        breaches = cross_checks(self)
+        if breaches:
+            raise ValueError("\n".join(f"{breach.rule}; {breach.fix}" for breach in breaches))
+        return self
+
+
+class Breach(NamedTuple):
+    """A broken rule that spans sections: the keys it involves, what is wrong with their values, what to write."""
+
+    keys: tuple[str, ...]
+    rule: str
+    fix: str
+
+
+def cross_checks(recipe: Recipe) -> list[Breach]:
+    """Every rule that spans sections and that this recipe breaks; empty for a recipe that can run."""
+    return [*_batch_rules(recipe), *_schedule_rules(recipe), *_stage_rules(recipe), *_model_rules(recipe)]
+
+
+def _batch_rules(recipe: Recipe) -> list[Breach]:
+    found: list[Breach] = []
+    data, scaling = recipe.data, recipe.scaling
+    per_step = data.micro_batch * scaling.workers
+    if data.global_batch % per_step:
+        found.append(
+            Breach(
+                ("data.global_batch", "data.micro_batch", "scaling.workers"),
+                f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch * scaling.workers = "
+                f"{data.micro_batch} * {scaling.workers} = {per_step}",
+                f"set data.global_batch to a multiple of {per_step}, or lower data.micro_batch",
+            )
+        )
+    if scaling.gpus_per_worker not in (0, 1):
+        found.append(
+            Breach(
+                ("scaling.gpus_per_worker",),
+                f"scaling.gpus_per_worker={scaling.gpus_per_worker:g}, but a worker is one rank with one GPU or none",
+                "set it to 1, and scaling.workers to the number of GPUs",
+            )
+        )
+    for group in ("train", "valid"):
+        seen: dict[tuple[str, str], int] = {}
+        for index, source in enumerate(getattr(data, group)):
+            first = seen.setdefault((source.path, source.task), index)
+            if first != index:
+                found.append(
+                    Breach(
+                        (f"data.{group}",),
+                        f"data.{group}.{index} repeats data.{group}.{first} ({source.path}, {source.task})",
+                        f"remove it, and set data.{group}.{first}.repeat to see the source more often",
+                    )
+                )
+    return found
+
+
+def _schedule_rules(recipe: Recipe) -> list[Breach]:
+    found: list[Breach] = []
+    optim, align = recipe.optim, recipe.model.ctc.align_steps
+    if optim.warmup_steps >= optim.steps:
+        found.append(
+            Breach(
+                ("optim.warmup_steps", "optim.steps"),
+                f"optim.warmup_steps={optim.warmup_steps} leaves no step after warm-up",
+                f"keep it below optim.steps={optim.steps}",
+            )
+        )
+    if recipe.stage == "s2t" and align >= optim.steps:
+        found.append(
+            Breach(
+                ("model.ctc.align_steps", "optim.steps", "stage"),
+                f"model.ctc.align_steps={align} leaves no step for the text loss",
+                f"keep it below optim.steps={optim.steps}",
+            )
+        )
+    for index, beta in enumerate(optim.betas):
+        if not 0 <= beta < 1:
+            found.append(
+                Breach(("optim.betas",), f"optim.betas.{index}={beta:g} is outside [0, 1)", "write [0.9, 0.95]")
+            )
+    return found
+
+
+def _stage_rules(recipe: Recipe) -> list[Breach]:
+    found: list[Breach] = []
+    stage, model = recipe.stage, recipe.model
+    if stage != "t2c" and model.speech_encoder is None:
+        found.append(
+            Breach(
+                ("stage", "model.speech_encoder"),
+                f"stage={stage} hears speech, but model.speech_encoder is absent",
+                "set model.speech_encoder.path",
+            )
+        )
+    if stage != "s2t" and model.t2c is None:
+        found.append(
+            Breach(
+                ("stage", "model.t2c"),
+                f"stage={stage} speaks units, but model.t2c is absent",
+                "set model.t2c.prefix, model.t2c.unit_header and model.t2c.unit_language",
+            )
+        )
+    if stage == "echo" and not model.random_init:
+        for part in ("s2t", "t2c"):
+            if getattr(recipe.init, part) is None:
+                found.append(
+                    Breach(
+                        ("stage", f"init.{part}", "model.random_init"),
+                        f"stage=echo starts from a trained {part} stage, but init.{part} is absent",
+                        f"set init.{part} to a run folder or a checkpoint of that stage",
+                    )
+                )
+    allowed = {"s2t": ("asr", "sqa"), "t2c": ("tts",), "echo": ("asr", "sqa")}[stage]
+    for group in ("train", "valid"):
+        for index, source in enumerate(getattr(recipe.data, group)):
+            if source.task not in allowed:
+                key = f"data.{group}.{index}.task"
+                found.append(
+                    Breach(
+                        ("stage", key), f"{key}={source.task} does not fit stage={stage}", f"use {' or '.join(allowed)}"
+                    )
+                )
+    return found
+
+
+def _model_rules(recipe: Recipe) -> list[Breach]:
+    found: list[Breach] = []
+    t2c, cuts = recipe.model.t2c, recipe.model.echo.segmentation
+    if t2c is not None and t2c.width % (2 * t2c.heads):
+        found.append(
+            Breach(
+                ("model.t2c.width", "model.t2c.heads"),
+                f"model.t2c.width={t2c.width} does not split into {t2c.heads} heads of even width (rotary positions)",
+                f"set model.t2c.width to a multiple of {2 * t2c.heads}",
+            )
+        )
+    if cuts.mode == "trigger" and cuts.min_tokens > cuts.max_wait:
+        found.append(
+            Breach(
+                ("model.echo.segmentation.min_tokens", "model.echo.segmentation.max_wait"),
+                f"model.echo.segmentation.min_tokens={cuts.min_tokens} is above max_wait={cuts.max_wait}",
+                "keep min_tokens at or below max_wait",
+            )
+        )
+    return found

@@ -1,0 +1,175 @@
+"""`echox train` and `echox checkpoint`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from echox.config.schema import Recipe
+    from echox.engine.interfaces import TrainResult
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the commands of the engine."""
+    train = subparsers.add_parser(
+        "train",
+        help="train a stage in this process, or in every process of a torchrun",
+        epilog="examples: echox train demo/s2t optim.steps=10\n"
+        "          torchrun --standalone --nproc-per-node 2 -m echox train demo/s2t",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="YAML file, or a name below launch/recipes such as demo/s2t")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as optim.steps=10"
+    )
+    train.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    train.set_defaults(run=run_train)
+    checkpoint = subparsers.add_parser(
+        "checkpoint",
+        help="list or verify the checkpoints of a run",
+        epilog="example: echox checkpoint verify runs/demo/demo-s2t",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = checkpoint.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, function, text in (
+        ("list", run_list, "step, time, size and weighted loss of each checkpoint"),
+        ("verify", run_verify, "compare every file with the hashes in its manifest; exit code 5 if one is damaged"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=text, epilog=f"example: echox checkpoint {name} runs/demo/demo-s2t"
+        )
+        action.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or one checkpoint folder")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.set_defaults(run=function)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train; rank 0 tracks the run and prints the result."""
+    from echox.config.load import load_recipe
+    from echox.engine.context import LocalContext, TorchrunContext
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    storage = Path(recipe.storage).resolve()
+    if TorchrunContext.detected():
+        with TorchrunContext(storage, timeout_s=recipe.scaling.collective_timeout_s) as gang:
+            result = _tracked(recipe, args.recipe, gang)
+            leads = gang.rank == 0
+    else:
+        with LocalContext(storage) as alone:
+            result, leads = _tracked(recipe, args.recipe, alone), True
+    if leads:
+        _print_result(recipe, result, as_json=args.json)
+    return 0
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """List checkpoints, newest first; damaged manifests are named, not fatal."""
+    from echox.engine.manifest import read_manifest
+    from echox.errors import CheckpointError
+
+    rows: list[dict[str, Any]] = []
+    for path in _checkpoints(args.run_folder):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            rows.append({"checkpoint": path.name, "problem": error.what})
+            continue
+        rows.append(
+            {
+                "checkpoint": path.name,
+                "step": manifest["step"],
+                "created": manifest["created"],
+                "workers": manifest["world_size"],
+                "mib": round(sum(file["bytes"] for file in manifest["files"].values()) / 2**20, 1),
+                "loss": manifest["metrics"].get("loss/total"),
+            }
+        )
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        if "problem" in row:
+            print(f"{row['checkpoint']}  damaged: {row['problem']}")
+        else:
+            loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+            print(f"{row['checkpoint']}  {row['created']}  {row['workers']} workers  {row['mib']} MiB  loss {loss}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Verify every checkpoint; the exit code tells whether all are whole."""
+    from echox.engine.manifest import verify
+    from echox.errors import CheckpointError
+
+    verdicts: dict[str, str] = {}
+    for path in _checkpoints(args.run_folder):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            verdicts[path.name] = str(error)
+        else:
+            verdicts[path.name] = "ok"
+    if args.json:
+        print(json.dumps(verdicts))
+    else:
+        for name, verdict in verdicts.items():
+            print(f"{name}  {verdict}")
+    return 0 if all(verdict == "ok" for verdict in verdicts.values()) else CheckpointError.exit_code
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    from echox.engine.manifest import MANIFEST, list_checkpoints
+    from echox.errors import CheckpointError
+
+    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            "no checkpoint found", where=str(folder), fix="give a run folder such as runs/demo/demo-s2t"
+        )
+    return found
+
+
+def _tracked(recipe: Recipe, recipe_name: str, context: Any) -> TrainResult:
+    """Train with an MLflow run that rank 0 opens and always ends."""
+    from echox.engine.interfaces import NullTracker
+    from echox.engine.setup import build_setup
+    from echox.engine.train import train
+    from echox.tracking.run import open_run
+
+    if context.rank != 0:
+        return train(recipe, context, build_setup, NullTracker())
+    tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=recipe_name)
+    status = "FAILED"
+    try:
+        result = train(recipe, context, build_setup, tracker)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    return result
+
+
+def _print_result(recipe: Recipe, result: TrainResult, *, as_json: bool) -> None:
+    if as_json:
+        summary = {
+            "run": recipe.name,
+            "folder": str(result.run_folder),
+            "step": result.step,
+            "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
+            "already_done": result.already_done,
+            "unmoved_trainable": list(result.unmoved_trainable),
+            "moved_frozen": list(result.moved_frozen),
+            "metrics": dict(result.metrics),
+        }
+        print(json.dumps(summary))
+        return
+    loss = result.metrics.get("loss/total")
+    said = "was already done" if result.already_done else "is done"
+    end = "" if loss is None else f", loss {loss:.4f}"
+    print(f"run {recipe.name} {said}: step {result.step}{end}, checkpoint {result.checkpoint}", file=sys.stdout)

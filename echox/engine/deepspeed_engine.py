@@ -1,0 +1,140 @@
+"""The DeepSpeed engine of a run: optimizer groups, ZeRO-3, and what we watch or correct about it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from echox.engine.schedule import lr_at
+
+if TYPE_CHECKING:
+    import torch
+
+    from echox.config.schema import OptimConfig, Recipe
+    from echox.engine.precision import Resolved
+
+
+def use_accelerator_of(device: torch.device) -> None:
+    """Tell DeepSpeed what it runs on, before its first import: it would otherwise probe for other accelerators."""
+    os.environ["DS_ACCELERATOR"] = device.type
+
+
+def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW groups of a stage: one a learning rate, split into tensors that decay and vectors that do not.
+
+    Raises:
+        ValueError: a trainable parameter is in no group or in two, or a group names an unknown or frozen one.
+    """
+    trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    left = set(trainable)
+    groups: list[dict[str, Any]] = []
+    for rate, names in module.parameter_groups().items():
+        wrong = [name for name in names if name not in left]
+        if wrong:
+            raise ValueError(
+                f"parameter group '{rate}' names parameters that are frozen, unknown or grouped twice: {wrong}"
+            )
+        left.difference_update(names)
+        peak = float(getattr(optim.lr, rate))
+        for decays in (True, False):
+            chosen = [trainable[name] for name in names if (_dimensions(trainable[name]) > 1) == decays]
+            if chosen:  # DeepSpeed fails on an empty group.
+                decay = optim.weight_decay if decays else 0.0
+                groups.append({"params": chosen, "lr": peak, "weight_decay": decay, "rate": rate, "peak": peak})
+    if left:
+        raise ValueError(f"trainable parameters without a learning rate: {sorted(left)}")
+    return groups
+
+
+def _dimensions(parameter: Any) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+@dataclass
+class TraceInvalidations:
+    """Counts how often ZeRO-3 threw its prefetch trace away: 0 a step once the order of modules is learnt."""
+
+    count: int = 0
+
+    def watch(self, coordinator: Any) -> None:
+        """Count the invalidations of one parameter coordinator."""
+        invalidate = coordinator._invalidate_trace
+
+        def counted() -> None:
+            self.count += 1
+            invalidate()
+
+        coordinator._invalidate_trace = counted
+
+
+class Engine:
+    """A thin owner of `deepspeed.DeepSpeedEngine`: same calls, plus the schedule and the trace counter.
+
+    Attributes:
+        ds: DeepSpeed's engine.
+        stage: the stage inside it.
+        config: the DeepSpeed configuration in force.
+        invalidations: counter of prefetch-trace invalidations.
+    """
+
+    def __init__(
+        self, recipe: Recipe, module: Any, *, device: torch.device, precision: Resolved, config: dict[str, Any]
+    ) -> None:
+        use_accelerator_of(device)
+        import deepspeed
+        import torch
+        from deepspeed.utils import set_z3_leaf_module
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Compiled at first start for inference only; a start that is interrupted there leaves a lock on which every
+        # later start waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if list(module.parameters(recurse=False)):
+            # ZeRO-3 hooks backward through tensors and tuples alone, so it could not bring these back in time.
+            raise ValueError("a stage may not own parameters itself; move them into a submodule that returns tensors")
+        for leaf in module.zero_leaf_modules() if hasattr(module, "zero_leaf_modules") else ():
+            set_z3_leaf_module(leaf, True)
+        groups = parameter_groups(module, recipe.optim)
+        adam = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps)
+        deepspeed.init_distributed(
+            dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
+        )
+        self.ds, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
+        self.config = config
+        self.precision = precision
+        self.stage: Any = self.ds.module
+        self._optim = recipe.optim
+        self.invalidations = TraceInvalidations()
+        offload = getattr(self.ds.optimizer, "parameter_offload", None)
+        if offload is not None:
+            self.invalidations.watch(offload.get_param_coordinator())
+
+    def set_learning_rates(self, step: int) -> dict[str, float]:
+        """Set every group's rate for optimizer step `step` (from 0); return them by group."""
+        rates: dict[str, float] = {}
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = rates[group["rate"]] = lr_at(
+                step,
+                peak=group["peak"],
+                warmup_steps=self._optim.warmup_steps,
+                hold_steps=self._optim.hold_steps,
+                steps=self._optim.steps,
+                final_ratio=self._optim.final_lr_ratio,
+            )
+        return rates
+
+    def clear_gradients(self) -> None:
+        """Zero ZeRO-3's gradient partitions before the first micro-step of a window.
+
+        DeepSpeed overwrites a partition only when its parameter receives a gradient; a parameter outside this window's
+        graph would otherwise step along the gradient it had in an earlier window.
+        """
+        partitions = getattr(self.ds.optimizer, "grad_partitions_flat_buffer", None)
+        if partitions is not None:
+            partitions.zero_()
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds, hooks included."""
+        self.ds.destroy()

@@ -1,0 +1,65 @@
+"""The processes of one run as a group: the few collectives the engine needs, each a no-op in a world of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Gang:
+    """Rank and size of this process's world, and the device its collectives run on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over the ranks, in place; no host sync."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """Element-wise logical or over the ranks; a host sync."""
+        import torch
+
+        counts = self.sum_(torch.tensor(flags, dtype=torch.int64, device=self.device))
+        return [bool(count) for count in counts.tolist()]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return value
+        box: list[T | None] = [value if self.leads else None]
+        dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return [value]
+        box: list[T] = [value] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.gather(None)

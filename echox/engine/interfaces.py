@@ -1,0 +1,170 @@
+"""What the engine asks of the parts it is given: a stage, its batches, its loaders and a tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from echox.config.schema import Recipe
+
+
+class Batch(Protocol):
+    """One micro-batch of one rank: a dataclass of tensors.
+
+    A batch may also have `stats() -> dict[str, float]` with host numbers that are added up over the step:
+    `tokens` (positions that hold data), `positions` (with padding), `audio_s` (seconds of audio).
+    They feed `perf/tokens_per_s_per_gpu`, `perf/padding_share` and `perf/audio_s_per_s`.
+    """
+
+    ids: list[str]
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on `device`."""
+        ...
+
+
+class LossTerm(Protocol):
+    """One named loss of one rank: the sum over its tokens and their number, both scalar tensors."""
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the token losses, fp32, with a graph while training."""
+        ...
+
+    @property
+    def count(self) -> Tensor:
+        """Number of tokens behind `total`; 0 is allowed and contributes nothing."""
+        ...
+
+
+class Stage(Protocol):
+    """What one training stage computes; an `nn.Module` with these methods.
+
+    It may also have `zero_leaf_modules() -> list[nn.Module]`: modules whose parameters ZeRO-3 gathers at once, and
+    `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward.
+    """
+
+    def __call__(self, batch: Any) -> Mapping[str, LossTerm]:
+        """Run the forward and return every loss of the stage, the same names on all ranks and steps."""
+        ...
+
+    def loss_weights(self, means: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
+        """Weight of each loss at `step` (from 0), given the detached global token means."""
+        ...
+
+    def known_counts(self, batch: Any) -> Mapping[str, int]:
+        """Token counts of the losses whose count needs no forward; the engine sums them over the whole window."""
+        ...
+
+    def parameter_groups(self) -> Mapping[str, list[str]]:
+        """Learning-rate group (a field of `LrConfig`) to the names of its parameters; covers every trainable."""
+        ...
+
+
+class TrainLoader(Protocol):
+    """The rank's training data as a pure function of the step, read ahead in the background."""
+
+    def step(self, step: int) -> Sequence[Batch]:
+        """The micro-batches of optimizer step `step` (from 0): as many as gradient accumulation takes."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSetup:
+    """Everything a run trains with, built for one rank.
+
+    Attributes:
+        module: the stage (`Stage`), on the CPU, in fp32 or the run's dtype.
+        train_loader: the rank's `TrainLoader`.
+        valid_loaders: name to batches of this rank, in the same number on every rank; padding carries zero weight.
+        frozen_models: name to folder of every pretrained model whose weights are frozen.
+        samples_per_epoch: samples in one pass over the training sources, all ranks.
+        data: what identifies the data in the manifest (fingerprints, plan parameters); JSON types.
+    """
+
+    module: torch.nn.Module
+    train_loader: TrainLoader
+    valid_loaders: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
+    frozen_models: Mapping[str, Path] = field(default_factory=dict)
+    samples_per_epoch: int = 0
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BuildSetup(Protocol):
+    """Builds the setup of one rank; the command line injects `echox.stages.setup.build_setup`."""
+
+    def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
+        """Build stage, loaders and the list of frozen models."""
+        ...
+
+
+class Tracker(Protocol):
+    """Where metrics of a run go; only rank 0 is given a real one. No method may block or fail training."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record metrics of one step."""
+        ...
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record the flattened parameters of the run."""
+        ...
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Attach one file to the run."""
+        ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
+        ...
+
+    def finish(self, status: str) -> None:
+        """End the run as FINISHED, FAILED or KILLED."""
+        ...
+
+
+class NullTracker:
+    """A tracker that records nothing."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record nothing."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record nothing."""
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Record nothing."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Record nothing."""
+
+    def finish(self, status: str) -> None:
+        """Record nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        run_folder: folder of the run.
+        step: optimizer steps done in all attempts.
+        checkpoint: newest checkpoint folder, or None when nothing was saved.
+        metrics: the last training and validation metrics.
+        unmoved_trainable: trainable tensors that this attempt left as they were.
+        moved_frozen: frozen tensors that changed.
+        already_done: the run had finished before; nothing was trained.
+    """
+
+    run_folder: Path
+    step: int
+    checkpoint: Path | None
+    metrics: Mapping[str, float]
+    unmoved_trainable: tuple[str, ...] = ()
+    moved_frozen: tuple[str, ...] = ()
+    already_done: bool = False

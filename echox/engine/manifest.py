@@ -1,0 +1,177 @@
+"""Checkpoint folders on disk: the manifest that makes one whole, verification, listing, and publishing by rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echox.engine.frozen import sha256_of
+from echox.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+WEIGHTS = "trainable.safetensors"
+VERSION = 1
+
+_STEP = re.compile(r"step-(\d{8})")
+
+
+def checkpoints_folder(run_folder: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_folder / "checkpoints"
+
+
+def step_name(step: int) -> str:
+    """Folder name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(run_folder: Path) -> list[Path]:
+    """Published checkpoints of a run, newest first; not verified."""
+    folder = checkpoints_folder(run_folder)
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), reverse=True)
+
+
+def write_manifest(folder: Path, contents: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the manifest over `files` (relative name to bytes and sha256), sealed by its own hash, and fsync it."""
+    body = {"version": VERSION, **contents, "files": dict(sorted(files.items()))}
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**body, "sha256": _seal(body)}, indent=1, sort_keys=True))
+    fsync(path)
+    fsync(folder)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and hash of a file for the manifest, which is also forced to disk."""
+    fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, not JSON, of another version, or does not match its own hash.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint {checkpoint.name} has no {MANIFEST}", where=str(checkpoint)) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(path)) from None
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
+        raise CheckpointError(f"{MANIFEST} does not match its own hash", where=str(path))
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{MANIFEST} has version {manifest.get('version')}, not {VERSION}", where=str(path))
+    return manifest
+
+
+def verify(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
+    """Check every file of a checkpoint (or `only` some) against its manifest; return the manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, of another size, or of another content.
+    """
+    manifest = read_manifest(checkpoint)
+    for name in manifest["files"] if only is None else only:
+        expected = manifest["files"].get(name)
+        path = checkpoint / name
+        if expected is None or not path.is_file():
+            raise CheckpointError(f"{name} is missing", where=str(checkpoint))
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}", where=str(checkpoint)
+            )
+        if sha256_of(path) != expected["sha256"]:
+            raise CheckpointError(f"{name} does not match its hash", where=str(checkpoint))
+    return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The newest checkpoint that verifies, and the newer ones that do not.
+
+    Attributes:
+        checkpoint: its folder; None when the run has no checkpoint at all.
+        manifest: its manifest; empty without a checkpoint.
+        rejected: folder and reason of each newer, damaged one.
+    """
+
+    checkpoint: Path | None
+    manifest: dict[str, Any]
+    rejected: tuple[tuple[Path, str], ...] = ()
+
+
+def choose(candidates: Iterable[Path], only: Iterable[str] | None = None) -> Choice:
+    """Pick the first candidate that verifies.
+
+    Raises:
+        CheckpointError: there are candidates and all are damaged.
+    """
+    rejected: list[tuple[Path, str]] = []
+    for candidate in candidates:
+        try:
+            manifest = verify(candidate, only)
+        except CheckpointError as error:
+            rejected.append((candidate, error.what))
+            continue
+        return Choice(checkpoint=candidate, manifest=manifest, rejected=tuple(rejected))
+    if rejected:
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in rejected)
+        raise CheckpointError(
+            f"every checkpoint is damaged ({reasons})",
+            where=str(rejected[0][0].parent),
+            fix="restore one from a copy, or move the folder away to start over",
+        )
+    return Choice(checkpoint=None, manifest={})
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, atomically; an older (damaged) one under that name is moved away first."""
+    if final.exists():
+        discard(final)
+    temporary.rename(final)
+    fsync(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, taking its name away first so that no reader meets half of one."""
+    doomed = path.with_name(f".deleting-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(run_folder: Path) -> None:
+    """Remove what earlier attempts left unfinished: temporary folders and half-deleted checkpoints."""
+    folder = checkpoints_folder(run_folder)
+    for path in folder.glob(".*-step-*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _seal(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

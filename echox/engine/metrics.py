@@ -1,0 +1,76 @@
+"""The numbers of a step under their stable names."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from echox.config.schema import Recipe
+    from echox.engine.deepspeed_engine import Engine
+    from echox.engine.gang import Gang
+    from echox.engine.interfaces import StageSetup
+    from echox.engine.step import StepSums, Stopwatch
+
+
+def step_metrics(
+    engine: Engine,
+    sums: StepSums,
+    rates: Mapping[str, float],
+    watch: Stopwatch,
+    gang: Gang,
+    setup: StageSetup,
+    recipe: Recipe,
+) -> dict[str, float]:
+    """Metrics after one optimizer step; collective, and a host sync.
+
+    Losses are global token means of this step; times are means since the last call; what a stage tells of itself is
+    averaged over ranks.
+    """
+    values = {f"loss/{name}": mean for name, mean in sums.means().items()}
+    step_s, data_wait_share = watch.read()  # After the losses were read: the device has finished the step.
+    values |= {f"weight/{name}": float(weight) for name, weight in sums.weights.items()}
+    values |= {f"lr/{name}": rate for name, rate in rates.items()}
+    values["grad_norm"] = float(engine.ds.get_global_grad_norm() or 0.0)
+    local = {"samples": float(sums.samples), **sums.stats}
+    values |= {name: total / gang.size for name, total in _over_ranks(_stage_metrics(engine), gang).items()}
+    totals = _over_ranks(local, gang)
+    tokens = totals.get("tokens", sums.tokens())
+    values["perf/step_ms"] = step_s * 1000
+    values["perf/samples_per_s"] = totals["samples"] / step_s
+    values["perf/tokens_per_s_per_gpu"] = tokens / step_s / gang.size
+    values["perf/data_wait_share"] = data_wait_share
+    values["perf/peak_gib"] = peak_gib(gang.device)
+    values["perf/zero_trace_invalidations"] = float(engine.invalidations.count)
+    if totals.get("audio_s"):
+        values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
+    if totals.get("positions"):
+        values["perf/padding_share"] = 1 - tokens / totals["positions"]
+    if setup.samples_per_epoch:
+        done = engine.ds.global_steps * recipe.data.global_batch
+        values["data/epoch"] = done / setup.samples_per_epoch
+    return values
+
+
+def peak_gib(device: torch.device) -> float:
+    """Peak memory of this process so far: of its GPU, or of the process itself on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _stage_metrics(engine: Engine) -> dict[str, float]:
+    found = engine.stage.metrics() if hasattr(engine.stage, "metrics") else {}
+    return {name if "/" in name else f"stage/{name}": float(value) for name, value in found.items()}
+
+
+def _over_ranks(numbers: Mapping[str, float], gang: Gang) -> dict[str, float]:
+    """Sums over the ranks; every rank must bring the same names."""
+    names = sorted(numbers)
+    if not names:
+        return {}
+    packed = gang.sum_(torch.tensor([numbers[name] for name in names], dtype=torch.float64, device=gang.device))
+    return dict(zip(names, packed.tolist(), strict=True))

@@ -1,0 +1,81 @@
+"""The folder of one run: its attempts, its progress file and its metrics, written by rank 0 and read by anyone."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from echox.engine.manifest import write_atomically
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside `<storage>/<run>`: `progress.json`, `metrics.jsonl`, `attempt`, `checkpoints/`, `log/`."""
+
+    path: Path
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a line: `step` and the metrics of that step, in order of step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def progress_path(self) -> Path:
+        """The state of the run right now, as `write_progress` leaves it."""
+        return self.path / "progress.json"
+
+    def next_attempt(self) -> int:
+        """Count and return the number of this attempt, from 1; rank 0 alone."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        counter = self.path / "attempt"
+        attempt = int(counter.read_text()) + 1 if counter.is_file() else 1
+        write_atomically(counter, f"{attempt}\n")
+        return attempt
+
+    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics after `step` optimizer steps."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that will be done again because the run resumes at `step`."""
+        if not self.metrics_path.is_file():
+            return
+        kept = [line for line in self.metrics_path.read_text().splitlines() if _step_of(line) <= step]
+        write_atomically(self.metrics_path, "".join(line + "\n" for line in kept))
+
+    def write_progress(
+        self,
+        *,
+        stage: str,
+        step: int,
+        steps: int,
+        state: str,
+        attempt: int,
+        loss: float | None = None,
+        samples_per_s: float | None = None,
+        eta_s: float | None = None,
+    ) -> None:
+        """Replace the progress file; `state` is starting, training, validating, saving, finished or failed."""
+        record = {
+            "stage": stage,
+            "step": step,
+            "steps": steps,
+            "state": state,
+            "attempt": attempt,
+            "loss": loss,
+            "samples_per_s": samples_per_s,
+            "eta_s": eta_s,
+            "time": time.time(),
+        }
+        write_atomically(self.progress_path, json.dumps(record))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # A line cut short by a crash belongs to the steps that are done again.

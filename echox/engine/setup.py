@@ -1,0 +1,282 @@
+"""From a recipe to everything one rank trains with: stage, loaders, and the identity of what is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from echox.config.paths import resolve_data, resolve_data_file
+from echox.config.schema import Recipe, SourceConfig
+from echox.engine.checkpoint import find_weights
+from echox.engine.interfaces import StageSetup
+from echox.engine.precision import resolve_precision, torch_dtype
+from echox.errors import CheckpointError, DataError, RecipeError
+from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
+from echox.stages.build import build_echo_stage, build_s2t, build_s2t_stage, build_t2c, build_t2c_stage
+from echox.stages.echo import EchoStage
+from echox.stages.s2t import S2TStage
+from echox.stages.t2c import T2CStage
+from echox.stream.collate import Collate, Item, PromptTokens, SpeechCollate, UnitCollate
+from echox.stream.index import ShardFolder, combined_fingerprint
+from echox.stream.loader import TrainLoader, ValidLoader
+from echox.units.language import UnitLanguage
+
+_RANDOM_WORDS = 7500
+_CTC_TOKENS = "s2t.front_end.ctc_head.tokens"
+
+
+def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
+    """Build stage, loaders and the list of frozen models.
+
+    Raises:
+        MissingModelError, DataError, CheckpointError: a part the recipe names is absent or does not fit.
+    """
+    torch.manual_seed(recipe.seed)
+    text = TextTools.load(recipe)
+    train = _open(recipe.data.train)
+    # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
+    from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
+    module = build_stage(recipe, text, transcripts=_transcripts(train, text) if from_corpus else None)
+    collate = build_collate(recipe, text)
+    items = [item for source, folder in train for item in _items(source, folder) * source.repeat]
+    data = recipe.data
+    loader = TrainLoader(
+        items,
+        collate,
+        seed=recipe.seed,
+        batch=data.global_batch,
+        micro_batch=data.micro_batch,
+        rank=rank,
+        world_size=world_size,
+        threads=data.reader_threads,
+        prefetch=data.prefetch,
+    )
+    valid = {
+        _source_name(source): ValidLoader(
+            _items(source, folder), collate, micro_batch=data.micro_batch, rank=rank, world_size=world_size
+        )
+        for source, folder in _open(data.valid)
+    }
+    return StageSetup(
+        module=module,
+        train_loader=loader,
+        valid_loaders=valid,
+        frozen_models=frozen_models(recipe),
+        samples_per_epoch=len(items),
+        data={"fingerprint": combined_fingerprint(folder for _, folder in train), "samples": len(items)},
+    )
+
+
+@dataclass(frozen=True)
+class TextTools:
+    """Tokenizer and template tokens of a recipe.
+
+    Attributes:
+        tokenizer: the LLM's.
+        prompt: template around a spoken turn.
+        stop: id of the full stop, the streaming trigger.
+        prefix, header: T2C template tokens; empty where the recipe has no T2C.
+        language: unit language, where the recipe has a T2C.
+    """
+
+    tokenizer: Any
+    prompt: PromptTokens
+    stop: int
+    prefix: list[int]
+    header: list[int]
+    language: UnitLanguage | None
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> TextTools:
+        """Load the tokenizer and tokenise the templates."""
+        llm, t2c, random_init = recipe.model.llm, recipe.model.t2c, recipe.model.random_init
+        tokenizer = load_tokenizer(llm.path, random_init=random_init)
+
+        def ids(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+        end = ids(llm.prompt.end)
+        if len(end) != 1 and not random_init:
+            raise RecipeError(
+                f"model.llm.prompt.end={llm.prompt.end!r} is {len(end)} tokens of {llm.path}; it must be one",
+                fix="use the LLM's own end-of-turn token",
+            )
+        prompt = PromptTokens(
+            before=ids(llm.prompt.before),
+            after=ids(llm.prompt.after),
+            after_asr=ids(recipe.data.asr_instruction + llm.prompt.after),
+            end=end[-1],
+        )
+        language = None
+        if t2c is not None:
+            try:
+                language = UnitLanguage.load(resolve_data_file(t2c.unit_language))
+            except DataError:
+                if not random_init:
+                    raise
+        return cls(
+            tokenizer,
+            prompt,
+            ids(".")[-1],
+            ids(t2c.prefix) if t2c else [],
+            ids(t2c.unit_header) if t2c else [],
+            language,
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    @property
+    def words(self) -> int:
+        """Size of the unit language."""
+        return self.language.size if self.language else _RANDOM_WORDS
+
+
+def build_stage(
+    recipe: Recipe, text: TextTools, *, transcripts: Iterable[int] | None = None
+) -> S2TStage | T2CStage | EchoStage:
+    """The stage's module with pretrained parts and the weights of earlier stages in place.
+
+    Args:
+        recipe: what to build.
+        text: its tokenizer and templates.
+        transcripts: LLM tokens of the training transcripts, the CTC classes of `vocabulary: corpus`.
+    """
+    model = recipe.model
+    dtype = torch_dtype(resolve_precision(recipe.engine.precision))
+    causal_lm = load_causal_lm(model.llm.path, dtype, random_init=model.random_init)
+    if recipe.engine.activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    table = causal_lm.get_input_embeddings()
+    if recipe.stage == "t2c":
+        assert model.t2c is not None
+        return build_t2c_stage(
+            build_t2c(model.t2c, words=text.words, text_table=table), table, text.prefix, text.header
+        )
+
+    assert model.speech_encoder is not None
+    encoder = load_whisper_encoder(model.speech_encoder.path, dtype, random_init=model.random_init)
+    earlier = _load(recipe.init.s2t)
+    tokens = earlier.get(_CTC_TOKENS) if earlier else None
+    if tokens is None:
+        tokens = ctc_tokens(len(table.weight), transcripts if model.ctc.vocabulary == "corpus" else None)
+    s2t = build_s2t(model, add_lora(causal_lm, model.llm.lora), causal_lm, encoder, tokens)
+    if recipe.stage == "s2t":
+        stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
+    else:
+        assert model.t2c is not None
+        decoders = [build_t2c(model.t2c, words=text.words, text_table=table) for _ in range(2)]
+        decoders[1].load_state_dict(decoders[0].state_dict())
+        stage = build_echo_stage(
+            model.echo,
+            s2t=s2t,
+            teacher=decoders[0],
+            echo=decoders[1],
+            prefix=text.prefix,
+            header=text.header,
+            stop_token=text.stop,
+            end_token=text.prompt.end,
+        )
+        t2c = _load(recipe.init.t2c)
+        if t2c:
+            for target in ("teacher.decoder.", "echo."):
+                load_tensors(stage, {target + name.removeprefix("t2c."): value for name, value in t2c.items()})
+    if earlier:
+        load_tensors(stage, earlier)
+    return stage
+
+
+def ctc_tokens(vocabulary: int, transcripts: Iterable[int] | None) -> Tensor:
+    """LLM token of each CTC class: the placeholder (id V) as blank, then every token or those of the corpus."""
+    seen = range(vocabulary) if transcripts is None else sorted(set(transcripts))
+    return torch.tensor([vocabulary, *seen], dtype=torch.long)
+
+
+def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy named tensors into a module.
+
+    Raises:
+        CheckpointError: a name the module lacks, or another shape: the weights belong to another recipe.
+    """
+    known = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in tensors.items():
+        if name not in known or known[name].shape != value.shape:
+            found = tuple(known[name].shape) if name in known else "nothing"
+            raise CheckpointError(
+                f"weights of an earlier stage do not fit: {name} is {tuple(value.shape)}, the recipe builds {found}",
+                fix="use the same model section in all three recipes",
+            )
+        with torch.no_grad():
+            known[name].copy_(value)
+
+
+def build_collate(recipe: Recipe, text: TextTools) -> Collate:
+    """Samples to batches for the recipe's stage."""
+    if recipe.stage == "t2c":
+        if text.language is None:
+            raise RecipeError("stage t2c needs a fitted unit language", fix="fit one, or mend model.t2c.unit_language")
+        return UnitCollate(text.tokenize, text.language.encode)
+    return build_speech_collate(recipe, text)
+
+
+def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
+    """Audio to batches of the S2T model."""
+    from echox.audio.features import LogMel
+    from echox.release.pretrained import mel_bins
+
+    speech = recipe.model.speech_encoder
+    assert speech is not None
+    log_mel = LogMel(
+        mel_bins(speech.path, random_init=recipe.model.random_init),
+        input_mode=speech.input,
+        margin_s=speech.margin_s,
+        stack=recipe.model.alignment.stack,
+    )
+    return SpeechCollate(text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000))
+
+
+def frozen_models(recipe: Recipe) -> dict[str, Path]:
+    """Folder of every pretrained model whose weights stay as they are."""
+    refs = {"llm": recipe.model.llm.path}
+    if recipe.stage != "t2c" and recipe.model.speech_encoder:
+        refs["speech_encoder"] = recipe.model.speech_encoder.path
+    folders = {name: model_folder(ref, random_init=recipe.model.random_init) for name, ref in refs.items()}
+    if recipe.stage == "echo":
+        folders |= {f"init.{part}": find_weights(Path(ref)).parent for part, ref in _inits(recipe)}
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def _inits(recipe: Recipe) -> list[tuple[str, str]]:
+    given = {"s2t": recipe.init.s2t, "t2c": recipe.init.t2c}
+    return [(part, ref) for part, ref in given.items() if ref]
+
+
+def _load(ref: str | None) -> dict[str, Tensor]:
+    if ref is None:
+        return {}
+    from safetensors.torch import load_file
+
+    return load_file(find_weights(Path(ref)))
+
+
+def _open(sources: Iterable[SourceConfig]) -> list[tuple[SourceConfig, ShardFolder]]:
+    return [(source, ShardFolder.open(resolve_data(source.path))) for source in sources]
+
+
+def _items(source: SourceConfig, folder: ShardFolder) -> list[Item]:
+    return [Item(sample, source.task) for sample in folder.samples]
+
+
+def _source_name(source: SourceConfig) -> str:
+    return Path(source.path).name
+
+
+def _transcripts(train: list[tuple[SourceConfig, ShardFolder]], text: TextTools) -> list[int]:
+    tokenize: Callable[[str], list[int]] = text.tokenize
+    return [token for _, folder in train for s in folder.samples for token in tokenize(s.meta["question_text"] or "")]

@@ -1,0 +1,154 @@
+"""One optimizer step, and one validation pass: the exact gradient of the mean over all tokens of the global batch.
+
+DeepSpeed averages gradients over ranks (it divides by the world size before it adds) and, when told not to scale by
+accumulation steps, adds those of the micro-steps. So a loss of `weight * total * world / count` on each rank and
+micro-step gives the gradient of `weight * sum(totals) / count`, where `count` is the tokens of the whole window.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from echox.engine.deepspeed_engine import Engine
+    from echox.engine.gang import Gang
+    from echox.engine.interfaces import Batch, LossTerm
+
+
+@dataclass
+class StepSums:
+    """What one optimizer step adds up; tensors stay on the device until someone reads them.
+
+    Attributes:
+        names: the losses, in the order of the rows of `sums_K2`.
+        sums_K2: global sum of token losses and number of tokens of each loss.
+        total: the weighted loss.
+        weights: the weights of the last micro-step.
+        stats: host numbers of this rank's batches.
+        samples: samples of this rank.
+    """
+
+    names: tuple[str, ...] = ()
+    sums_K2: Tensor | None = None
+    total: Tensor | None = None
+    weights: Mapping[str, Tensor | float] = field(default_factory=dict)
+    stats: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+
+    def means(self) -> dict[str, float]:
+        """Token means of the losses that had tokens, and `total`. A host sync."""
+        if self.sums_K2 is None:
+            return {}
+        means = {
+            name: total / count for name, (total, count) in zip(self.names, self.sums_K2.tolist(), strict=True) if count
+        }
+        return means if self.total is None else {"total": float(self.total), **means}
+
+    def tokens(self) -> float:
+        """Tokens behind the losses, all ranks. A host sync."""
+        return 0.0 if self.sums_K2 is None else float(self.sums_K2[:, 1].sum())
+
+
+def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang) -> StepSums:
+    """Forward, backward and update over the micro-batches of optimizer step `step`; no host sync of ours."""
+    sums = StepSums()
+    on_device = [batch.to(gang.device) for batch in batches]
+    window = _window_counts(engine.stage, batches, gang)
+    engine.clear_gradients()
+    for batch in on_device:
+        terms = engine.ds(batch)
+        names, micro_K2 = _global_sums(terms, gang)
+        means_K = micro_K2[:, 0] / micro_K2[:, 1].clamp(min=1)
+        weights = engine.stage.loss_weights(dict(zip(names, means_K, strict=True)), step)
+        loss = torch.zeros((), device=gang.device)
+        value = torch.zeros((), device=gang.device, dtype=torch.float64)
+        for row, name in enumerate(names):
+            # Unknown before its forward: the window is taken to be as long as this micro-step in each of its parts.
+            count = window.get(name, micro_K2[row, 1] * len(batches)).clamp(min=1)
+            loss = loss + weights[name] * terms[name].total * (gang.size / count).to(loss.dtype)
+            value = value + torch.as_tensor(weights[name]).to(value) * micro_K2[row, 0] / count
+        engine.ds.backward(loss, scale_wrt_gas=False)
+        engine.ds.step()
+        sums.names, sums.weights = names, weights
+        sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
+        sums.total = value if sums.total is None else sums.total + value
+    for batch in batches:
+        sums.samples += len(batch.ids)
+        for key, number in batch_stats(batch).items():
+            sums.stats[key] = sums.stats.get(key, 0.0) + number
+    return sums
+
+
+@torch.no_grad()
+def validate(engine: Engine, batches: Iterable[Batch], gang: Gang) -> StepSums:
+    """Sums of the losses over a validation set, every rank with the same number of batches."""
+    engine.ds.eval()
+    sums = StepSums()
+    for batch in batches:
+        sums.names, local_K2 = _local_sums(engine.ds(batch.to(gang.device)))
+        sums.sums_K2 = local_K2 if sums.sums_K2 is None else sums.sums_K2 + local_K2
+    if sums.sums_K2 is not None:
+        gang.sum_(sums.sums_K2)
+    engine.ds.train()
+    return sums
+
+
+class Stopwatch:
+    """Splits wall time into waiting for data and the rest."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def fetch(self, loader: Any, step: int) -> Sequence[Batch]:
+        """Take a step's batches from the loader, counting the wait."""
+        before = time.perf_counter()
+        batches: Sequence[Batch] = loader.step(step)
+        self.waited += time.perf_counter() - before
+        self.steps += 1
+        return batches
+
+    def read(self) -> tuple[float, float]:
+        """Seconds a step, and the share of them spent waiting for data, since the last restart."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        return elapsed / max(self.steps, 1), self.waited / elapsed
+
+
+def batch_stats(batch: Batch) -> dict[str, float]:
+    """The host numbers a batch tells of itself, if it does."""
+    stats = getattr(batch, "stats", None)
+    return dict(stats()) if callable(stats) else {}
+
+
+def _window_counts(stage: Any, batches: Sequence[Batch], gang: Gang) -> dict[str, Tensor]:
+    """Tokens of each loss over the whole accumulation window and all ranks, where they are known before a forward."""
+    counts: dict[str, int] = {}
+    for batch in batches:
+        for name, count in stage.known_counts(batch).items():
+            counts[name] = counts.get(name, 0) + count
+    names = sorted(counts)
+    if not names:
+        return {}
+    packed_K = torch.tensor([counts[name] for name in names], dtype=torch.float64).to(gang.device, non_blocking=True)
+    return dict(zip(names, gang.sum_(packed_K), strict=True))
+
+
+def _local_sums(terms: Mapping[str, LossTerm]) -> tuple[tuple[str, ...], Tensor]:
+    names = tuple(sorted(terms))
+    rows = [torch.stack([terms[name].total.detach().double(), terms[name].count.detach().double()]) for name in names]
+    return names, torch.stack(rows)
+
+
+def _global_sums(terms: Mapping[str, LossTerm], gang: Gang) -> tuple[tuple[str, ...], Tensor]:
+    """All losses in one all-reduce: row k is [sum of token losses, tokens] of loss k over the ranks."""
+    names, packed_K2 = _local_sums(terms)
+    return names, gang.sum_(packed_K2)

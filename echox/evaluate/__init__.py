@@ -1,0 +1,1 @@
+"""Scores of what a model writes and says: judge, text measures, held-out sets and report; nothing here trains."""

@@ -1,0 +1,77 @@
+"""`echox evaluate` and `echox report`: scores of a run on held-out sets, and the page that shows them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("text_llm_acc", "s2t_acc", "s2s_acc", "retention", "wer", "n")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register both commands."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="score a run on the demo's held-out sets",
+        description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge.",
+        epilog="example: echox evaluate runs/demo/demo-echo --limit 10",
+    )
+    parser.add_argument("trained", metavar="RUN", type=Path, help="run or checkpoint folder of the echo stage")
+    parser.add_argument("--limit", type=int, help="most items of each set")
+    parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
+    parser.add_argument(
+        "--out", type=Path, help="folder for scores and samples; default: evaluation/ in the run's parent"
+    )
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    parser.set_defaults(run=evaluate)
+    page = subparsers.add_parser(
+        "report",
+        help="write report.html from an evaluation",
+        description="Curves of the stages, scores and players in one HTML file that needs nothing beside it.",
+        epilog="example: echox report runs/demo",
+    )
+    page.add_argument("storage", type=Path, help="folder of runs with evaluation/ in it")
+    page.add_argument("--out", type=Path, help="HTML file; default: report.html in the folder")
+    page.set_defaults(run=report)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Score, save, print."""
+    from echox.evaluate.demo import evaluate_demo
+    from echox.evaluate.store import save_evaluation
+
+    def watch(name: str, done: int, total: int) -> None:
+        print(f"{name} {done}/{total}", file=sys.stderr)
+
+    found = evaluate_demo(args.trained, vocoder=args.vocoder, limit=args.limit, progress=watch)
+    scores = found.to_json()
+    save_evaluation(args.out or args.trained.parent / "evaluation", scores, found.samples())
+    if args.json:
+        print(json.dumps(scores))
+        return 0
+    print(f"{'set':24}" + "".join(f"{name:>14}" for name in COLUMNS))
+    for name, row in scores["sets"].items():
+        print(f"{name:24}" + "".join(f"{_shown(row[column]):>14}" for column in COLUMNS))
+    print(f"resynthesis WER {scores['resynthesis_wer']:.3f}, original audio {scores['original_wer']:.3f}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the page."""
+    from echox.evaluate.report import STAGES, write_report
+    from echox.evaluate.store import load_evaluation, read_metrics
+
+    scores, samples = load_evaluation(args.storage / "evaluation")
+    saved = args.storage / "result.json"
+    result = {**(json.loads(saved.read_text()) if saved.is_file() else {}), **scores}
+    runs = {stage: sorted(args.storage.glob(f"*-{stage}")) for stage in STAGES}
+    curves = {stage: read_metrics(folders[-1]) for stage, folders in runs.items() if folders}
+    print(write_report(args.out or args.storage / "report.html", result, curves, samples))
+    return 0
+
+
+def _shown(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

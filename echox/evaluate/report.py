@@ -1,0 +1,250 @@
+"""The report of a run: one HTML file with curves, tables and players, for readers who have never seen the project."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+STAGES = {
+    "s2t": (
+        "Stage I: hear a question, write the answer",
+        "A frozen speech encoder listens; small adapters learn to hand what it hears to a frozen text model, which "
+        "answers in text. Two losses: <b>s2t</b>, how surprised the model is by the right answer, and <b>ctc</b>, how "
+        "well the sound is lined up with its words.",
+    ),
+    "t2c": (
+        "Stage II: turn text into speech units",
+        "A small decoder learns how a sentence sounds, as a sequence of discrete speech units. Its loss, <b>t2c</b>, "
+        "is its surprise at the right next unit. It becomes the teacher of Stage III.",
+    ),
+    "echo": (
+        "Stage III: speak from what the model thinks",
+        "The Echo decoder learns to make the same units from the text model's inner states instead of its words, so "
+        "that speech comes from meaning. <b>echo</b> compares with what the teacher would say, <b>denoising</b> keeps "
+        "the inner states close to the words, <b>s2t</b> keeps Stage I alive.",
+    ),
+}
+COLUMNS = (
+    (
+        "text_llm_acc",
+        "text model",
+        "Share of the questions the text model answers right when it may read them: the ceiling.",
+    ),
+    ("s2t_acc", "S2T", "Share answered right in text when the question is heard."),
+    ("s2s_acc", "S2S", "Share answered right aloud, as an independent speech recogniser hears the answer."),
+    ("retention", "retention", "S2S divided by S2T: how much of what was known survived being spoken."),
+    (
+        "wer",
+        "WER",
+        "Word error rate. Questions: the recogniser's transcript against the model's own text, so pure speech "
+        "quality. Transcription sets: the model's text against what was said. Lower is better.",
+    ),
+    ("n", "n", "Number of items."),
+)
+SETS = {
+    "sqa-heldout-phrasing": "phrasings and voices never heard in training, about facts that were",
+    "sqa-heldout-knowledge": "countries whose facts are in no training sample: only the text model itself can know",
+    "asr-heldout-real": "recordings of real people, to be transcribed",
+}
+_SHOWN_CURVES = ("loss/", "valid/loss/")
+_CSS = """
+:root{color-scheme:light dark;--line:#8884;--soft:#8882;--good:#1a7f37;--bad:#b35900}
+body{font:16px/1.55 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem}
+h1{margin-bottom:.2rem}h2{margin-top:2.4rem;border-bottom:1px solid var(--line)}h3{margin-bottom:.3rem}
+table{border-collapse:collapse;margin:1rem 0;width:100%}
+th,td{padding:.35rem .7rem;text-align:right;border-bottom:1px solid var(--line);font-variant-numeric:tabular-nums}
+th:first-child,td:first-child{text-align:left}
+td small,.soft{opacity:.75}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem}dt{font-weight:600}dd{margin:0}
+.curve{max-width:100%;height:auto;background:#fff;border-radius:6px}
+.sample{border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem;margin:.8rem 0}
+.sample p{margin:.2rem 0}.ok{border-left:5px solid var(--good)}.wrong{border-left:5px solid var(--bad)}
+.mark{float:right;font-weight:600}.ok .mark{color:var(--good)}.wrong .mark{color:var(--bad)}
+audio{height:2.2rem;width:100%;max-width:26rem;display:block}
+.three{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:1rem}
+"""
+
+
+def write_report(
+    path: Path,
+    result: Mapping[str, Any],
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    samples: Sequence[Mapping[str, Any]],
+) -> Path:
+    """Write the report; the file needs nothing beside it.
+
+    Args:
+        path: the HTML file.
+        result: what `result.json` holds: `sets` (name to the columns above), and where known `phases`, `reused`,
+            `peak_memory_gib`, `resynthesis_wer`, `original_wer`. Shares are between 0 and 1.
+        curves: stage to rows of `step` and metrics; names that start with `loss/` or `valid/loss/` are drawn.
+        samples: `question_text`, `question_wav`, `answer_text`, `answer_wav`, `reference_text`, `reference_wav`,
+            `judged_text`, `ok`, and where known `set`; WAV entries are bytes or None.
+
+    Returns:
+        The path.
+    """
+    parts = [
+        "<h1>EchoX: speech in, speech out</h1>",
+        "<p>A text language model was taught to hear questions and to answer them aloud, in three training stages. "
+        "This page shows how the training went, how well the result does on questions it has never heard, and what it "
+        "sounds like.</p>",
+        _results(result),
+        _curves(curves),
+        _samples(samples),
+        _costs(result),
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>EchoX report</title>'
+        f"<style>{_CSS}</style></head>\n<body>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _results(result: Mapping[str, Any]) -> str:
+    sets: Mapping[str, Mapping[str, Any]] = result.get("sets", {})
+    if not sets:
+        return ""
+    head = "".join(f"<th>{label}</th>" for _, label, _ in COLUMNS)
+    rows = []
+    for name, scores in sets.items():
+        about = f"<br><small>{html.escape(SETS[name])}</small>" if name in SETS else ""
+        cells = "".join(f"<td>{_cell(key, scores.get(key))}</td>" for key, _, _ in COLUMNS)
+        rows.append(f"<tr><td>{html.escape(name)}{about}</td>{cells}</tr>")
+    meanings = "".join(f"<dt>{label}</dt><dd>{meaning}</dd>" for _, label, meaning in COLUMNS)
+    return (
+        f"<h2>Results on held-out sets</h2><table><tr><th>set</th>{head}</tr>{''.join(rows)}</table>"
+        f"{_ceiling(result)}<h3>What the columns mean</h3><dl>{meanings}</dl>"
+    )
+
+
+def _ceiling(result: Mapping[str, Any]) -> str:
+    again, original = result.get("resynthesis_wer"), result.get("original_wer")
+    if again is None or original is None:
+        return ""
+    return (
+        f"<p><b>How well units can be spoken at all.</b> The true units of held-out sentences, spoken again by the "
+        f"vocoder, have a word error rate of <b>{_percent(again)}</b>; the original recordings have "
+        f"<b>{_percent(original)}</b> under the same recogniser. No model that speaks through these units can be "
+        f"clearer than the first number.</p>"
+    )
+
+
+def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    parts = []
+    for stage, rows in curves.items():
+        title, about = STAGES.get(stage, (stage, ""))
+        names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(_SHOWN_CURVES)))
+        picture = _plot(rows, names) if names else ""
+        table = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{_number(first)}</td><td>{_number(last)}</td></tr>"
+            for name in names
+            for first, last in [_ends(rows, name)]
+        )
+        shown = (
+            f'<img class="curve" alt="loss curves of {html.escape(stage)}" src="data:image/png;base64,{picture}">'
+            f"<table><tr><th>loss</th><th>first</th><th>last</th></tr>{table}</table>"
+            if picture
+            else '<p class="soft">No metrics were recorded.</p>'
+        )
+        parts.append(f"<h3>{html.escape(title)}</h3><p>{about}</p>{shown}")
+    return f"<h2>The three stages of training</h2>{''.join(parts)}" if parts else ""
+
+
+def _plot(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
+    """The curves as a PNG in base64; training thin, validation marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+        if not points:
+            continue
+        valid = name.startswith("valid/")
+        axes.plot(
+            *zip(*points, strict=True), label=name, lw=1.3, ls="--" if valid else "-", marker="o" if valid else None
+        )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    if not samples:
+        return ""
+    parts = []
+    for sample in samples:
+        right = bool(sample["ok"])
+        where = f'<span class="soft">{html.escape(str(sample["set"]))}</span> ' if sample.get("set") else ""
+        columns = [
+            ("Question", sample["question_text"], sample.get("question_wav")),
+            ("The model's answer", sample["answer_text"], sample.get("answer_wav")),
+            ("Reference", sample["reference_text"], sample.get("reference_wav")),
+        ]
+        cells = "".join(
+            f"<div><h4>{title}</h4><p>{html.escape(str(text or ''))}</p>{_player(wav)}</div>"
+            for title, text, wav in columns
+        )
+        heard = sample.get("judged_text")
+        judged = f"<p>The recogniser heard: <i>{html.escape(heard)}</i></p>" if heard else ""
+        verdict = "right" if right else "wrong"
+        parts.append(
+            f'<div class="sample {"ok" if right else "wrong"}"><span class="mark">{verdict}</span>'
+            f'{where}<div class="three">{cells}</div>{judged}</div>'
+        )
+    return f"<h2>Listen</h2><p>Held-out items, spread over each set, mistakes included.</p>{''.join(parts)}"
+
+
+def _player(wav: bytes | None) -> str:
+    if not wav:
+        return ""
+    return f'<audio controls preload="none" src="data:audio/wav;base64,{base64.b64encode(wav).decode()}"></audio>'
+
+
+def _costs(result: Mapping[str, Any]) -> str:
+    phases: Mapping[str, float] = result.get("phases", {})
+    if not phases:
+        return ""
+    reused = set(result.get("reused", ()))
+    note = {name: " <small>(reused)</small>" if name in reused else "" for name in phases}
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}{note[name]}</td><td>{seconds:.1f} s</td></tr>" for name, seconds in phases.items()
+    )
+    peak = result.get("peak_memory_gib")
+    memory = f"<p>Most memory held at once by all processes: <b>{peak:.1f} GiB</b>.</p>" if peak else ""
+    total = f"<tr><td><b>in all</b></td><td><b>{sum(phases.values()):.1f} s</b></td></tr>"
+    return f"<h2>What it took</h2><table><tr><th>phase</th><th>time</th></tr>{rows}{total}</table>{memory}"
+
+
+def _ends(rows: Sequence[Mapping[str, float]], name: str) -> tuple[float | None, float | None]:
+    values = [row[name] for row in rows if name in row]
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    return str(int(value)) if key == "n" else f"{float(value):.2f}" if key == "retention" else _percent(value)
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * float(value):.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,124 @@
+"""Speech in, text out: the speech front end spliced into the prompt of a LoRA-tuned causal LM."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from echox.models.rows import JoinedRows, gather_rows, join_rows, positions
+from echox.models.speech import SpeechFrontEnd, SpeechOutput
+
+
+class S2TOutput(NamedTuple):
+    """One teacher-forced pass.
+
+    Attributes:
+        hidden_BRh: final-norm state that predicts each response token (U5: the state one position before it).
+        logits_BRV: text logits of the response positions only, float32.
+        speech: what the front end computed, with the CTC logits.
+    """
+
+    hidden_BRh: Tensor
+    logits_BRV: Tensor
+    speech: SpeechOutput
+
+
+class Generated(NamedTuple):
+    """Greedy text: token ids `[B, R]` padded with the end token, their mask without the end, and predicting states."""
+
+    tokens_BR: Tensor
+    mask_BR: Tensor
+    hidden_BRh: Tensor
+
+
+class S2TModel(nn.Module):
+    """Splice speech vectors into the prompt and run the LLM.
+
+    Args:
+        front_end: Whisper encoder and adapters.
+        llm: a Hugging Face causal LM, possibly wrapped by PEFT.
+    """
+
+    def __init__(self, front_end: SpeechFrontEnd, llm: nn.Module) -> None:
+        super().__init__()
+        self.front_end = front_end
+        self.llm = llm
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal LM below PEFT: its LoRA layers are already in place, its head can be called by itself."""
+        llm: Any = self.llm
+        return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Frozen text embeddings `[B, T, h]`."""
+        embedded: Tensor = self.causal_lm.get_input_embeddings()(tokens_BT)
+        return embedded
+
+    def head(self, hidden_BRh: Tensor) -> Tensor:
+        """Text logits in float32, computed only for the states given."""
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden_BRh)
+        return logits.float()
+
+    def prompt(self, speech: SpeechOutput, before_BP: Tensor, after_BQ: Tensor, after_mask_BQ: Tensor) -> list[Any]:
+        """Blocks and masks of the prompt: template, speech vectors, template."""
+        before = self.embed(before_BP)
+        blocks = [before, speech.speech_BVh.to(before.dtype), self.embed(after_BQ)]
+        return [blocks, [torch.ones_like(before_BP, dtype=torch.bool), speech.mask_BV, after_mask_BQ]]
+
+    def forward(self, batch: Any) -> S2TOutput:
+        """Teacher-forced pass over a `SpeechBatch`."""
+        speech = self.front_end(batch.mel_BMT, batch.frames_B)
+        hidden = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR)
+        return S2TOutput(hidden, self.head(hidden), speech)
+
+    def response_states(self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor) -> Tensor:
+        """States that predict each of `tokens_BR` after the spoken prompt: `[B, R, h]`."""
+        blocks, masks = self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ)
+        row = join_rows([*blocks, self.embed(tokens_BR)], [*masks, mask_BR])
+        hidden = self.causal_lm.model(
+            inputs_embeds=row.values_BLh, attention_mask=row.mask_BL.long(), use_cache=False
+        ).last_hidden_state
+        return gather_rows(hidden, (row.columns[3] - 1).clamp(min=0))
+
+    @torch.no_grad()
+    def generate(self, batch: Any, end_token: int, max_new: int, *, early_stop: bool = True) -> Generated:
+        """Greedy, KV-cached, batched decoding of the spoken prompt.
+
+        Args:
+            batch: a `SpeechBatch`; its response is not read.
+            end_token: id that ends a row.
+            max_new: most tokens a row may get.
+            early_stop: stop when all rows ended; off where every rank must make the same number of calls.
+        """
+        from transformers import DynamicCache
+
+        speech = self.front_end(batch.mel_BMT, batch.frames_B)
+        row = JoinedRows(
+            *join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
+        )
+        cache = DynamicCache(config=self.causal_lm.config)
+        inputs, mask, places = row.values_BLh, row.mask_BL, positions(row.mask_BL)
+        finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        tokens, states = [], []
+        for _ in range(max_new):
+            hidden = self.causal_lm.model(
+                inputs_embeds=inputs,
+                attention_mask=mask.long(),
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            token = self.head(hidden).argmax(-1).masked_fill(finished, end_token)
+            tokens.append(token)
+            states.append(hidden)
+            finished = finished | (token == end_token)
+            if early_stop and bool(finished.all()):  # host sync
+                break
+            inputs = self.embed(token[:, None])
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            places = places[:, -1:] + 1
+        tokens_BR = torch.stack(tokens, dim=1)
+        return Generated(tokens_BR, (tokens_BR != end_token).cumprod(1).bool(), torch.stack(states, dim=1))

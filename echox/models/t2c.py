@@ -1,0 +1,194 @@
+"""Text-to-codec decoder: a small Llama stack that reads text embeddings and writes unit-language words.
+
+The text table stays with the LLM and comes in as embeddings; only the unit table, the projection, the body and the head
+live here. The same class serves as Stage II model, frozen teacher and Echo decoder, whose text part is the Denoising
+Adapter's output (paper section 2, Eq. 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from echox.models.rows import JoinedRows, join_rows, positions
+
+
+class DecodedUnits(NamedTuple):
+    """Greedy words: ids `[N, M]`, True on words before the end (the end itself excluded), rows that did end."""
+
+    words_NM: Tensor
+    mask_NM: Tensor
+    ended_N: Tensor
+
+
+class T2CDecoder(nn.Module):
+    """Decoder-only LM over `[text part ; unit words]`.
+
+    Args:
+        words: U, the size of the unit language; class U ends a sequence, class U + 1 pads it.
+        text_width: h, the LLM's width, in which text and unit embeddings live.
+        width, layers, heads, ffn, max_positions: of the Llama body.
+        dropout: on the projected input while training.
+        text_classes: 0 for a head over units alone (U15), or the text vocabulary for the release's full head.
+    """
+
+    def __init__(
+        self,
+        *,
+        words: int,
+        text_width: int,
+        width: int,
+        layers: int,
+        heads: int,
+        ffn: int,
+        max_positions: int,
+        dropout: float = 0.0,
+        text_classes: int = 0,
+    ) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        super().__init__()
+        self.words = words
+        self.end = words
+        self.pad = words + 1
+        self.text_classes = text_classes
+        self.max_positions = max_positions
+        self.unit_embedding = nn.Embedding(words + 2, text_width)
+        nn.init.normal_(self.unit_embedding.weight, std=0.02)
+        self.projection = nn.Linear(text_width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.body = LlamaModel(
+            LlamaConfig(
+                vocab_size=1,
+                bos_token_id=None,
+                eos_token_id=None,
+                hidden_size=width,
+                intermediate_size=ffn,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                max_position_embeddings=max_positions,
+            )
+        )
+        self.body.embed_tokens = None  # type: ignore[assignment]  # inputs are always embeddings; an unused table would only weigh on checkpoints
+        self.head = nn.Linear(width, text_classes + words + 2, bias=False)
+
+    def scale_units(self, rms: float) -> None:
+        """Give the unit table the root mean square of the text table, so that both inputs weigh alike at the start."""
+        with torch.no_grad():
+            self.unit_embedding.weight.mul_(rms / 0.02)
+
+    def forward(self, text: JoinedRows, words_NM: Tensor, mask_NM: Tensor) -> Tensor:
+        """Teacher-forced logits.
+
+        Args:
+            text: text part, left-padded, `[N, T, h]`.
+            words_NM: target words; the end token is predicted after them and needs no column.
+            mask_NM: True on words.
+
+        Returns:
+            `[N, M + 1, classes]` float32: column m predicts word m, the one after a row's last word the end.
+        """
+        text_columns = text.values_BLh.shape[1]
+        inputs = torch.cat([text.values_BLh, self.unit_embedding(words_NM).to(text.values_BLh.dtype)], dim=1)
+        mask = torch.cat([text.mask_BL, mask_NM], dim=1)
+        hidden = self.body(
+            inputs_embeds=self.dropout(self.projection(inputs)),
+            attention_mask=mask.long(),
+            position_ids=positions(mask),
+            use_cache=False,
+        ).last_hidden_state
+        logits: Tensor = self.head(hidden[:, text_columns - 1 :])
+        return logits.float()
+
+    def loss(self, text: JoinedRows, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
+        logits = self(text, words_NM, mask_NM)
+        lengths_N = mask_NM.sum(1)
+        columns = torch.arange(words_NM.shape[1] + 1, device=words_NM.device)[None, :]
+        targets = F.pad(words_NM, (0, 1), value=self.end).masked_fill(columns >= lengths_N[:, None], self.end)
+        counted = (columns <= lengths_N[:, None]) & (weight_N[:, None] > 0)
+        losses = F.cross_entropy(logits.flatten(0, 1), (targets + self.text_classes).flatten(), reduction="none")
+        return (losses * counted.flatten()).sum(), counted.sum()
+
+    @torch.no_grad()
+    def greedy(self, text: JoinedRows, limit_N: Tensor) -> DecodedUnits:
+        """Greedy, KV-cached decoding of all rows at once.
+
+        Args:
+            text: text part, left-padded.
+            limit_N: most words each row may have before it counts as runaway (U20).
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.body.config)
+        inputs, mask, places = text.values_BLh, text.mask_BL, positions(text.mask_BL)
+        limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1])
+        longest = int(limit_N.max())  # host sync
+        finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        ended = finished
+        words = []
+        for step in range(longest + 1):
+            hidden = self.body(
+                inputs_embeds=self.projection(inputs),
+                attention_mask=mask.long(),
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            logits = self.head(hidden)[:, self.text_classes :].float()
+            logits[:, self.pad] = -torch.inf
+            word = logits.argmax(-1).masked_fill(finished, self.pad)
+            ended = ended | (word == self.end)
+            finished = finished | (word == self.end) | (limit_N <= step)
+            words.append(torch.where(finished, torch.full_like(word, self.pad), word))
+            if step % 4 == 3 and bool(finished.all()):  # host sync, every fourth step
+                break
+            inputs = self.unit_embedding(word[:, None]).to(text.values_BLh.dtype)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            places = places[:, -1:] + 1
+        words_NM = torch.stack(words, dim=1)
+        mask_NM = words_NM != self.pad
+        longest = max(int(mask_NM.sum(1).max()), 1)  # host sync
+        return DecodedUnits(words_NM[:, :longest], mask_NM[:, :longest], ended)
+
+
+class Teacher(nn.Module):
+    """The frozen T2C: its `forward` is the whole greedy decode.
+
+    One module call a step, whatever the rows' lengths: marked as a ZeRO-3 leaf, its weights are gathered once before
+    the loop, and ranks that decode different lengths still make the same calls.
+    """
+
+    def __init__(self, decoder: T2CDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor) -> DecodedUnits:
+        """Pseudo units of left-padded text parts, without gradient."""
+        return self.decoder.greedy(JoinedRows(text_BLh, mask_BL, []), limit_N)
+
+
+def text_part(prefix_Ph: Tensor, words_NTh: Tensor, mask_NT: Tensor, header_Qh: Tensor) -> JoinedRows:
+    """`[prefix ; words ; unit header]` left-padded, so that the first unit of every row stands in the same column."""
+    rows = len(words_NTh)
+    prefix = prefix_Ph.expand(rows, -1, -1).to(words_NTh.dtype)
+    header = header_Qh.expand(rows, -1, -1).to(words_NTh.dtype)
+    real = mask_NT.new_ones(rows, prefix.shape[1]), mask_NT.new_ones(rows, header.shape[1])
+    return join_rows([prefix, words_NTh, header], [real[0], mask_NT, real[1]], pad_left=True)
+
+
+def repeats(words_NM: Tensor, mask_NM: Tensor, *, longest_period: int = 4, times: int = 8) -> Tensor:
+    """True for rows in which some pattern of up to `longest_period` words repeats `times` times in a row (U20)."""
+    looping = torch.zeros(len(words_NM), dtype=torch.bool, device=words_NM.device)
+    for period in range(1, longest_period + 1):
+        window = period * (times - 1)
+        if words_NM.shape[1] < period + window:
+            break
+        same = (words_NM[:, period:] == words_NM[:, :-period]) & mask_NM[:, period:]
+        run = same.float().unfold(1, window, 1).sum(-1)
+        looping = looping | (run == window).any(1)
+    return looping

@@ -1,0 +1,1 @@
+"""Import and export of models: pinned downloads, foreign formats to ordinary Hugging Face folders; no training here."""

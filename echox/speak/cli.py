@@ -1,0 +1,50 @@
+"""`echox speak`: one spoken question in, one spoken answer out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "speak",
+        help="answer a spoken question with speech",
+        description="Answer a spoken question with speech: audio to text, text to units, units to audio.",
+        epilog="example: echox speak --question question.wav --out answer.wav --run runs/demo/demo-echo",
+    )
+    parser.add_argument("--question", type=Path, required=True, help="audio file; any rate and channel count")
+    parser.add_argument("--out", type=Path, required=True, help="WAV file to write")
+    parser.add_argument(
+        "--run",
+        dest="trained",
+        type=Path,
+        default=Path("runs/demo/demo-echo"),
+        help="run or checkpoint of the echo stage",
+    )
+    parser.add_argument(
+        "--vocoder", type=Path, help="vocoder folder; default: the demo's, below $ECHOX_CACHE/data/demo"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, answer, write."""
+    from echox.audio.io import SAMPLE_RATE, read_audio, write_audio
+    from echox.config.paths import cache_dir
+    from echox.evaluate.spoken import at_16k
+    from echox.speak.pipeline import SpeechToSpeech
+    from echox.speak.vocoder import load_vocoder
+
+    question = read_audio(args.question)
+    vocoder = load_vocoder(args.vocoder or cache_dir() / "data" / "demo" / "vocoder")
+    answer = SpeechToSpeech.load(args.trained).answer([question])[0]
+    wave = at_16k(vocoder([answer.units])[0], vocoder.sample_rate)
+    write_audio(args.out, wave)
+    result = {"text": answer.text, "out": str(args.out), "seconds": round(len(wave) / SAMPLE_RATE, 2)}
+    print(json.dumps(result) if args.json else f"{answer.text}\n{args.out} ({result['seconds']} s)")
+    return 0

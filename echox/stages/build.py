@@ -1,0 +1,126 @@
+"""From recipe sections and pretrained parts to the networks of each stage; sizes come from the parts themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from echox.config.schema import EchoConfig, ModelConfig, T2cConfig
+from echox.models.echo import DenoisingAdapter, TriggerRule
+from echox.models.s2t import S2TModel
+from echox.models.speech import AlignmentAdapter, CtcHead, ShrinkAdapter, SpeechFrontEnd, TrimmedWhisperEncoder
+from echox.models.t2c import T2CDecoder
+from echox.stages.echo import EchoStage
+from echox.stages.s2t import S2TStage
+from echox.stages.t2c import T2CStage
+
+
+def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, ctc_tokens: Tensor) -> S2TModel:
+    """Front end around a Whisper encoder, spliced into `llm` (PEFT-wrapped or plain; `causal_lm` is what it wraps)."""
+    config = causal_lm.config
+    width, heads = config.hidden_size, config.num_attention_heads
+    table = causal_lm.get_input_embeddings().weight
+    whisper = TrimmedWhisperEncoder(encoder)
+    alignment = AlignmentAdapter(
+        encoder_width=whisper.width,
+        width=width,
+        heads=model.alignment.heads or heads,
+        ffn=int(width * model.alignment.ffn_multiple),
+        stack=model.alignment.stack,
+        dropout=model.alignment.dropout,
+        frame_local=model.alignment.attention == "frame_local",
+    )
+    ctc_head = CtcHead(width, ctc_tokens, len(table))
+    shrink = ShrinkAdapter(
+        width=width,
+        heads=model.shrink.heads or heads,
+        dropout=model.shrink.dropout,
+        kept_keys_only=model.shrink.keys == "kept",
+    )
+    if table.device.type != "meta":
+        if model.ctc.init_from_llm:
+            ctc_head.init_from_table(table)
+        nn.init.constant_(shrink.norm.weight, float(rms(table)))  # speech vectors start at the scale of text ones
+    front_end = SpeechFrontEnd(whisper, alignment, ctc_head, shrink).to(table.dtype)
+    return S2TModel(front_end, llm)
+
+
+def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding) -> T2CDecoder:
+    """A T2C or Echo decoder for `words` unit-language words on the LLM's text table."""
+    table = text_table.weight
+    decoder = T2CDecoder(
+        words=words,
+        text_width=table.shape[1],
+        width=config.width,
+        layers=config.layers,
+        heads=config.heads,
+        ffn=config.ffn,
+        max_positions=config.max_positions,
+        dropout=config.dropout,
+        text_classes=len(table) if config.head == "full_vocab" else 0,
+    )
+    if table.device.type != "meta":
+        decoder.scale_units(float(rms(table)))
+    return decoder.to(table.dtype)
+
+
+def build_s2t_stage(model: ModelConfig, s2t: S2TModel) -> S2TStage:
+    """Stage I."""
+    return S2TStage(s2t, ctc_weight=model.ctc.weight, align_steps=model.ctc.align_steps)
+
+
+def build_t2c_stage(decoder: T2CDecoder, text_table: nn.Embedding, prefix: list[int], header: list[int]) -> T2CStage:
+    """Stage II on a frozen text table."""
+    text_table.requires_grad_(False)
+    return T2CStage(decoder, text_table, torch.tensor(prefix), torch.tensor(header))
+
+
+def build_echo_stage(
+    config: EchoConfig,
+    *,
+    s2t: S2TModel,
+    teacher: T2CDecoder,
+    echo: T2CDecoder,
+    prefix: list[int],
+    header: list[int],
+    stop_token: int,
+    end_token: int,
+) -> EchoStage:
+    """Stage III; freezes the speech adapters unless the recipe trains them."""
+    causal_lm = s2t.causal_lm
+    width = causal_lm.config.hidden_size
+    denoising = DenoisingAdapter(
+        width, config.denoising.ffn or causal_lm.config.intermediate_size, config.denoising.dropout
+    ).to(next(echo.parameters()).dtype)
+    adapters = (s2t.front_end.alignment, s2t.front_end.ctc_head, s2t.front_end.shrink)
+    for adapter in adapters:
+        adapter.requires_grad_(config.train_speech_adapters)
+    # No loss reads the CTC logits here: the head only shrinks.
+    s2t.front_end.ctc_head.requires_grad_(False)
+    rule = config.segmentation
+    return EchoStage(
+        s2t=s2t,
+        teacher=teacher,
+        echo=echo,
+        denoising=denoising,
+        prefix_P=torch.tensor(prefix),
+        header_Q=torch.tensor(header),
+        stop_row_h=causal_lm.get_output_embeddings().weight[stop_token].detach().clone(),
+        end_token=end_token,
+        pseudo_text=config.pseudo_text,
+        segment_mode=rule.mode,
+        segment_rule=TriggerRule(rule.min_tokens, rule.max_wait, rule.threshold, rule.look_ahead),
+        fixed_tokens=rule.fixed_tokens,
+        cap=config.denoising.cap if config.denoising.weighting == "dynamic_cap" else None,
+        fixed_weight=config.denoising.weight,
+        s2t_weight=config.s2t_weight,
+        units_per_token=config.units_per_token,
+        free_run_tokens=config.free_run_tokens,
+    )
+
+
+def rms(table: Tensor) -> Tensor:
+    """Root mean square of a table's elements."""
+    return table.detach().float().pow(2).mean().sqrt()

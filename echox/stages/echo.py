@@ -1,0 +1,174 @@
+"""Stage III: Echo training. One forward runs S2T model, frozen teacher and Echo path (paper section 2.3)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from echox.models.echo import DenoisingAdapter, TriggerRule, segment_rows, trigger_scores, trigger_segments
+from echox.models.s2t import S2TModel
+from echox.models.t2c import T2CDecoder, Teacher, repeats, text_part
+from echox.stages.s2t import speech_parameter_groups
+from echox.stages.terms import LossTerm, denoising_loss, text_loss
+from echox.stream.batch import SpeechBatch
+
+PseudoText = Literal["argmax_teacher_forced", "reference", "free_run"]
+SegmentMode = Literal["trigger", "none", "fixed"]
+
+
+class EchoStage(nn.Module):
+    """Trains LoRA, the Denoising Adapter and the Echo decoder against the teacher's greedy units.
+
+    Args:
+        s2t: trained S2T model; its speech adapters are frozen unless they require gradients.
+        teacher: frozen T2C.
+        echo: Echo decoder, initialised from the teacher's weights.
+        denoising: H to text embeddings.
+        prefix_P, header_Q: T2C template tokens.
+        stop_row_h: LM-head row of the full stop, the streaming trigger.
+        end_token: id that ends a response; it is never spoken.
+        pseudo_text: where X' comes from (U2).
+        segment_mode, segment_rule, fixed_tokens: how a response is cut (U3).
+        cap: ceiling of the denoising term's share of the echo loss, or None for `fixed_weight` (U1).
+        s2t_weight: weight of L_S2T (U4).
+        units_per_token: the teacher stops after `units_per_token * T + 32` words (U20).
+        free_run_tokens: tokens generated when X' is free-running.
+    """
+
+    prefix_P: Tensor
+    header_Q: Tensor
+    stop_row_h: Tensor
+
+    def __init__(
+        self,
+        *,
+        s2t: S2TModel,
+        teacher: T2CDecoder,
+        echo: T2CDecoder,
+        denoising: DenoisingAdapter,
+        prefix_P: Tensor,
+        header_Q: Tensor,
+        stop_row_h: Tensor,
+        end_token: int,
+        pseudo_text: PseudoText = "argmax_teacher_forced",
+        segment_mode: SegmentMode = "trigger",
+        segment_rule: TriggerRule | None = None,
+        fixed_tokens: int = 20,
+        cap: float | None = 0.2,
+        fixed_weight: float = 0.1,
+        s2t_weight: float = 1.0,
+        units_per_token: int = 12,
+        free_run_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        self.s2t = s2t
+        self.teacher = Teacher(teacher).requires_grad_(False)
+        self.echo = echo
+        self.denoising = denoising
+        self.register_buffer("prefix_P", prefix_P, persistent=False)
+        self.register_buffer("header_Q", header_Q, persistent=False)
+        self.register_buffer("stop_row_h", stop_row_h.float(), persistent=False)
+        self.end_token = end_token
+        self.pseudo_text = pseudo_text
+        self.segment_mode = segment_mode
+        self.segment_rule = segment_rule or TriggerRule()
+        self.fixed_tokens = fixed_tokens
+        self.cap = cap
+        self.fixed_weight = fixed_weight
+        self.s2t_weight = s2t_weight
+        self.units_per_token = units_per_token
+        self.free_run_tokens = free_run_tokens
+        self._adapters_train = any(p.requires_grad for p in s2t.front_end.parameters())
+        self._last: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> EchoStage:
+        """Switch the mode; teacher, encoder and frozen speech adapters stay in eval."""
+        super().train(mode)
+        self.teacher.eval()
+        frozen = self.s2t.front_end.encoder if self._adapters_train else self.s2t.front_end
+        frozen.eval()
+        return self
+
+    def zero_leaf_modules(self) -> list[nn.Module]:
+        """Modules that ZeRO-3 gathers whole before their forward."""
+        return [self.teacher]
+
+    def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
+        """Named losses of one micro-batch: `s2t`, `echo`, `denoising`."""
+        out = self.s2t(batch)
+        counted_BR = batch.response_mask_BR & (batch.weight_B[:, None] > 0)
+        terms = {"s2t": text_loss(out.logits_BRV, batch.response_BR, counted_BR)}
+
+        hidden, text_BR, spoken_BR = self._own_text(batch, out.hidden_BRh, out.logits_BRV)
+        rows = segment_rows(self.segments(hidden, spoken_BR), spoken_BR)
+        weight_N = batch.weight_B[rows.owner_N] * rows.mask_NT.any(1)
+        prefix, header, text_BRh = self._embeddings(text_BR)
+
+        asked = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header)
+        limit_N = rows.mask_NT.sum(1) * self.units_per_token + 32
+        pseudo = self.teacher(asked.values_BLh, asked.mask_BL, limit_N)
+        usable_N = pseudo.ended_N & ~repeats(pseudo.words_NM, pseudo.mask_NM)
+
+        adapted_BRh = self.denoising(hidden)
+        heard = text_part(prefix, rows.scatter(adapted_BRh), rows.mask_NT, header)
+        terms["echo"] = LossTerm(*self.echo.loss(heard, pseudo.words_NM, pseudo.mask_NM, weight_N * usable_N))
+        terms["denoising"] = denoising_loss(adapted_BRh, text_BRh, spoken_BR & (batch.weight_B[:, None] > 0))
+        self._last = {
+            "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
+            "teacher/words_per_segment": pseudo.mask_NM.sum() / weight_N.sum().clamp(min=1),
+            "teacher/segments_per_sample": weight_N.sum() / batch.weight_B.sum().clamp(min=1),
+        }
+        return terms
+
+    def _own_text(self, batch: SpeechBatch, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """H, X' and the mask of spoken positions: before the end token, one state for each token."""
+        if self.pseudo_text == "free_run":
+            own = self.s2t.generate(batch, self.end_token, self.free_run_tokens, early_stop=False)
+            speech = self.s2t.front_end(batch.mel_BMT, batch.frames_B)
+            hidden = self.s2t.response_states(speech, batch, own.tokens_BR, own.mask_BR)
+            return hidden, own.tokens_BR, own.mask_BR
+        is_own = self.pseudo_text == "argmax_teacher_forced"
+        text_BR = logits.detach().argmax(-1) if is_own else batch.response_BR
+        spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
+        return hidden, text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool()
+
+    @torch.no_grad()
+    def segments(self, hidden_BRh: Tensor, spoken_BR: Tensor) -> Tensor:
+        """Segment number of each response position `[B, R]`."""
+        if self.segment_mode == "none":
+            return torch.zeros_like(spoken_BR, dtype=torch.long)
+        if self.segment_mode == "fixed":
+            return (spoken_BR.long().cumsum(1) - 1).clamp(min=0) // self.fixed_tokens
+        return trigger_segments(trigger_scores(hidden_BRh, self.stop_row_h), spoken_BR, self.segment_rule)
+
+    def _embeddings(self, text_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix, header and text from the frozen table in one look-up: under ZeRO-3 each call gathers the table."""
+        ids = torch.cat([self.prefix_P, self.header_Q, text_BR.flatten()])
+        prefix, header, text = self.s2t.embed(ids).split([len(self.prefix_P), len(self.header_Q), text_BR.numel()])
+        return prefix, header, text.view(*text_BR.shape, -1)
+
+    def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
+        """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""
+        if self.cap is None:
+            return {"s2t": self.s2t_weight, "echo": 1.0, "denoising": self.fixed_weight}
+        ceiling = self.cap * means["echo"]
+        scaled = ceiling / means["denoising"].clamp(min=1e-8)
+        capped = torch.where(means["denoising"] > ceiling, scaled, torch.ones_like(scaled))
+        return {"s2t": self.s2t_weight, "echo": 1.0, "denoising": capped}
+
+    def known_counts(self, batch: SpeechBatch) -> dict[str, int]:
+        """Only the text loss: how much is spoken is known after the teacher decoded."""
+        return {"s2t": int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())}
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Learning-rate group of every trainable parameter."""
+        groups = speech_parameter_groups(self)
+        for part in ("denoising", "echo"):
+            groups[part] = [n for n, p in self.named_parameters() if p.requires_grad and n.startswith(f"{part}.")]
+        return groups
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Teacher statistics of the last forward."""
+        return self._last

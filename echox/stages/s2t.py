@@ -1,0 +1,75 @@
+"""Stage I: speech to text. CE on the response plus weighted CTC on the transcript; CTC alone at first (U26)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from echox.models.s2t import S2TModel
+from echox.stages.terms import LossTerm, ctc_loss, text_loss
+from echox.stream.batch import SpeechBatch
+
+
+class S2TStage(nn.Module):
+    """Trains alignment adapter, CTC head, shrink adapter and LoRA.
+
+    Args:
+        s2t: the model.
+        ctc_weight: weight of CTC beside the text loss.
+        align_steps: first optimizer steps that compute CTC alone and never run the LLM.
+    """
+
+    def __init__(self, s2t: S2TModel, *, ctc_weight: float, align_steps: int) -> None:
+        super().__init__()
+        self.s2t = s2t
+        self.ctc_weight = ctc_weight
+        self.align_steps = align_steps
+
+    def train(self, mode: bool = True) -> S2TStage:
+        """Switch the mode; the frozen encoder stays in eval."""
+        super().train(mode)
+        self.s2t.front_end.encoder.eval()
+        return self
+
+    def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
+        """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
+        if 0 <= batch.step < self.align_steps:
+            _, logits, frames_B = self.s2t.front_end.align(batch.mel_BMT, batch.frames_B)
+            return {"ctc": self._ctc(logits, frames_B, batch)}
+        out = self.s2t(batch)
+        mask = batch.response_mask_BR & (batch.weight_B[:, None] > 0)
+        return {
+            "s2t": text_loss(out.logits_BRV, batch.response_BR, mask),
+            "ctc": self._ctc(out.speech.ctc_logits_BTC, out.speech.frames_B, batch),
+        }
+
+    def _ctc(self, logits: Tensor, frames_B: Tensor, batch: SpeechBatch) -> LossTerm:
+        classes = self.s2t.front_end.ctc_head.classes(batch.transcript_BC)
+        return ctc_loss(logits, frames_B, classes, batch.transcript_lengths_B, batch.weight_B)
+
+    def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
+        """CTC counts in full while it is the only loss."""
+        return {"s2t": 1.0, "ctc": 1.0 if 0 <= step < self.align_steps else self.ctc_weight}
+
+    def known_counts(self, batch: SpeechBatch) -> dict[str, int]:
+        """Token counts that the batch alone tells."""
+        counts = {"ctc": int((batch.transcript_lengths_B * batch.weight_B).sum())}
+        if not 0 <= batch.step < self.align_steps:
+            counts["s2t"] = int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())
+        return counts
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """Learning-rate group of every trainable parameter."""
+        return speech_parameter_groups(self)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Nothing beyond the losses."""
+        return {}
+
+
+def speech_parameter_groups(stage: nn.Module) -> dict[str, list[str]]:
+    """`adapters` and `lora` groups of the S2T model's trainable parameters."""
+    groups: dict[str, list[str]] = {"adapters": [], "lora": []}
+    for name, parameter in stage.named_parameters():
+        if parameter.requires_grad and name.startswith("s2t."):
+            groups["lora" if name.startswith("s2t.llm.") else "adapters"].append(name)
+    return {group: names for group, names in groups.items() if names}

@@ -1,0 +1,59 @@
+"""Stage II: text to codec. CE on unit-language words and the end token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from echox.models.rows import JoinedRows
+from echox.models.t2c import T2CDecoder, text_part
+from echox.stages.terms import LossTerm
+from echox.stream.batch import UnitBatch
+
+
+class T2CStage(nn.Module):
+    """Trains the T2C decoder on the LLM's frozen text table.
+
+    Args:
+        t2c: the decoder.
+        text_table: the LLM's input embeddings, frozen.
+        prefix_P, header_Q: template tokens before the text and between text and units.
+    """
+
+    prefix_P: Tensor
+    header_Q: Tensor
+
+    def __init__(self, t2c: T2CDecoder, text_table: nn.Embedding, prefix_P: Tensor, header_Q: Tensor) -> None:
+        super().__init__()
+        self.t2c = t2c
+        self.text_table = text_table
+        self.register_buffer("prefix_P", prefix_P, persistent=False)
+        self.register_buffer("header_Q", header_Q, persistent=False)
+
+    def text(self, text_BT: Tensor, mask_BT: Tensor) -> JoinedRows:
+        """Left-padded text part of the sequence."""
+        # One look-up for all three: under ZeRO-3 each call of the table gathers it.
+        ids = torch.cat([self.prefix_P, self.header_Q, text_BT.flatten()])
+        prefix, header, words = self.text_table(ids).split([len(self.prefix_P), len(self.header_Q), text_BT.numel()])
+        return text_part(prefix, words.view(*text_BT.shape, -1), mask_BT, header)
+
+    def forward(self, batch: UnitBatch) -> dict[str, LossTerm]:
+        """Named losses of one micro-batch: `t2c`."""
+        text = self.text(batch.text_BT, batch.text_mask_BT)
+        return {"t2c": LossTerm(*self.t2c.loss(text, batch.words_BM, batch.words_mask_BM, batch.weight_B))}
+
+    def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
+        """One loss, weight one."""
+        return {"t2c": 1.0}
+
+    def known_counts(self, batch: UnitBatch) -> dict[str, int]:
+        """Words and one end token for every sample that counts."""
+        return {"t2c": int(((batch.words_mask_BM.sum(1) + 1) * batch.weight_B).sum())}
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        """All of the decoder learns at one rate."""
+        return {"t2c": [name for name, parameter in self.named_parameters() if parameter.requires_grad]}
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Nothing beyond the loss."""
+        return {}

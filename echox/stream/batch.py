@@ -1,0 +1,84 @@
+"""What a stage's `forward` receives: tensors of one micro-batch, padded, with masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Common part of all micro-batches.
+
+    Attributes:
+        ids: sample ids, in row order.
+        step: optimizer step the batch belongs to; -1 outside training.
+        weight_B: 1 for a sample that counts, 0 for a row that only fills the batch.
+    """
+
+    ids: list[str]
+    step: int
+    weight_B: Tensor
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on `device`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(kw_only=True)
+class SpeechBatch(Batch):
+    """Spoken turns for the S2T and Echo stages.
+
+    Attributes:
+        mel_BMT, frames_B: log-mel and its real frames (margin included).
+        before_BP: prompt tokens before the audio, the same for every row.
+        after_BQ, after_mask_BQ: prompt tokens after the audio.
+        response_BR, response_mask_BR: target text with its end token.
+        transcript_BC, transcript_lengths_B: what the audio says, for CTC.
+    """
+
+    mel_BMT: Tensor
+    frames_B: Tensor
+    before_BP: Tensor
+    after_BQ: Tensor
+    after_mask_BQ: Tensor
+    response_BR: Tensor
+    response_mask_BR: Tensor
+    transcript_BC: Tensor
+    transcript_lengths_B: Tensor
+
+    def stats(self) -> dict[str, float]:
+        """Real and padded mel frames, and seconds of audio (100 mel frames a second)."""
+        frames = float((self.frames_B * self.weight_B).sum())
+        return {
+            "tokens": frames,
+            "positions": float(self.mel_BMT.shape[0] * self.mel_BMT.shape[2]),
+            "audio_s": frames / 100,
+        }
+
+
+@dataclass(kw_only=True)
+class UnitBatch(Batch):
+    """Text and its unit-language words for the T2C stage.
+
+    Attributes:
+        text_BT, text_mask_BT: text tokens, without template.
+        words_BM, words_mask_BM: unit-language words, without end token.
+    """
+
+    text_BT: Tensor
+    text_mask_BT: Tensor
+    words_BM: Tensor
+    words_mask_BM: Tensor
+
+    def stats(self) -> dict[str, float]:
+        """Real and padded positions of text and words."""
+        real = float(self.text_mask_BT.sum() + self.words_mask_BM.sum())
+        return {"tokens": real, "positions": float(self.text_mask_BT.numel() + self.words_mask_BM.numel())}

@@ -1,0 +1,277 @@
+"""`echox units` and `echox unit-language`: fit and apply both, on shard folders or folders of audio."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echox.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+MEMBER = "answer.flac"
+_SHOW_EVERY_S = 2.0
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register `echox units` and `echox unit-language`."""
+    _add_units(subparsers)
+    _add_unit_language(subparsers)
+
+
+def _command(subparsers: Any, name: str, help_text: str, example: str) -> Any:
+    return subparsers.add_parser(
+        name, help=help_text, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _add_units(subparsers: Any) -> None:
+    example = "echox units fit recordings/ units/ --model openai/whisper-base --layer 3 --clusters 500"
+    actions = _command(subparsers, "units", "speech to discrete units", example).add_subparsers(
+        dest="action", metavar="ACTION", required=True
+    )
+    fit = _command(actions, "fit", "fit k-means on frame features", example)
+    fit.add_argument("source", type=Path, help="folder of shards or of audio files")
+    fit.add_argument("folder", type=Path, help="where kmeans.npz goes")
+    fit.add_argument("--features", choices=["whisper", "hubert", "log_mel"], default="whisper", help="kind of frames")
+    fit.add_argument("--model", default="openai/whisper-base", help="model folder or name below $ECHOX_CACHE/models")
+    fit.add_argument("--layer", type=int, default=3, help="transformer block, from 1 (default: %(default)s)")
+    fit.add_argument("--clusters", type=int, default=500, help="number of units (default: %(default)s)")
+    fit.add_argument("--max-frames", type=int, default=400_000, help="most frames to fit on, 50 a second")
+    fit.add_argument("--seed", type=int, default=0)
+    _common(fit, run_units_fit)
+    extract = _command(
+        actions, "extract", "write the units of every recording as JSON lines", "echox units extract units/ recordings/"
+    )
+    extract.add_argument("units", type=Path, help="folder of kmeans.npz")
+    extract.add_argument("source", type=Path, help="folder of shards or of audio files")
+    extract.add_argument("--out", type=Path, help="file to write; default: standard output")
+    _common(extract, run_units_extract)
+
+
+def _add_unit_language(subparsers: Any) -> None:
+    example = "echox unit-language fit units.jsonl unit_language.json --clusters 500 --words 2000"
+    actions = _command(subparsers, "unit-language", "words of units", example).add_subparsers(
+        dest="action", metavar="ACTION", required=True
+    )
+    fit = _command(actions, "fit", "find the words and their probabilities", example)
+    fit.add_argument("units", type=Path, help="JSON lines of `echox units extract`, or a folder of shards")
+    fit.add_argument("language", type=Path, help="JSON file to write")
+    fit.add_argument("--clusters", type=int, required=True, help="number of units")
+    fit.add_argument("--words", type=int, default=7500, help="vocabulary, single units included (default: %(default)s)")
+    fit.add_argument("--order", type=int, choices=[1, 2], default=2, help="n of the n-gram (default: %(default)s)")
+    fit.add_argument("--max-word", type=int, default=4, help="most units a word (default: %(default)s)")
+    _common(fit, run_language_fit)
+    for name, verb, run in (("encode", "units to words", run_encode), ("decode", "words to units", run_decode)):
+        command = _command(
+            actions, name, f"{verb}, JSON lines in and out", f"echox unit-language {name} unit_language.json in.jsonl"
+        )
+        command.add_argument("language", type=Path, help="unit language file")
+        command.add_argument("input", type=Path, help="JSON lines, `-` for standard input")
+        command.add_argument("--out", type=Path, help="file to write; default: standard output")
+        _common(command, run)
+
+
+def _common(parser: Any, run: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def run_units_fit(args: argparse.Namespace) -> int:
+    """`echox units fit`."""
+    from echox.units.extract import fit_extractor
+    from echox.units.features import FeatureConfig
+
+    config = FeatureConfig(kind=args.features, model=args.model, layer=args.layer)
+    audio = [clip for _, clip in read_recordings(args.source)]
+    extractor = fit_extractor(
+        audio, config, args.clusters, seed=args.seed, max_frames=args.max_frames, progress=_Progress()
+    )
+    extractor.save(args.folder)
+    seconds = sum(map(len, audio)) / 16_000
+    _result(
+        args,
+        {"folder": str(args.folder), "clusters": extractor.n_units, "clips": len(audio), "audio_s": round(seconds, 1)},
+    )
+    return 0
+
+
+def run_units_extract(args: argparse.Namespace) -> int:
+    """`echox units extract`."""
+    from echox.units.extract import UnitExtractor
+
+    extractor = UnitExtractor.load(args.units)
+    names, audio = zip(*read_recordings(args.source), strict=True)
+    found = extractor.extract(audio, _Progress())
+    rows = [
+        {"id": name, "units": units.tolist(), "durations": durations.tolist()}
+        for name, (units, durations) in zip(names, found, strict=True)
+    ]
+    _write_lines(args, rows)
+    seconds = sum(map(len, audio)) / 16_000
+    rate = sum(len(row["units"]) for row in rows) / seconds
+    _result(args, {"clips": len(rows), "audio_s": round(seconds, 1), "units_per_s": round(rate, 2)})
+    return 0
+
+
+def run_language_fit(args: argparse.Namespace) -> int:
+    """`echox unit-language fit`."""
+    from echox.units.language import UnitLanguage
+
+    sequences = read_units(args.units)
+    language = UnitLanguage.fit(sequences, args.clusters, args.order, args.max_word, args.words, progress=_Progress())
+    language.save(args.language)
+    start = time.perf_counter()
+    words = sum(map(len, language.encode_batch(sequences)))
+    spent = time.perf_counter() - start
+    units = sum(map(len, sequences))
+    _result(
+        args,
+        {
+            "language": str(args.language),
+            "words": language.size,
+            "units_per_word": round(units / max(1, words), 3),
+            "units_per_s": round(units / spent),
+        },
+    )
+    return 0
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """`echox unit-language encode`."""
+    from echox.units.language import UnitLanguage
+
+    language = UnitLanguage.load(args.language)
+    rows = read_lines(args.input, "units")
+    encoded = language.encode_batch([row["units"] for row in rows])
+    _write_lines(args, [{**row, "words": words.tolist()} for row, words in zip(rows, encoded, strict=True)])
+    return 0
+
+
+def run_decode(args: argparse.Namespace) -> int:
+    """`echox unit-language decode`."""
+    from echox.units.language import UnitLanguage
+
+    language = UnitLanguage.load(args.language)
+    rows = read_lines(args.input, "words")
+    _write_lines(args, [{**row, "units": language.decode(row["words"])} for row in rows])
+    return 0
+
+
+def read_recordings(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Name and waveform of every recording below a folder: members of its shards, or audio files.
+
+    Raises:
+        DataError: no recording there, or one that cannot be decoded.
+    """
+    from echox.audio.io import read_audio
+    from echox.stream.index import ShardFolder
+
+    empty = True
+    if (source / "dataset.json").is_file():
+        for sample in ShardFolder.open(source).samples:
+            if MEMBER in sample.members:
+                empty = False
+                yield sample.key, read_audio(sample.read(MEMBER))
+    else:
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                empty = False
+                yield str(path.relative_to(source) if source.is_dir() else path), read_audio(path)
+    if empty:
+        raise DataError(
+            "No recordings found",
+            where=str(source),
+            fix=f"Name a folder of shards with {MEMBER}, or of {', '.join(AUDIO_SUFFIXES)} files.",
+        )
+
+
+def read_units(source: Path) -> list[NDArray[np.int64]]:
+    """Unit sequences of a shard folder's `answer.units`, or of JSON lines.
+
+    Raises:
+        DataError: none there, or unreadable ones.
+    """
+    import numpy as np
+
+    from echox.stream.index import ShardFolder
+
+    if source.is_dir():
+        samples = [sample for sample in ShardFolder.open(source).samples if "answer.units" in sample.members]
+        found = [np.frombuffer(sample.read("answer.units"), dtype="<u2").astype(np.int64) for sample in samples]
+    else:
+        found = [np.asarray(row["units"], dtype=np.int64) for row in read_lines(source, "units")]
+    if not found:
+        raise DataError("No unit sequences found", where=str(source), fix="Make them with `echox units extract`.")
+    return found
+
+
+def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
+    """JSON objects, one a line, each with a list of integers under `key`.
+
+    Raises:
+        DataError: a line that is something else, with its number.
+    """
+    try:
+        lines = (sys.stdin.read() if str(path) == "-" else path.read_text()).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read the lines: {error}", where=str(path), fix="Name a file of JSON lines.") from error
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not all(isinstance(item, int) for item in row[key]):
+                raise ValueError(f"{key} holds something other than integers")
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"Line {number} is not an object with a list of integers under {key!r}: {error}",
+                where=str(path),
+                fix="Use the output of `echox units extract`.",
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _write_lines(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+def _result(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """The outcome: on standard output, or on standard error where that holds the lines asked for."""
+    stream = sys.stderr if "out" in args and args.out is None else sys.stdout
+    line = ", ".join(f"{key} {value}" for key, value in result.items())
+    print(json.dumps(result) if args.json else line, file=stream)
+
+
+class _Progress:
+    """One line on standard error every two seconds and at the end of each task, with rate and time left."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._start = self._shown = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._start, self._shown = what, now, 0.0
+        if now - self._shown < _SHOW_EVERY_S and done < total:
+            return
+        self._shown = now
+        rate = done / max(now - self._start, 1e-9)
+        left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if done and now > self._start else ""
+        print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,198 @@
+"""Frame features that units are made of, at 50 frames a second: a Whisper or HuBERT layer, or log-mel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+from echox.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    Floats = NDArray[np.float32]
+
+FRAME_RATE = 50.0
+"""Frames a second."""
+HOP = 320
+"""Samples a frame at 16 kHz."""
+_RATE = 16_000
+_PIECE_S = 28
+_BATCH_S = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """What a frame is.
+
+    Attributes:
+        kind: "whisper" or "hubert" (any HuBERT or mHuBERT in transformers' layout), or "log_mel".
+        model: model folder, or its name below the cache; unused for log_mel.
+        layer: output of which transformer block, counted from 1; unused for log_mel.
+    """
+
+    kind: Literal["whisper", "hubert", "log_mel"] = "whisper"
+    model: str = "openai/whisper-base"
+    layer: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("whisper", "hubert", "log_mel") or self.layer < 1:
+            raise DataError(
+                f"No features of kind {self.kind!r}, layer {self.layer}",
+                fix="Use whisper, hubert or log_mel, and a layer from 1.",
+            )
+
+
+class FrameFeatures(Protocol):
+    """Waveforms to frames."""
+
+    config: FeatureConfig
+    frame_rate: float
+
+    def __call__(self, audio: Sequence[Floats]) -> list[Floats]:
+        """float32 [frames, features] of each 16 kHz mono clip; frames = ceil(samples / 320), HuBERT one less."""
+        ...
+
+
+def load_features(config: FeatureConfig) -> FrameFeatures:
+    """Open the feature extractor a configuration names.
+
+    Raises:
+        MissingModelError: no such model folder.
+        DataError: the model has fewer layers.
+    """
+    if config.kind == "log_mel":
+        return LogMelFeatures(config)
+    return WhisperFeatures(config) if config.kind == "whisper" else HubertFeatures(config)
+
+
+class LogMelFeatures:
+    """80 log-mel bands, two frames of 10 ms stacked: 160 features."""
+
+    frame_rate = FRAME_RATE
+
+    def __init__(self, config: FeatureConfig) -> None:
+        from echox.audio.features import LogMel
+
+        self.config = config
+        self._log_mel = LogMel(80, input_mode="trim")
+
+    def __call__(self, audio: Sequence[Floats]) -> list[Floats]:
+        """float32 [frames, 160] of each clip."""
+
+        def stacked(audio_BN: Tensor, lengths_B: Tensor) -> Tensor:
+            mel_BMT, _ = self._log_mel(audio_BN, lengths_B)
+            batch, _, time = mel_BMT.shape
+            frames_BTD: Tensor = mel_BMT.transpose(1, 2).reshape(batch, time // 2, -1)
+            return frames_BTD
+
+        return _in_batches(audio, stacked)
+
+
+class WhisperFeatures:
+    """Hidden states of one layer of a Whisper encoder on input trimmed to the clip and half a second of silence."""
+
+    frame_rate = FRAME_RATE
+
+    def __init__(self, config: FeatureConfig) -> None:
+        import torch
+        from transformers import WhisperModel
+
+        from echox.audio.features import LogMel
+        from echox.models.speech import TrimmedWhisperEncoder
+
+        self.config = config
+        encoder = WhisperModel.from_pretrained(_folder(config), dtype=torch.float32).encoder.eval()
+        _check_layer(config, len(encoder.layers))
+        encoder.layers = encoder.layers[: config.layer]
+        # The last LayerNorm belongs to the full encoder's output.
+        encoder.layer_norm = torch.nn.Identity()
+        self._encoder = TrimmedWhisperEncoder(encoder)
+        self._log_mel = LogMel(encoder.config.num_mel_bins, input_mode="trim", stack=1)
+
+    def __call__(self, audio: Sequence[Floats]) -> list[Floats]:
+        """float32 [frames, width] of each clip."""
+
+        def encoded(audio_BN: Tensor, lengths_B: Tensor) -> Tensor:
+            features_BTD: Tensor = self._encoder(*self._log_mel(audio_BN, lengths_B))[0]
+            return features_BTD
+
+        return _in_batches(audio, encoded)
+
+
+class HubertFeatures:
+    """Hidden states of one layer of a HuBERT, clip by clip: its first group norm would see a batch's padding."""
+
+    frame_rate = FRAME_RATE
+
+    def __init__(self, config: FeatureConfig) -> None:
+        import torch
+        from transformers import HubertModel
+
+        self.config = config
+        self._model: nn.Module = HubertModel.from_pretrained(_folder(config), dtype=torch.float32).eval()
+        _check_layer(config, int(self._model.config.num_hidden_layers))
+
+    def __call__(self, audio: Sequence[Floats]) -> list[Floats]:
+        """float32 [frames, width] of each clip; a clip shorter than 25 ms is padded to one frame."""
+        import torch
+
+        frames: list[Floats] = []
+        with torch.no_grad():
+            for clip in audio:
+                padded = np.pad(clip, (0, max(0, 400 - len(clip))))
+                states = self._model(torch.from_numpy(padded)[None], output_hidden_states=True).hidden_states
+                frames.append(states[self.config.layer][0].numpy())
+        return frames
+
+
+def _folder(config: FeatureConfig) -> str:
+    from echox.config.paths import resolve_model
+
+    return str(resolve_model(config.model))
+
+
+def _check_layer(config: FeatureConfig, layers: int) -> None:
+    if config.layer > layers:
+        raise DataError(
+            f"Layer {config.layer} of {config.model} does not exist, it has {layers}", fix="Name a layer from 1 on."
+        )
+
+
+class _Encode(Protocol):
+    def __call__(self, audio_BN: Tensor, lengths_B: Tensor) -> Tensor: ...
+
+
+def _in_batches(audio: Sequence[Floats], encode: _Encode) -> list[Floats]:
+    """Run `encode` on pieces of at most 28 s, batched by similar length up to a minute, and join them again."""
+    import torch
+
+    size = _PIECE_S * _RATE
+    pieces = [(owner, clip[at : at + size]) for owner, clip in enumerate(audio) for at in range(0, len(clip), size)]
+    done: list[Floats | None] = [None] * len(pieces)
+    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index][1]))
+    while order:
+        count = 1
+        while count < len(order) and (count + 1) * len(pieces[order[count]][1]) <= _BATCH_S * _RATE:
+            count += 1
+        batch, order = order[:count], order[count:]
+        lengths_B = torch.tensor([len(pieces[index][1]) for index in batch])
+        audio_BN = torch.zeros(len(batch), int(lengths_B.max()))
+        for row, index in enumerate(batch):
+            clip = pieces[index][1]
+            audio_BN[row, : len(clip)] = torch.from_numpy(np.ascontiguousarray(clip, dtype=np.float32))
+        with torch.no_grad():
+            features_BTD = encode(audio_BN, lengths_B)
+        for row, index in enumerate(batch):
+            done[index] = features_BTD[row, : -(-len(pieces[index][1]) // HOP)].numpy().copy()
+    joined: list[list[Floats]] = [[] for _ in audio]
+    for (owner, _), frames in zip(pieces, done, strict=True):
+        assert frames is not None
+        joined[owner].append(frames)
+    if any(not parts for parts in joined):
+        raise DataError("An empty clip has no frames", fix="Leave out recordings without sound.")
+    return [np.concatenate(parts) for parts in joined]

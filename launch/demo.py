@@ -1,0 +1,435 @@
+"""`python -m launch.demo`: from an empty cache to a model that answers speech with speech, and a report of it.
+
+Models, corpus, units, a Ray head, the three stages through Ray's job API, evaluation, report. What an earlier run has
+done is reused. Every process started here is stopped here, also on Ctrl-C, and no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from echox.config.load import load_recipe
+from echox.config.paths import cache_dir, project_root
+from echox.errors import EchoXError
+from launch import cluster, done, places
+from launch.follow import follow
+from launch.phases import MemoryWatch, Phases
+
+if TYPE_CHECKING:
+    from echox.config.schema import Recipe
+    from launch.submit import Jobs
+
+STAGES = ("s2t", "t2c", "echo")
+QUICK = {
+    "s2t": ("optim.steps=3", "model.ctc.align_steps=1"),
+    "t2c": ("optim.steps=3",),
+    "echo": ("optim.steps=2", "model.echo.units_per_token=2"),
+}
+QUICK_ALWAYS = ("optim.warmup_steps=1", "data.global_batch=4", "data.micro_batch=2")
+QUICK_LIMIT = 12
+QUICK_EVALUATED = 2
+VOCODER_STEPS = 300
+QUICK_VOCODER_STEPS = 10
+STOP_WAIT_S = 20
+INTERRUPTED = 130
+SCORES = ("text_llm_acc", "s2t_acc", "s2s_acc", "retention", "wer", "n")
+
+
+@dataclass
+class Demo:
+    """One run of the demo.
+
+    Attributes:
+        storage: folder of runs, absolute.
+        console: where it talks to.
+        limit: samples a corpus set at most; None is all.
+        evaluated: items evaluated of each set; None is all.
+        overrides: stage to `key=value` overrides of its recipe.
+        repeat: stages to train again.
+        vocoder_steps: optimizer steps of the vocoder.
+    """
+
+    storage: Path
+    console: Console
+    limit: int | None = None
+    evaluated: int | None = None
+    overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    repeat: tuple[str, ...] = ()
+    vocoder_steps: int = VOCODER_STEPS
+    phases: Phases = field(init=False)
+    result: dict[str, Any] = field(init=False)
+    _job: tuple[Jobs, str] | None = None
+    _head: cluster.Head | None = None
+    _head_is_ours: bool = False
+    _before: dict[str, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.phases = Phases(self.console)
+        self.result = {"phases": self.phases.seconds, "reused": self.phases.reused, "peak_memory_gib": 0.0}
+
+    def run(self) -> None:
+        """All phases; `result.json` is written in every case.
+
+        Raises:
+            EchoXError: a phase failed.
+        """
+        self.storage.mkdir(parents=True, exist_ok=True)
+        memory = MemoryWatch(self._head_processes)
+        try:
+            self._own_cache()
+            self._data()
+            self._train()
+            self._evaluate()
+        except BaseException as error:
+            why = str(error) or type(error).__name__
+            self.result["failed"] = {"phase": (list(self.phases.seconds) or ["start"])[-1], "error": why}
+            raise
+        finally:
+            with _uninterrupted():
+                self.stop()
+            memory.close()
+            self.result["peak_memory_gib"] = round(memory.peak_gib, 2)
+            (self.storage / "result.json").write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def recipe(self, stage: str) -> Recipe:
+        """The recipe of a stage with this run's overrides, paths absolute."""
+        return places.anchor(load_recipe(f"demo/{stage}", self._overrides(stage)), Path.cwd())
+
+    def stop(self) -> None:
+        """End the job, the head and the MLflow run that are still open, if they are ours."""
+        from echox.tracking.run import close_orphan
+
+        if self._job is not None:
+            jobs, job = self._job
+            self.console.print(f"stopping job {job} ...", highlight=False)
+            with contextlib.suppress(EchoXError):
+                jobs.stop(job, timeout_s=STOP_WAIT_S + 10)
+            self._job = None
+        if self._head is not None:
+            if self._head_is_ours:
+                cluster.stop_head(self._head)
+            for name, value in self._before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            self._head = None
+        for stage in STAGES:
+            folder = self.storage / f"demo-{stage}"
+            if (folder / "mlflow.json").exists():
+                with contextlib.suppress(Exception):
+                    close_orphan(folder)
+
+    def _overrides(self, stage: str) -> list[str]:
+        fixed = [f"storage={self.storage}"]
+        if stage == "echo":
+            fixed += [f"init.{part}={self.storage / f'demo-{part}'}" for part in ("s2t", "t2c")]
+        return [*fixed, *self.overrides.get(stage, ())]
+
+    def _own_cache(self) -> None:
+        """A cut-down corpus must not replace the whole one: it gets a cache of its own that shares the models."""
+        if self.limit is None:
+            return
+        shared, own = cache_dir().absolute(), self.storage / "cache"
+        if shared == own:
+            return
+        own.mkdir(parents=True, exist_ok=True)
+        for name in ("models", "downloads"):
+            (shared / name).mkdir(parents=True, exist_ok=True)
+            if not (own / name).is_symlink():
+                (own / name).symlink_to(shared / name, target_is_directory=True)
+        os.environ["ECHOX_CACHE"] = str(own)
+
+    def _data(self) -> None:
+        from echox.release.assets import fetch
+        from shards.demo.build import build
+        from shards.demo.units import add_units, settings_for
+
+        cache, say = cache_dir(), self.phases.line
+        corpus = cache / "data" / "demo"
+        with self._unless_unchanged("assets", "pretrained models and a voice", cache / "models"):
+            fetch(None, say)
+        with self._unless_unchanged("corpus", "spoken questions, answers and transcripts", corpus):
+            build(cache, say, self.limit)
+        with self._unless_unchanged("units", "speech units and the unit language, fitted on the answers", corpus):
+            add_units(cache, say, settings_for(self.limit))
+        with self.phases.phase("vocoder", "units to waveforms, trained on the answer voice"):
+            spoken, vocoder = corpus / "tts-train" / "dataset.json", corpus / "vocoder"
+            if vocoder.is_dir() and _newest(vocoder) > spoken.stat().st_mtime:
+                self.phases.reuse("vocoder", f"{vocoder} is newer than the corpus")
+            else:
+                from echox.speak.unit_mel import train_vocoder
+
+                watch = self._every_ten_seconds()
+                train_vocoder(corpus / "tts-train", vocoder, steps=self.vocoder_steps, progress=watch)
+
+    @contextlib.contextmanager
+    def _unless_unchanged(self, name: str, title: str, folder: Path) -> Iterator[None]:
+        """A phase that counts as reused when it leaves its folder as it was."""
+        with self.phases.phase(name, title):
+            before = _snapshot(folder)
+            yield
+            if before and before == _snapshot(folder):
+                self.phases.reuse(name, f"{folder} is complete")
+
+    def _train(self) -> None:
+        for stage in self.repeat:
+            aside = done.set_aside(self.recipe(stage))
+            if aside is not None:
+                self.console.print(f"{stage}: the earlier run is kept in {aside}", highlight=False)
+        for stage in STAGES:
+            recipe = self.recipe(stage)
+            state, why = done.run_state(recipe)
+            if state == "done":
+                with self.phases.phase(stage, f"stage {stage}"):
+                    self.phases.reuse(stage, why)
+                continue
+            if state == "stale":
+                aside = done.set_aside(recipe)
+                self.console.print(f"{stage}: {why}; the earlier run is kept in {aside}", highlight=False)
+            jobs = self._cluster()
+            with self.phases.phase(stage, f"stage {stage}{f': {why}' if state == 'partial' else ''}"):
+                job = jobs.submit(f"demo/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
+                self._job = (jobs, job)
+                follow(jobs, job, Path(recipe.storage) / recipe.name, title=stage, console=self.console)
+                self._job = None
+        if self._head is not None:
+            with self.phases.phase("ray stop", "the Ray head that was started here"):
+                self.stop()
+
+    def _cluster(self) -> Jobs:
+        """The job API of a running head, or of one started now."""
+        from launch.submit import Jobs
+
+        if self._head is not None:
+            return Jobs(self._head.address)
+        elsewhere = cluster.running_elsewhere()
+        known = cluster.remembered()
+        if elsewhere is not None and (known is None or known.address != elsewhere):
+            self.console.print(f"using the Ray head at {elsewhere}, and leaving it running", highlight=False)
+            return Jobs(elsewhere)
+        with self.phases.phase("ray", "a Ray head on this machine"):
+            if known is not None:
+                self._head, self._head_is_ours = known, known.abandoned()
+                self.phases.reuse("ray", f"the head at {known.address} still runs")
+            else:
+                cpus = max(2, len(os.sched_getaffinity(0)))
+                self._head, self._head_is_ours = cluster.start_head(cpus=cpus), True
+            environment = self._head.environment()
+            self._before = {name: os.environ.get(name) for name in environment}
+            os.environ.update(environment)
+            self.phases.line(f"dashboard and job API at {self._head.address}")
+        return Jobs(self._head.address)
+
+    def _head_processes(self) -> list[psutil.Process]:
+        if self._head is None or not self._head.alive():
+            return []
+        root = psutil.Process(self._head.pid)
+        return [root, *root.children(recursive=True)]
+
+    def _evaluate(self) -> None:
+        from echox.evaluate.report import write_report
+        from echox.evaluate.store import SCORES as SAVED_SCORES
+        from echox.evaluate.store import read_metrics, save_evaluation
+        from echox.tracking.run import record
+
+        run = self.storage / "demo-echo"
+        scores_path, report_path = self.storage / "evaluation" / SAVED_SCORES, self.storage / "report.html"
+        curves = {stage: read_metrics(self.storage / f"demo-{stage}") for stage in STAGES}
+        self.result["final_losses"] = {stage: final_losses(rows) for stage, rows in curves.items()}
+        wanted = {"evaluated": self.evaluated}
+        samples: list[dict[str, Any]] | None = None
+        with self.phases.phase("evaluation", "held-out questions, asked and answered aloud"):
+            scores = self._earlier_scores(scores_path, report_path, wanted)
+            if scores is not None:
+                self.phases.reuse("evaluation", f"{scores_path} is newer than what it judges")
+            else:
+                from echox.evaluate.demo import evaluate_demo
+
+                evaluation = evaluate_demo(run, limit=self.evaluated, progress=self._every_ten_seconds())
+                scores, samples = evaluation.to_json(), evaluation.samples()
+                save_evaluation(scores_path.parent, {**wanted, **scores}, samples)
+        self.result |= {key: scores[key] for key in ("sets", "resynthesis_wer", "original_wer")}
+        with self.phases.phase("report", "one page with curves, tables and players"):
+            if samples is None:
+                self.phases.reuse("report", f"{report_path} shows these scores")
+            else:
+                write_report(report_path, self.result, curves, samples)
+                metrics = {
+                    f"eval/{name}/{key}": value
+                    for name, row in scores["sets"].items()
+                    for key, value in row.items()
+                    if key in SCORES and isinstance(value, int | float)
+                }
+                last = int(max((row["step"] for row in curves["echo"]), default=0))
+                record(run, metrics=metrics, artifacts={report_path: None, scores_path: "evaluation"}, step=last)
+
+    def _earlier_scores(self, scores: Path, report: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        """The scores of an earlier run, if everything they judge is older and they judged as much."""
+        manifest = done.newest_manifest(self.storage / "demo-echo")
+        if manifest is None or not (scores.is_file() and report.is_file()):
+            return None
+        made = scores.stat().st_mtime
+        if max(manifest.stat().st_mtime, _newest(cache_dir() / "data" / "demo" / "vocoder")) > made:
+            return None
+        earlier: dict[str, Any] = json.loads(scores.read_text())
+        return earlier if all(earlier.get(key) == value for key, value in wanted.items()) else None
+
+    def _every_ten_seconds(self) -> Callable[[str, int, int], None]:
+        said = 0.0
+
+        def watch(name: str, finished: int, total: int) -> None:
+            nonlocal said
+            if finished == total or time.monotonic() - said > 10:
+                said = time.monotonic()
+                self.phases.line(f"{name} {finished}/{total}")
+
+        return watch
+
+    def show(self) -> None:
+        """One table and three lines."""
+        from echox.tracking.run import uri_of
+
+        table = Table(title="EchoX demo, held-out sets")
+        table.add_column("set")
+        for name in ("text model", "S2T", "S2S", "retention", "WER", "n"):
+            table.add_column(name, justify="right")
+        for name, row in self.result["sets"].items():
+            table.add_row(name, *(_shown(key, row.get(key)) for key in SCORES))
+        losses = "  ".join(
+            f"{stage} {values['loss/total']:.3f}"
+            for stage, values in self.result["final_losses"].items()
+            if "loss/total" in values
+        )
+        table.caption = (
+            f"final losses: {losses}; resynthesis WER {_shown('wer', self.result['resynthesis_wer'])} (original "
+            f"{_shown('wer', self.result['original_wer'])}); {sum(self.phases.seconds.values()):.0f} s, peak "
+            f"{self.result['peak_memory_gib']:.1f} GiB"
+        )
+        self.console.print(table)
+        programs = Path(sys.executable).parent
+        uri = uri_of(self.storage / "demo-echo") or f"sqlite:///{self.storage / 'mlflow.db'}"
+        for words in (
+            f"report:  {self.storage / 'report.html'}",
+            f"curves:  {programs / 'mlflow'} ui --backend-store-uri {shlex.quote(uri)}",
+            f"again:   {sys.executable} -m launch.demo --repeat echo   (an interrupted stage resumes by `make demo`)",
+        ):
+            self.console.print(words, highlight=False, soft_wrap=True, markup=False)
+
+
+def final_losses(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The last value of every training and validation loss."""
+    last: dict[str, float] = {}
+    for row in rows:
+        last |= {name: value for name, value in row.items() if name.startswith(("loss/", "valid/loss/"))}
+    return last
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 0 on success, the error's own code when a phase fails, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    console = Console()
+    overrides = {stage: tuple(QUICK_ALWAYS + QUICK[stage]) if args.quick else () for stage in STAGES}
+    for words in args.set:
+        stage, _, override = words.partition(".")
+        if stage not in STAGES or "=" not in override:
+            console.print(f"error: --set {words} is not STAGE.key=value with a stage of {', '.join(STAGES)}")
+            return 2
+        overrides[stage] += (override,)
+    name = "demo-quick" if args.quick else "demo" if args.limit is None else f"demo-{args.limit}"
+    demo = Demo(
+        storage=(args.storage or project_root() / "runs" / name).absolute(),
+        console=console,
+        limit=args.limit or (QUICK_LIMIT if args.quick else None),
+        evaluated=QUICK_EVALUATED if args.quick else None,
+        overrides=overrides,
+        repeat=tuple(args.repeat),
+        vocoder_steps=QUICK_VOCODER_STEPS if args.quick else VOCODER_STEPS,
+    )
+    try:
+        demo.run()
+        demo.show()
+    except KeyboardInterrupt:
+        console.print("interrupted; everything started here is stopped. Run the same command again to continue")
+        return INTERRUPTED
+    except EchoXError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return error.exit_code
+    except Exception as error:
+        (demo.storage / "error.txt").write_text(traceback.format_exc())
+        if args.debug:
+            raise
+        console.print(
+            f"error: {type(error).__name__}: {error} [{demo.storage / 'error.txt'}]",
+            style="red",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.demo",
+        description="Fetch models, build a corpus, train the three stages on this machine, evaluate, report.",
+        epilog="example: python -m launch.demo --repeat echo --set echo.optim.steps=80",
+    )
+    parser.add_argument("--quick", action="store_true", help="a few samples and steps: checks that everything works")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples of each corpus set at most")
+    parser.add_argument("--storage", type=Path, metavar="FOLDER", help="folder of runs; default: runs/demo")
+    parser.add_argument("--repeat", action="append", default=[], choices=STAGES, help="train this stage again")
+    parser.add_argument("--set", action="append", default=[], metavar="STAGE.key=value", help="override a recipe")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
+    return parser
+
+
+def _snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def _newest(folder: Path) -> float:
+    """Time of the last change to a folder's files; 0 without any."""
+    return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    return str(value) if key == "n" else f"{value:.2f}" if key == "retention" else f"{100 * value:.1f} %"
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Cleaning up takes seconds; a second Ctrl-C in them would leave processes behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Where a job's relative paths start: Ray runs a job in a temporary copy of the project, which is no place for runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from echox.config.schema import Recipe
+
+HOME = "ECHOX_HOME"
+"""Environment variable: the folder that relative storage, run and SQLite paths of a job start from."""
+
+
+def in_ray_copy(folder: Path) -> bool:
+    """Whether a folder lies in Ray's copy of a working directory, which vanishes with the cluster."""
+    return "runtime_resources" in folder.parts and any(part.startswith("_ray_pkg_") for part in folder.parts)
+
+
+def home() -> Path:
+    """$ECHOX_HOME; else the current folder; else, within Ray's temporary copy of the project, ~/echox."""
+    if os.environ.get(HOME):
+        return Path(os.environ[HOME]).expanduser().absolute()
+    here = Path.cwd()
+    return Path.home() / "echox" if in_ray_copy(here) else here
+
+
+def anchor(recipe: Recipe, start: Path) -> Recipe:
+    """The recipe with `storage`, `init.*` and a relative SQLite URI made absolute, starting from `start`."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((start / Path(path).expanduser()).absolute())
+
+    init = recipe.init.model_copy(update={part: absolute(getattr(recipe.init, part)) for part in ("s2t", "t2c")})
+    uri = recipe.tracking.uri
+    if uri and uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        uri = f"sqlite:///{start / uri.removeprefix('sqlite:///')}"
+    tracking = recipe.tracking.model_copy(update={"uri": uri})
+    return recipe.model_copy(update={"storage": absolute(recipe.storage), "init": init, "tracking": tracking})

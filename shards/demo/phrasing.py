@@ -1,0 +1,112 @@
+"""Sentences of the demo: questions and answers about facts, and carriers that name things without stating a fact."""
+
+from __future__ import annotations
+
+from shards.demo.facts import Country, Relation
+
+TRAIN_QUESTIONS: dict[Relation, tuple[str, ...]] = {
+    "capital": (
+        "What is the capital of {country}?",
+        "Which city is the capital of {country}?",
+        "Can you tell me the capital of {country}?",
+        "What is the name of the capital of {country}?",
+        "Name the capital city of {country}.",
+        "What city is the capital of {country}?",
+    ),
+    "continent": (
+        "Which continent is {country} in?",
+        "On which continent is {country}?",
+        "What continent is {country} part of?",
+        "Can you tell me which continent {country} is in?",
+        "Name the continent where {country} is.",
+        "Which continent does {country} belong to?",
+    ),
+    "language": (
+        "What is the official language of {country}?",
+        "Which language is spoken in {country}?",
+        "What language do people speak in {country}?",
+        "Can you tell me the official language of {country}?",
+        "Name the main language of {country}.",
+        "What is the main language spoken in {country}?",
+    ),
+}
+"""Questions heard in training, by relation."""
+
+HELDOUT_QUESTIONS: dict[Relation, tuple[str, ...]] = {
+    "capital": ("Do you know the capital of {country}?", "Please tell me what the capital of {country} is."),
+    "continent": ("Do you know which continent {country} is in?", "Please tell me what continent {country} is on."),
+    "language": ("Do you know the official language of {country}?", "Please tell me what language {country} speaks."),
+}
+"""Questions never heard in training, by relation."""
+
+ANSWERS: dict[Relation, str] = {
+    "capital": "The capital of {country} is {answer}.",
+    "continent": "{country} is in {answer}.",
+    "language": "The official language of {country} is {answer}.",
+}
+"""The canonical answer sentence, by relation."""
+
+ASR_COUNTRY_CARRIERS: tuple[str, ...] = (
+    "My sister is flying to {country} next month.",
+    "We watched a long film about {country} last night.",
+    "There was a story from {country} in the news.",
+    "She drew a map of {country} on the wall.",
+    "He has never been to {country} before.",
+    "The weather in {country} is nice this week.",
+    "I bought a small flag of {country}.",
+    "Did you send the letter to {country}?",
+    "They moved to {country} three years ago.",
+    "{country} won the match on Sunday.",
+    "What is the population of {country}?",
+    "Which river runs through {country}?",
+    "The history of {country} is a long one.",
+    "Can you show me {country} on the map?",
+)
+"""Sentences to transcribe that name a country."""
+
+TTS_COUNTRY_CARRIERS: tuple[str, ...] = (
+    "The capital of {country} is a large city.",
+    "{country} is in the news today.",
+    "The official language of {country} is not easy.",
+    "He came back from {country} on Monday.",
+)
+"""Sentences to speak that name a country, with the beginnings of the answers."""
+
+TTS_VALUE_CARRIERS: dict[Relation, tuple[str, ...]] = {
+    "capital": (
+        "The name of this city is {value}.",
+        "They spent a week in {value}.",
+        "The train to {value} leaves at nine, and {value} is far away.",
+        "My favorite city is {value}.",
+    ),
+    "continent": (
+        "The ship is in {value}.",
+        "He has traveled all over {value}.",
+        "There are many countries in {value}.",
+        "Winter in {value} can be cold.",
+        "My cousin is in {value}.",
+        "The largest market is in {value}.",
+    ),
+    "language": (
+        "The language of this book is {value}.",
+        "She is learning {value} at school.",
+        "My favorite language is {value}.",
+        "Do you speak {value}, or only a little {value}?",
+    ),
+}
+"""Sentences to speak that name an answer, with the ends of the answers."""
+
+
+def sentence(text: str) -> str:
+    """With a capital first letter, so that "the Netherlands" may begin it."""
+    return text[0].upper() + text[1:]
+
+
+def question(template: str, country: Country) -> str:
+    """A question about one country."""
+    return sentence(template.format(country=country.name))
+
+
+def answer_text(country: Country, relation: Relation) -> str:
+    """The canonical answer sentence of a fact, such as "The capital of France is Paris."."""
+    return sentence(ANSWERS[relation].format(country=country.name, answer=country.answer(relation)))

@@ -1,0 +1,218 @@
+"""Units of the demo's spoken answers: k-means and unit language of the answer voice, units added to the shards."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echox.audio.io import read_audio
+from echox.errors import DataError
+from echox.release.assets import ASSETS
+from echox.release.checksums import sha256_file
+from echox.stream.writer import DATASET_NAME, write_shards
+from shards.demo.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from echox.units.features import FeatureConfig, FrameFeatures
+
+    Units = NDArray[np.uint16]
+
+Progress = Callable[[str], None]
+
+TTS_SETS = ("tts-train", "tts-heldout")
+"""Sets that carry `answer.flac`; the first one is fitted on."""
+_DONE = "units.json"
+_GROUP = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitSettings:
+    """What the units are.
+
+    Attributes:
+        model: Whisper model of the features, by its name below the cache.
+        layer: encoder block whose output is clustered, counted from 1.
+        clusters: number of units K.
+        vocab_size: words of the unit language, single units included.
+        order: 1- or 2-gram unit language.
+        max_word: most units a word.
+        seed: of k-means.
+    """
+
+    model: str = "openai/whisper-base"
+    layer: int = 2
+    clusters: int = 500
+    vocab_size: int = 2000
+    order: int = 2
+    max_word: int = 4
+    seed: int = 0
+
+    def features(self) -> FeatureConfig:
+        """The frame features these units are made of."""
+        from echox.units.features import FeatureConfig
+
+        return FeatureConfig(kind="whisper", model=self.model, layer=self.layer)
+
+
+def settings_for(limit: int | None) -> UnitSettings:
+    """Settings of a whole corpus, or of one cut down to `limit` samples a set: too few frames for all clusters."""
+    return UnitSettings() if limit is None else UnitSettings(clusters=min(UnitSettings.clusters, 2 * limit))
+
+
+def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
+    """Samples of a set in shard order: {"__key__", "json": decoded, other members: bytes}.
+
+    Raises:
+        DataError: no `dataset.json`, or a shard that cannot be read.
+    """
+    described = read_json(folder / DATASET_NAME)
+    if described is None:
+        raise DataError(f"{folder.name} has not been built", where=str(folder), fix="Build the demo corpus.")
+    for shard in described["shards"]:
+        try:
+            with tarfile.open(folder / shard["name"], "r:") as tar:
+                sample: dict[str, Any] = {}
+                for member in tar:
+                    key, _, extension = member.name.partition(".")
+                    if sample and sample["__key__"] != key:
+                        yield sample
+                        sample = {}
+                    handle = tar.extractfile(member)
+                    data = handle.read() if handle is not None else b""
+                    sample["__key__"] = key
+                    sample[extension] = json.loads(data) if extension == "json" else data
+                if sample:
+                    yield sample
+        except (OSError, tarfile.TarError, ValueError) as error:
+            raise DataError(
+                f"Cannot read {shard['name']}: {error}", where=str(folder), fix="Build the demo corpus again."
+            ) from error
+
+
+def _audio(folder: Path) -> list[NDArray[np.float32]]:
+    return [read_audio(sample["answer.flac"]) for sample in read_samples(folder)]
+
+
+def _frames(
+    features: FrameFeatures, audio: list[NDArray[np.float32]], tell: Callable[[str, int, int], None]
+) -> list[NDArray[np.float32]]:
+    """Frames of every clip, encoded in groups of similar length."""
+    order = sorted(range(len(audio)), key=lambda index: len(audio[index]))
+    found: dict[int, NDArray[np.float32]] = {}
+    for start in range(0, len(order), _GROUP):
+        group = order[start : start + _GROUP]
+        found.update(zip(group, features([audio[index] for index in group]), strict=True))
+        tell("frames", len(found), len(audio))
+    return [found[index] for index in range(len(audio))]
+
+
+def _with_units(folder: Path, found: list[tuple[Units, Units]]) -> Iterator[dict[str, Any]]:
+    for sample, (units, durations) in zip(read_samples(folder), found, strict=True):
+        yield {
+            **sample,
+            "answer.units": units.astype("<u2").tobytes(),
+            "answer.durations": durations.astype("<u2").tobytes(),
+        }
+
+
+def _rewrite(folder: Path, found: list[tuple[Units, Units]], done: str) -> None:
+    """Replace a set's shards by the same samples with units; what it was built from stays recorded."""
+    inputs = read_json(folder / INPUTS_NAME)
+    write_shards(folder, _with_units(folder, found), PER_SHARD)
+    write_json(folder / INPUTS_NAME, inputs)
+    write_json(folder / _DONE, done)
+
+
+def add_units(cache: Path, progress: Progress | None = None, settings: UnitSettings | None = None) -> dict[str, Any]:
+    """Fit units and unit language on `tts-train`; write them to `units/` and every unit sequence into the tts sets.
+
+    Done already with the same settings on the same audio, it only says so.
+
+    Args:
+        cache: root of the cache, with the demo corpus built.
+        progress: called with one line a step or batch; None is silent.
+        settings: None takes the defaults.
+
+    Returns:
+        The content of `units/units.json`: settings, sequences, units a second, words a second, vocabulary size.
+
+    Raises:
+        DataError: the corpus was not built or a shard is damaged.
+        MissingModelError: the feature model is not there.
+    """
+    import numpy as np
+
+    from echox.units.extract import UnitExtractor, collapse
+    from echox.units.features import load_features
+    from echox.units.kmeans import KMeans
+    from echox.units.language import UnitLanguage
+
+    say: Progress = progress or (lambda line: None)
+    settings = settings or UnitSettings()
+    root = cache / CORPUS
+    target = root / "units"
+    folders = [root / name for name in TTS_SETS if (root / name / DATASET_NAME).is_file()]
+    if not folders:
+        raise DataError("The demo corpus has no spoken answers", where=str(root), fix="Build the demo corpus first.")
+    weights = sha256_file(cache / ASSETS["whisper-base"].folder / "model.safetensors")
+    done = digest([asdict(settings), weights, read_json(folders[0] / INPUTS_NAME)])
+    record = read_json(target / _DONE)
+    fitted = record is not None and record["inputs"] == done and (target / "kmeans.npz").is_file()
+    if fitted and all(read_json(folder / _DONE) == done for folder in folders):
+        say(f"units: already made, {settings.clusters} units, {record['vocabulary']} words")
+        return dict(record)
+
+    started = time.perf_counter()
+
+    def tell(what: str, count: int, total: int) -> None:
+        say(f"units: {what}, {count}/{total}")
+
+    audio = _audio(folders[0])
+    target.mkdir(parents=True, exist_ok=True)
+    extractor = UnitExtractor.load(target) if fitted else None
+    features = extractor.features if extractor is not None else load_features(settings.features())
+    frames = _frames(features, audio, tell)
+    if extractor is None:
+        tell("k-means", 0, 1)
+        extractor = UnitExtractor(features, KMeans.fit(np.concatenate(frames), settings.clusters, seed=settings.seed))
+        extractor.save(target)
+    # The frames serve both the fit and the units; extracting anew would encode all audio twice.
+    found = [collapse(extractor.kmeans.predict(frames_TD)) for frames_TD in frames]
+    language = UnitLanguage.fit(
+        [units for units, _ in found],
+        settings.clusters,
+        settings.order,
+        settings.max_word,
+        settings.vocab_size,
+        progress=tell,
+    )
+    language.save(target / "unit_language.json")
+    length = sum(len(samples) for samples in audio) / 16_000
+    words = sum(len(ids) for ids in language.encode_batch([units for units, _ in found]))
+    for folder in folders:
+        units = found if folder == folders[0] else extractor.extract(_audio(folder), tell)
+        _rewrite(folder, units, done)
+    record = {
+        "inputs": done,
+        "settings": asdict(settings),
+        "sequences": len(found),
+        "units_per_s": round(sum(len(units) for units, _ in found) / length, 2),
+        "words_per_s": round(words / length, 2),
+        "vocabulary": language.size,
+        "fingerprints": {folder.name: read_json(folder / DATASET_NAME)["fingerprint"] for folder in folders},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_json(target / _DONE, record)
+    say(
+        f"units: {record['units_per_s']} units and {record['words_per_s']} words a second of speech, "
+        f"made in {record['seconds']:.0f} s"
+    )
+    return record

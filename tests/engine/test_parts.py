@@ -1,0 +1,173 @@
+"""The engine's parts that need no processes: schedule, precision, frozen weights, fingerprints, random states, logs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toy import ToyOptions, ToyStage, toy_recipe
+
+from echox.engine import precision, rng
+from echox.engine.deepspeed_engine import parameter_groups
+from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
+from echox.engine.log import EventLog
+from echox.engine.movement import fingerprint
+from echox.engine.run_folder import RunFolder
+from echox.engine.schedule import lr_at
+from echox.errors import AlteredModelError, MissingModelError
+
+
+def test_schedule_equals_torch_schedulers() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=2.0)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=15, eta_min=0.2)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[4])
+    for step in range(20):
+        expected = optimizer.param_groups[0]["lr"]
+        assert lr_at(step, peak=2.0, warmup_steps=4, steps=20, final_ratio=0.1) == pytest.approx(expected, rel=1e-6), (
+            step
+        )
+        optimizer.step()
+        both.step()
+
+
+def test_schedule_ends_and_degenerates() -> None:
+    assert lr_at(19, peak=1.0, warmup_steps=4, steps=20, final_ratio=0.1) == pytest.approx(0.1)
+    assert lr_at(99, peak=1.0, warmup_steps=4, steps=20, final_ratio=0.1) == pytest.approx(0.1)
+    assert lr_at(0, peak=1.0, warmup_steps=0, steps=1, final_ratio=0.1) == 1.0
+    assert lr_at(3, peak=1.0, warmup_steps=3, steps=4, final_ratio=0.1) == 1.0
+
+
+def test_schedule_holds_the_peak_before_it_decays() -> None:
+    held = [lr_at(step, peak=2.0, warmup_steps=2, hold_steps=5, steps=20, final_ratio=0.1) for step in range(20)]
+    shifted = [lr_at(step, peak=2.0, warmup_steps=0, steps=13, final_ratio=0.1) for step in range(13)]
+    assert held == [1.0, 2.0, *[2.0] * 5, *shifted]
+
+
+def test_auto_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for flags, expected in (({"avx2"}, "fp32"), ({"avx2", "avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16")):
+        monkeypatch.setattr(precision, "_cpu_flags", lambda flags=flags: frozenset(flags))
+        assert precision.resolve_precision("auto") == expected
+    assert precision.resolve_precision("bf16") == "bf16"
+
+
+def test_replicating_keeps_outputs_sharing_and_trainables() -> None:
+    torch.manual_seed(0)
+    stage = ToyStage(ToyOptions())
+    trainable = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    x_BTD = torch.randn(2, 3, 8)
+    before = stage.tied(torch.tanh(stage.tower(x_BTD)))
+    names = replicate_as_buffers(stage, torch.device("cpu"), torch.float32)
+    assert torch.equal(stage.tied(torch.tanh(stage.tower(x_BTD))), before)
+    assert {name for name, _ in stage.named_parameters()} == trainable
+    assert names == {f"{part}.{kind}" for part in ("tower.0", "tower.2", "tied") for kind in ("weight", "bias")}
+    assert stage.tied.weight is stage.tower[2].weight
+    assert set(stage.state_dict()) == trainable | {"classes"}
+    census = precision.dtype_census(stage, names)
+    assert census["frozen"] == {"torch.float32": 8 * 16 + 16 + 16 * 16 + 16 + 16}
+
+
+def test_parameter_groups_cover_everything_once() -> None:
+    stage, optim = ToyStage(ToyOptions()), toy_recipe("x", Path("none")).optim
+    groups = parameter_groups(stage, optim)
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in stage.parameters())
+    assert {(group["rate"], group["weight_decay"]) for group in groups} == {
+        ("adapters", 0.1),
+        ("adapters", 0.0),
+        ("lora", 0.1),
+    }
+    stage.parameter_groups = lambda: {"adapters": ["adapter.weight"]}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"without a learning rate.*lora\.weight"):
+        parameter_groups(stage, optim)
+    stage.parameter_groups = lambda: {"adapters": ["tower.0.weight"]}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"frozen, unknown or grouped twice.*tower\.0\.weight"):
+        parameter_groups(stage, optim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_fingerprint_sees_one_bit_and_a_swap(dtype: torch.dtype) -> None:
+    tensor = torch.arange(1000).to(dtype)
+    one = tensor.clone()
+    one[500] = one[500] * 2
+    swapped = tensor.clone()
+    swapped[[3, 900]] = swapped[[900, 3]]
+    prints = {fingerprint(value) for value in (tensor, one, swapped)}
+    assert len(prints) == 3
+    assert fingerprint(tensor.clone().view(10, 100)) == fingerprint(tensor)
+
+
+def test_identity_follows_content_not_place(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"same")
+    cache = tmp_path / "cache" / "sha256.json"
+    first, second = (identify({"llm": tmp_path / name}, cache) for name in ("a", "b"))
+    compare_identities(first, second)
+    (tmp_path / "b" / "model.safetensors").write_bytes(b"more")
+    with pytest.raises(AlteredModelError, match=r"'llm'.*changed: model\.safetensors"):
+        compare_identities(first, identify({"llm": tmp_path / "b"}, cache))
+    with pytest.raises(AlteredModelError, match="'teacher' is not part of this run"):
+        compare_identities({**first, "teacher": first["llm"]}, first)
+    with pytest.raises(MissingModelError, match="no weight files"):
+        identify({"llm": tmp_path / "nowhere"})
+
+
+def test_identity_cache_is_used_and_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, cache = tmp_path / "m", tmp_path / "sha256.json"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    hashed: list[Path] = []
+    real = identify.__globals__["sha256_of"]
+    monkeypatch.setitem(identify.__globals__, "sha256_of", lambda path: hashed.append(path) or real(path))
+    assert identify({"m": folder}, cache) == identify({"m": folder}, cache)
+    assert len(hashed) == 1
+    (folder / "model.safetensors").write_bytes(b"three")
+    identify({"m": folder}, cache)
+    assert len(hashed) == 2
+
+
+def test_random_states_come_back() -> None:
+    import random
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    rng.seed_all(5)
+    draw()
+    state = rng.capture()
+    expected = draw()
+    rng.restore(state)
+    assert draw() == expected
+    rng.restore(state)
+    with rng.untouched():
+        draw()
+    assert draw() == expected
+
+
+def test_run_folder_counts_attempts_and_forgets_steps_done_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    assert [run.next_attempt(), run.next_attempt()] == [1, 2]
+    for step in (1, 2, 3):
+        run.append_metrics(step, {"loss/total": 1 / step})
+    with run.metrics_path.open("a") as file:
+        file.write('{"step": 2, "cut')
+    run.forget_after(2)
+    assert [json.loads(line)["step"] for line in run.metrics_path.read_text().splitlines()] == [1, 2]
+
+
+def test_events_are_a_line_for_people_and_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EventLog(tmp_path, rank=0, attempt=2)("step", step=3, aside={"perf/x": 1.0}, loss=math.pi)
+    EventLog(tmp_path, rank=1, attempt=2)("step", step=3, loss=2.0)
+    assert capsys.readouterr().err.split(" ", 1)[1] == "step step=3 attempt=2 loss=3.142\n"
+    record = json.loads((tmp_path / "log" / "rank-00000.jsonl").read_text())
+    assert {key: record[key] for key in ("event", "rank", "step", "attempt", "loss", "perf/x")} == {
+        "event": "step", "rank": 0, "step": 3, "attempt": 2, "loss": math.pi, "perf/x": 1.0,
+    }  # fmt: skip
+    assert (tmp_path / "log" / "rank-00001.jsonl").is_file()

@@ -1,0 +1,202 @@
+"""A small stage with two losses of uneven token counts, a frozen tower with a shared tensor, data made on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from echox.config.schema import Recipe
+from echox.engine.interfaces import StageSetup
+
+FEATURES, WIDTH, CLASSES, POSITIONS = 8, 16, 5, 6
+
+
+@dataclass
+class ToyTerm:
+    total: Tensor
+    count: Tensor
+
+
+@dataclass
+class ToyBatch:
+    ids: list[str]
+    x_BTD: Tensor
+    labels_BT: Tensor
+    mask_BT: Tensor
+    ctc_B: Tensor
+
+    def to(self, device: torch.device) -> ToyBatch:
+        moved = {name: getattr(self, name).to(device) for name in ("x_BTD", "labels_BT", "mask_BT", "ctc_B")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class ToyOptions:
+    """What a scenario changes about the toy."""
+
+    dropout: float = 0.0
+    known: bool = True
+    skip_odd_steps: bool = False
+    dead: bool = False
+    leak: bool = False
+    nan_at: int = -1
+
+
+class ToyStage(nn.Module):
+    """Frozen tower, adapter and LoRA-like bottleneck, two heads; `ctc` may stay out of the graph on odd steps."""
+
+    def __init__(self, options: ToyOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.tower = nn.Sequential(nn.Linear(FEATURES, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        self.tied = nn.Linear(WIDTH, WIDTH)
+        self.tied.weight = self.tower[2].weight
+        for part in (self.tower, self.tied):
+            part.requires_grad_(False)
+        self.adapter = nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Dropout(options.dropout)
+        self.lora = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.text_head = nn.Linear(WIDTH, CLASSES)
+        self.ctc_head = nn.Linear(WIDTH, 3)
+        self.register_buffer("classes", torch.tensor([7, 1, 4]))
+        if options.dead:
+            self.dead = nn.Linear(WIDTH, 2, bias=False)
+
+    def forward(self, batch: ToyBatch) -> dict[str, ToyTerm]:
+        if self.options.leak and self.training:
+            self.tower[0].bias.add_(1e-3)
+        hidden_BTD = self.tied(torch.tanh(self.tower(batch.x_BTD)))
+        hidden_BTD = self.drop(torch.relu(self.adapter(hidden_BTD))) + self.lora(hidden_BTD)
+        token_BT = nn.functional.cross_entropy(
+            self.text_head(hidden_BTD).transpose(1, 2), batch.labels_BT, reduction="none"
+        )
+        terms = {"s2t": ToyTerm((token_BT * batch.mask_BT).sum(), batch.mask_BT.sum())}
+        # All ranks alike: a parameter in the graph of some ranks only would break ZeRO-3's reductions.
+        if self.options.skip_odd_steps and int(batch.ids[0].partition("-")[0]) % 2:
+            zero = torch.zeros((), device=batch.x_BTD.device)
+            terms["ctc"] = ToyTerm(zero, zero)
+        else:
+            ctc_B = nn.functional.cross_entropy(
+                self.ctc_head(hidden_BTD[:, 0]), batch.labels_BT[:, 0] % 3, reduction="none"
+            )
+            terms["ctc"] = ToyTerm((ctc_B * batch.ctc_B).sum(), batch.ctc_B.sum())
+        if self.options.dead:
+            terms["echo"] = ToyTerm(self.dead(hidden_BTD).sum(), batch.mask_BT.sum())
+        return terms
+
+    def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Any]:
+        weights: dict[str, Any] = {"s2t": 1.0, "ctc": torch.tensor(0.3), "echo": 0.0}
+        if step == self.options.nan_at:
+            weights["ctc"] = float("nan")
+        return {name: weights[name] for name in means}
+
+    def known_counts(self, batch: ToyBatch) -> dict[str, int]:
+        if not self.options.known:
+            return {}
+        return {"s2t": int(batch.mask_BT.sum()), "ctc": int(batch.ctc_B.sum())}
+
+    def parameter_groups(self) -> dict[str, list[str]]:
+        names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+        lora = [name for name in names if name.startswith("lora")]
+        return {"adapters": [name for name in names if name not in lora], "lora": lora}
+
+    def metrics(self) -> dict[str, Tensor]:
+        return {"answer": torch.tensor(42.0)}
+
+
+def sample(step: int, index: int, options: ToyOptions) -> ToyBatch:
+    """Sample `index` of the global batch of a step, from its own seed."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + index)
+    length = int(torch.randint(1, POSITIONS + 1, (), generator=generator))
+    ctc = float(index % 3 == 0) * (0.0 if options.skip_odd_steps and step % 2 else 1.0)
+    return ToyBatch(
+        ids=[f"{step}-{index}"],
+        x_BTD=torch.randn(1, POSITIONS, FEATURES, generator=generator),
+        labels_BT=torch.randint(0, CLASSES, (1, POSITIONS), generator=generator),
+        mask_BT=(torch.arange(POSITIONS) < length)[None].float(),
+        ctc_B=torch.tensor([ctc]),
+    )
+
+
+def collate(samples: list[ToyBatch]) -> ToyBatch:
+    return ToyBatch(
+        ids=[name for one in samples for name in one.ids],
+        **{
+            name: torch.cat([getattr(one, name) for one in samples])
+            for name in ("x_BTD", "labels_BT", "mask_BT", "ctc_B")
+        },
+    )
+
+
+@dataclass(frozen=True)
+class ToyLoader:
+    """Micro-batch m of rank r holds samples (m * world + r) * micro onwards of the global batch."""
+
+    recipe: Recipe
+    rank: int
+    world: int
+    options: ToyOptions
+
+    def step(self, step: int) -> list[ToyBatch]:
+        micro, data = self.recipe.data.micro_batch, self.recipe.data
+        starts = range(self.rank * micro, data.global_batch, self.world * micro)
+        return [collate([sample(step, index, self.options) for index in range(s, s + micro)]) for s in starts]
+
+
+@dataclass(frozen=True)
+class ToyValidation:
+    rank: int
+    world: int
+
+    def __iter__(self) -> Iterator[ToyBatch]:
+        for index in range(self.rank, 4, self.world):
+            yield sample(10_000, index, ToyOptions())
+
+
+@dataclass(frozen=True)
+class ToyBuild:
+    """The injected build function of a scenario."""
+
+    options: ToyOptions
+    frozen_folder: Path
+    data: str = "toy"
+
+    def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
+        return StageSetup(
+            module=ToyStage(self.options),
+            train_loader=ToyLoader(recipe, rank, world_size, self.options),
+            valid_loaders={"held": ToyValidation(rank, world_size)},
+            frozen_models={"tower": self.frozen_folder},
+            samples_per_epoch=100,
+            data={"fingerprint": self.data, "parts": (1, 2)},
+        )
+
+
+def toy_recipe(name: str, deepspeed: Path, **changes: Any) -> Recipe:
+    """A recipe of ten steps over eight samples; `changes` are dotted keys with `__` for the dot."""
+    tree: dict[str, Any] = {
+        "name": name,
+        "stage": "s2t",
+        "scale": "toy",
+        "model": {
+            "llm": {"path": "none", "prompt": {"before": "a", "after": "b", "end": "c"}},
+            "speech_encoder": {"path": "none"},
+            "ctc": {"align_steps": 0},
+        },
+        "data": {"train": [{"path": "none", "task": "sqa"}], "global_batch": 8, "micro_batch": 4},
+        "optim": {"steps": 10, "warmup_steps": 2, "lr": {"adapters": 0.01, "lora": 0.02}, "clip": 0.5},
+        "engine": {"deepspeed": str(deepspeed), "precision": "fp32", "validate_every": 5},
+        "scaling": {"workers": 1},
+    }
+    for dotted, value in changes.items():
+        *path, last = dotted.split("__")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return Recipe.model_validate(tree)

@@ -1,0 +1,68 @@
+"""Normalisation, word error rate against a plain edit distance, and the answer rule."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from echox.errors import DataError
+from echox.evaluate.text import answer_match, normalize, wer
+
+
+def edit_distance(reference: list[str], heard: list[str]) -> int:
+    """Levenshtein distance by its recurrence."""
+    row = list(range(len(heard) + 1))
+    for i, want in enumerate(reference, 1):
+        previous, row[0] = row[0], i
+        for j, word in enumerate(heard, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (want != word))
+    return row[-1]
+
+
+def test_normalize_makes_the_same_of_what_sounds_the_same() -> None:
+    assert normalize("The Capital, of France is PARIS!") == "the capital of france is paris"
+    assert normalize("It's twenty one miles.") == normalize("it is 21 miles")
+    assert normalize("Um,  Brasília ...") == "brasilia"
+
+
+def test_wer_is_edit_distance_over_reference_words() -> None:
+    chance = random.Random(0)
+    words = ["lima", "paris", "cat", "dog", "green", "house"]
+    references = [" ".join(chance.choices(words, k=chance.randint(1, 9))) for _ in range(30)]
+    heard = [" ".join(chance.choices(words, k=chance.randint(0, 9))) for _ in range(30)]
+    errors = sum(edit_distance(r.split(), h.split()) for r, h in zip(references, heard, strict=True))
+    assert wer(references, heard) == pytest.approx(errors / sum(len(r.split()) for r in references))
+
+
+def test_wer_at_the_edges() -> None:
+    assert wer(["Lima."], ["lima"]) == 0.0
+    assert wer(["lima", ""], ["lima", "two words"]) == 2.0
+    assert wer([], []) == wer([""], ["..."]) == 0.0
+    assert wer([""], ["noise"]) == 1.0
+    with pytest.raises(DataError, match="1 references"):
+        wer(["a"], [])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "expected"),
+    [
+        ("The capital of France is Paris.", "Paris", True),
+        ("the capital is PARIS", ["paris"], True),
+        ("It is Parisian.", "Paris", False),
+        ("Buenos nice Aires", "Buenos Aires", False),
+        ("It is Buenos Aires, in Argentina", ["Lima", "Buenos Aires"], True),
+        ("Bras\u00edlia", "Brasi\u0301lia", True),
+        ("Brasilia", "Bras\u00edlia", False),
+        ("Port-au-Prince", "Port au Prince", False),
+        ("It is Port-au-Prince.", "port-au-prince", True),
+        ("Washington, D.C.!", "D.C.", True),
+        ("the answer is 12", "1", False),
+        ("anything", "", False),
+        ("anything", ["", "   "], False),
+        ("", "Paris", False),
+        ("Paris", [], False),
+    ],
+)
+def test_answer_match(prediction: str, golds: str | list[str], expected: bool) -> None:
+    assert answer_match(prediction, golds) is expected

@@ -1,0 +1,163 @@
+"""The launch path on a real Ray head: two workers, the job API, token authentication, errors, stop and clean-up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+
+from echox.errors import LaunchError, RecipeError
+from launch import cluster
+from launch.submit import Jobs
+
+pytestmark = pytest.mark.timeout(600)
+
+RECIPE = "demo/s2t"
+STAND_INS = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def patched() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def head(patched: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Head]:
+    folder = tmp_path_factory.mktemp("cluster")
+    patched.setenv("ECHOX_CACHE", str(folder / "cache"))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        patched.delenv(name, raising=False)
+    head = cluster.start_head(cpus=2)
+    try:
+        yield head
+    finally:
+        stragglers = cluster.processes_of(head)
+        cluster.stop_head(head)
+        assert stragglers and not any(process.is_running() for process in stragglers)
+        assert cluster.processes_of(head) == [] and not Path(head.folder).exists()
+        assert cluster.remembered() is None
+
+
+@pytest.fixture(scope="module")
+def jobs(head: cluster.Head, patched: pytest.MonkeyPatch) -> Jobs:
+    assert cluster.remembered() == head
+    with pytest.raises(LaunchError) as refused:
+        Jobs(head.address)
+    assert "401" in str(refused.value) and "RAY_AUTH_TOKEN" in str(refused.value)
+    for name, value in head.environment().items():
+        patched.setenv(name, value)
+    return Jobs()
+
+
+def submit(jobs: Jobs, storage: Path, train: str, *overrides: str) -> str:
+    return jobs.submit(
+        RECIPE,
+        [f"storage={storage}", f"name={train}", *overrides],
+        env={"PYTHONPATH": STAND_INS},
+        extra_arguments=["--train", f"stand_ins:{train}", "--setup", "stand_ins:setup"],
+        stop_wait_s=30,
+    )
+
+
+def run_of(storage: Path, name: str) -> Any:
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    return client.get_run(json.loads((storage / name / "mlflow.json").read_text())["run_id"])
+
+
+def names(processes: list[psutil.Process]) -> str:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found += process.cmdline()
+    return " ".join(found)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_two_workers_train_report_and_stop(jobs: Jobs, head: cluster.Head, storage: Path) -> None:
+    name = "train_then_wait"
+    job = submit(jobs, storage, name, "optim.steps=161")
+    with pytest.raises(LaunchError, match="already has job"):
+        submit(jobs, storage, name)
+    deadline = time.monotonic() + 400
+    while not (storage / name / "waiting").exists():
+        assert time.monotonic() < deadline and jobs.status(job) in ("PENDING", "RUNNING"), jobs.logs(job)
+        time.sleep(0.2)
+    seen = json.loads((storage / name / "seen.json").read_text())
+    assert seen["total"] == 3.0 and seen["world"] == 2 and seen["setup"] == "s2t 0/2"
+    assert seen["accelerator"] == "cpu" and seen["nccl"] == "3" and seen["threads"] == "1"
+    assert seen["cache"] == os.environ["ECHOX_CACHE"] and seen["checkpoint_in"] == "None"
+    assert seen["steps"] == 161 and "_ray_pkg_" in seen["cwd"]
+    # A killed worker loses what its tracker has not sent yet, which is at most a few seconds' worth.
+    while "loss/total" not in run_of(storage, name).data.metrics:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+    assert jobs.find(name) == job
+    assert jobs.stop(job) == "STOPPED"
+    stopped = run_of(storage, name)
+    assert stopped.info.status == "KILLED"
+    assert stopped.data.metrics["loss/total"] == 3.0
+    assert stopped.data.params["optim.steps"] == "161"
+    assert {"stage": "s2t", "scale": "demo", "recipe": "demo/s2t", "attempt": "1"}.items() <= stopped.data.tags.items()
+    pointers = list((storage / name / "ray" / "attempt-1").glob("checkpoint_*/checkpoint.json"))
+    assert [json.loads(path.read_text())["path"] for path in pointers] == [
+        str(storage / name / "checkpoints" / "step-00000001")
+    ]
+    deadline = time.monotonic() + 60
+    while "RayTrainWorker" in names(cluster.processes_of(head)):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_a_workers_error_is_one_sentence_and_the_exit_code(jobs: Jobs, storage: Path) -> None:
+    job = submit(jobs, storage, "train_bad_data")
+    assert jobs.wait(job) == "FAILED"
+    text = jobs.logs(job)
+    assert "Traceback" not in text
+    assert jobs.failure(job) == ("shard-000000.tar ends in the middle of a sample [sqa-train]. Fix: build it again")
+    assert next(entry for entry in jobs.list() if entry["id"] == job)["exit_code"] == 4
+    assert run_of(storage, "train_bad_data").info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_ray_job_submit_by_hand_needs_no_wrapper(jobs: Jobs, storage: Path) -> None:
+    root = Path(__file__).parents[2]
+    runtime_env = json.dumps({"env_vars": {"PYTHONPATH": STAND_INS}})
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--runtime-env-json"),
+        *(runtime_env, "--", "python", "-m", "launch.train", "demo/s2t", f"storage={storage}", "name=by-hand"),
+        *("--train", "stand_ins:train", "--setup", "stand_ins:setup"),
+    ]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "event=job_end run=by-hand" in done.stdout and "status=FINISHED" in done.stdout
+    assert json.loads((storage / "by-hand" / "seen.json").read_text())["total"] == 3.0
+    assert run_of(storage, "by-hand").info.status == "FINISHED"
+
+
+def test_a_wrong_recipe_is_refused_before_submission(jobs: Jobs) -> None:
+    before = len(jobs.list())
+    with pytest.raises(RecipeError, match="optim.stepz"):
+        jobs.submit(RECIPE, ["optim.stepz=3"])
+    assert len(jobs.list()) == before
+
+
+def test_a_taken_port_is_one_clear_sentence(head: cluster.Head) -> None:
+    port = int(head.address.rsplit(":", 1)[1])
+    with pytest.raises(LaunchError, match=f"port {port} is already in use"):
+        cluster.start_head(cpus=1, dashboard_port=port)

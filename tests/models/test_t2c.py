@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from echox.models.rows import JoinedRows
+from echox.models.t2c import repeats, text_part
+from tests import tiny
+
+
+def _text(rows: int = 6) -> JoinedRows:
+    torch.manual_seed(7)
+    mask = torch.arange(5)[None, :] < torch.tensor([[1], [5], [3], [2], [4], [5]])[:rows]
+    return text_part(torch.randn(2, 32), torch.randn(rows, 5, 32), mask, torch.randn(3, 32))
+
+
+def _as_hugging_face(decoder: object) -> torch.nn.Module:
+    """The same weights as a stock causal LM on units, its input table being projection(unit embedding)."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{**decoder.body.config.to_dict(), "vocab_size": tiny.WORDS + 2, "tie_word_embeddings": False}
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.model.load_state_dict(decoder.body.state_dict(), strict=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(decoder.projection(decoder.unit_embedding.weight))
+        model.lm_head.weight.copy_(decoder.head.weight)
+    return model
+
+
+def test_batched_greedy_equals_hugging_face_generate_one_by_one() -> None:
+    ended = 0
+    for seed in range(4):
+        decoder = tiny.t2c_decoder(seed=seed)
+        stock, text = _as_hugging_face(decoder), _text()
+        ours = decoder.greedy(text, torch.full((6,), 20))
+        for row in range(6):
+            prompt = decoder.projection(text.values_BLh[row][text.mask_BL[row]])[None]
+            expected = stock.generate(
+                inputs_embeds=prompt, max_new_tokens=20, do_sample=False, eos_token_id=decoder.end,
+                pad_token_id=decoder.end, suppress_tokens=[decoder.pad],
+            )[0]  # fmt: skip
+            expected = expected[expected != decoder.end]
+            assert ours.words_NM[row][ours.mask_NM[row]].tolist() == expected.tolist()
+            assert bool(ours.ended_N[row]) is (len(expected) < 20)
+        ended += int(ours.ended_N.sum())
+    assert 0 < ended < 24, "the random decoders should show both ended and runaway rows"
+
+
+def test_batched_loss_equals_one_row_at_a_time() -> None:
+    decoder, text = tiny.t2c_decoder(), _text()
+    words = torch.randint(0, tiny.WORDS, (6, 7))
+    lengths = torch.tensor([7, 0, 3, 5, 1, 7])
+    mask = torch.arange(7)[None, :] < lengths[:, None]
+    weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    total, count = decoder.loss(text, words.masked_fill(~mask, 0), mask, weight)
+    expected, tokens = torch.zeros(()), 0
+    for row in range(6):
+        if not weight[row]:
+            continue
+        target = words[row, : lengths[row]]
+        inputs = torch.cat([text.values_BLh[row][text.mask_BL[row]], decoder.unit_embedding(target)])
+        hidden = decoder.body(inputs_embeds=decoder.projection(inputs)[None]).last_hidden_state[0]
+        logits = decoder.head(hidden[-len(target) - 1 :])
+        expected = expected + F.cross_entropy(logits, F.pad(target, (0, 1), value=decoder.end), reduction="sum")
+        tokens += len(target) + 1
+    assert int(count) == tokens
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_limits_are_kept_row_by_row() -> None:
+    decoder, text = tiny.t2c_decoder(), _text()
+    limits = torch.tensor([1, 2, 3, 4, 5, 6])
+    decoded = decoder.greedy(text, limits)
+    assert bool((decoded.mask_NM.sum(1) <= limits).all())
+
+
+def test_repeat_loops_are_found_and_ordinary_rows_are_not() -> None:
+    rows = [[1, 2] * 10, [3] * 8 + [4] * 12, list(range(20)), [1, 2, 3] * 5 + [9] * 5, [0, 1, 2, 3] * 5]
+    words = torch.tensor(rows)
+    found = repeats(words, torch.ones_like(words, dtype=torch.bool))
+    assert found.tolist() == [True, True, False, False, False]
+    short = torch.arange(20)[None, :] < torch.tensor([[9], [6], [20], [20], [20]])
+    assert repeats(words, short).tolist() == [False, False, False, False, False]
