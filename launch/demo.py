@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echox.config.load import load_recipe
-from echox.config.paths import cache_dir, project_root
+from echox.config.paths import cache_dir, project_root, resolve_data
 from echox.errors import EchoXError
 from launch import cluster, done, places
 from launch.follow import follow
@@ -159,6 +159,7 @@ class Demo:
         from echox.release.assets import fetch
         from shards.demo.build import build
         from shards.demo.units import add_units, settings_for
+        from shards.encode import encode_folder
 
         cache, say = cache_dir(), self.phases.line
         corpus = cache / "data" / "demo"
@@ -168,6 +169,10 @@ class Demo:
             build(cache, say, self.limit)
         with self._unless_unchanged("units", "speech units and the unit language, fitted on the answers", corpus):
             add_units(cache, say, settings_for(self.limit))
+        with self._unless_unchanged("encode", "the frozen speech encoder's output, once for all epochs", corpus):
+            sources = [source for stage in ("s2t", "echo") for source in _sources(self.recipe(stage))]
+            for path in dict.fromkeys(sources):
+                encode_folder(resolve_data(path), self.recipe("s2t").model, say)
         with self.phases.phase("vocoder", "units to waveforms, trained on the answer voice"):
             spoken, vocoder = corpus / "tts-train" / "dataset.json", corpus / "vocoder"
             if vocoder.is_dir() and _newest(vocoder) > spoken.stat().st_mtime:
@@ -399,6 +404,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.key=value", help="override a recipe")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
     return parser
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    return [source.path for source in (*recipe.data.train, *recipe.data.valid)]
 
 
 def _snapshot(folder: Path) -> dict[str, int]:

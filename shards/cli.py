@@ -27,6 +27,15 @@ def add_parser(subparsers: Any) -> None:
     build.add_argument("--limit", type=_positive, help="at most so many samples a set, to try things out")
     build.add_argument("--json", action="store_true", help="print the corpus description as JSON")
     build.set_defaults(run=run_build)
+    encode = actions.add_parser(
+        "encode",
+        help="write the frozen speech encoder's output into the shards a recipe reads",
+        epilog="example: echox shards encode demo/s2t",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    encode.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
+    encode.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    encode.set_defaults(run=run_encode)
 
 
 def run_build(args: argparse.Namespace) -> int:
@@ -39,6 +48,21 @@ def run_build(args: argparse.Namespace) -> int:
         print(json.dumps(corpus, indent=2, ensure_ascii=False))
     else:
         print(f"corpus {args.corpus}: {cache_dir() / 'data' / args.corpus}")
+    return 0
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    """Encode every folder the recipe trains or validates on."""
+    from echox.config.load import load_recipe
+    from echox.config.paths import resolve_data
+    from echox.errors import RecipeError
+    from shards.encode import encode_folder
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    if recipe.stage == "t2c":
+        raise RecipeError("stage t2c hears no speech", where=args.recipe, fix="name an s2t or echo recipe")
+    for source in (*recipe.data.train, *recipe.data.valid):
+        encode_folder(resolve_data(source.path), recipe.model, lambda text: print(text, file=sys.stderr, flush=True))
     return 0
 
 

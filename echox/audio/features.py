@@ -57,6 +57,7 @@ class LogMel(nn.Module):
             norm="slaney",
             mel_scale="slaney",
         )
+        self.n_mels = n_mels
         self.input_mode = input_mode
         self.margin = round(margin_s * _RATE)
         self.multiple = 2 * stack

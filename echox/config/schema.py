@@ -58,6 +58,9 @@ class SpeechEncoderConfig(Section):
     )
     margin_s: float = Field(0.5, ge=0, le=5, description="silence appended when trimming, seconds")
     max_audio_s: float = Field(30.0, gt=0, le=30, description="longer audio is cut here and counted (U27), seconds")
+    precomputed: bool = Field(
+        False, description="read the encoder's output from the shards (`echox shards encode`), no forward in training"
+    )
 
 
 class AlignmentAdapterConfig(Section):
@@ -89,6 +92,13 @@ class ShrinkConfig(Section):
     heads: PositiveInt | None = Field(None, description="attention heads; None takes the LLM's")
     dropout: float = Field(0.1, ge=0, lt=1)
     keys: Literal["all", "kept"] = Field("all", description="frames the look-back attends: all, or the release's kept")
+    blanks: Literal["keep", "drop"] = Field(
+        "keep", description="whether a run of CTC blanks keeps a frame, as released"
+    )
+    ctc_embedding: bool = Field(
+        False,
+        description="add the text embedding the CTC head expects: speech reads as text before the LLM was ever tuned",
+    )
 
 
 class T2cConfig(Section):

@@ -22,6 +22,7 @@ from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
 from echox.stream.collate import Collate, Item, PromptTokens, SpeechCollate, UnitCollate
+from echox.stream.encoded import check_encoded, encoding_identity
 from echox.stream.index import ShardFolder, combined_fingerprint
 from echox.stream.loader import TrainLoader, ValidLoader
 from echox.units.language import UnitLanguage
@@ -43,6 +44,8 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
     from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
     module = build_stage(recipe, text, transcripts=_transcripts(train, text) if from_corpus else None)
     collate = build_collate(recipe, text)
+    valid = _open(recipe.data.valid)
+    _check_encoded(recipe, [*train, *valid])
     items = [item for source, folder in train for item in _items(source, folder) * source.repeat]
     data = recipe.data
     loader = TrainLoader(
@@ -56,16 +59,16 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         threads=data.reader_threads,
         prefetch=data.prefetch,
     )
-    valid = {
+    valid_loaders = {
         _source_name(source): ValidLoader(
             _items(source, folder), collate, micro_batch=data.micro_batch, rank=rank, world_size=world_size
         )
-        for source, folder in _open(data.valid)
+        for source, folder in valid
     }
     return StageSetup(
         module=module,
         train_loader=loader,
-        valid_loaders=valid,
+        valid_loaders=valid_loaders,
         frozen_models=frozen_models(recipe),
         samples_per_epoch=len(items),
         data={"fingerprint": combined_fingerprint(folder for _, folder in train), "samples": len(items)},
@@ -238,7 +241,9 @@ def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
         margin_s=speech.margin_s,
         stack=recipe.model.alignment.stack,
     )
-    return SpeechCollate(text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000))
+    return SpeechCollate(
+        text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000), precomputed=speech.precomputed
+    )
 
 
 def frozen_models(recipe: Recipe) -> dict[str, Path]:
@@ -267,6 +272,15 @@ def _load(ref: str | None) -> dict[str, Tensor]:
 
 def _open(sources: Iterable[SourceConfig]) -> list[tuple[SourceConfig, ShardFolder]]:
     return [(source, ShardFolder.open(resolve_data(source.path))) for source in sources]
+
+
+def _check_encoded(recipe: Recipe, sources: Iterable[tuple[SourceConfig, ShardFolder]]) -> None:
+    speech = recipe.model.speech_encoder
+    if recipe.stage == "t2c" or speech is None or not speech.precomputed:
+        return
+    identity = encoding_identity(recipe.model)
+    for _, folder in sources:
+        check_encoded(folder.path, identity)
 
 
 def _items(source: SourceConfig, folder: ShardFolder) -> list[Item]:

@@ -39,10 +39,12 @@ class S2TModel(nn.Module):
     Args:
         front_end: Whisper encoder and adapters.
         llm: a Hugging Face causal LM, possibly wrapped by PEFT.
+        ctc_embedding: add to each speech vector the text embedding that the CTC head expects there.
     """
 
-    def __init__(self, front_end: SpeechFrontEnd, llm: nn.Module) -> None:
+    def __init__(self, front_end: SpeechFrontEnd, llm: nn.Module, *, ctc_embedding: bool = False) -> None:
         super().__init__()
+        self.ctc_embedding = ctc_embedding
         self.front_end = front_end
         self.llm = llm
 
@@ -62,6 +64,16 @@ class S2TModel(nn.Module):
         logits: Tensor = self.causal_lm.get_output_embeddings()(hidden_BRh)
         return logits.float()
 
+    def hear(self, batch: Any) -> SpeechOutput:
+        """Speech vectors of a `SpeechBatch`, at the LLM width."""
+        speech: SpeechOutput = self.front_end(*batch.audio)
+        if not self.ctc_embedding:
+            return speech
+        kept_BVC = gather_rows(speech.ctc_logits_BTC, speech.kept_BV).float().softmax(-1)
+        table_Ch = self.embed(self.front_end.ctc_head.tokens[1:])  # the blank stands for no word
+        expected_BVh = kept_BVC[..., 1:].to(table_Ch.dtype) @ table_Ch
+        return speech._replace(speech_BVh=speech.speech_BVh + expected_BVh)
+
     def prompt(self, speech: SpeechOutput, before_BP: Tensor, after_BQ: Tensor, after_mask_BQ: Tensor) -> list[Any]:
         """Blocks and masks of the prompt: template, speech vectors, template."""
         before = self.embed(before_BP)
@@ -70,7 +82,7 @@ class S2TModel(nn.Module):
 
     def forward(self, batch: Any) -> S2TOutput:
         """Teacher-forced pass over a `SpeechBatch`."""
-        speech = self.front_end(batch.mel_BMT, batch.frames_B)
+        speech = self.hear(batch)
         hidden = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR)
         return S2TOutput(hidden, self.head(hidden), speech)
 
@@ -95,7 +107,7 @@ class S2TModel(nn.Module):
         """
         from transformers import DynamicCache
 
-        speech = self.front_end(batch.mel_BMT, batch.frames_B)
+        speech = self.hear(batch)
         row = JoinedRows(
             *join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
         )

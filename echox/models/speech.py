@@ -73,6 +73,9 @@ class AlignmentAdapter(nn.Module):
         return aligned, aligned_B
 
 
+LOGIT_STD = 3.0
+
+
 class CtcHead(nn.Module):
     """Linear map from aligned frames to CTC classes; class 0 is the blank, class i > 0 is LLM token `tokens[i]`.
 
@@ -92,9 +95,12 @@ class CtcHead(nn.Module):
 
     @torch.no_grad()
     def init_from_table(self, table_Vh: Tensor) -> None:
-        """Start each class from its token's embedding, scaled to unit RMS per logit; the blank starts at zero (U26)."""
+        """Start each class from its token's embedding; the blank starts at zero (U26).
+
+        Rows are scaled to a mean norm of 3: on normalised frames that is the standard deviation of a logit.
+        """
         rows = table_Vh[self.tokens.clamp(max=len(table_Vh) - 1)].float()
-        rows = rows / rows.norm(dim=1).mean().clamp(min=1e-6)
+        rows = rows * (LOGIT_STD / rows.norm(dim=1).mean().clamp(min=1e-6))
         rows[0] = 0
         self.linear.weight.copy_(rows)
 
@@ -111,27 +117,46 @@ class CtcHead(nn.Module):
         return logits
 
 
-class ShrinkAdapter(nn.Module):
-    """Keep the first frame of every run of equal CTC labels, then let it look back at the frames."""
+class Shrunk(NamedTuple):
+    """Speech vectors `[B, v, h]`, their mask `[B, v]`, and the frame each was made of `[B, v]`."""
 
-    def __init__(self, *, width: int, heads: int, dropout: float, kept_keys_only: bool) -> None:
+    speech_BVh: Tensor
+    mask_BV: Tensor
+    kept_BV: Tensor
+
+
+class ShrinkAdapter(nn.Module):
+    """Keep the first frame of every run of equal CTC labels, then let it look back at the frames.
+
+    Args:
+        width, heads, dropout: of the look-back attention.
+        kept_keys_only: look back at kept frames only, as the release does.
+        drop_blanks: keep no run of blanks; a row of blanks alone keeps its first frame.
+    """
+
+    def __init__(
+        self, *, width: int, heads: int, dropout: float, kept_keys_only: bool, drop_blanks: bool = False
+    ) -> None:
         super().__init__()
         self.kept_keys_only = kept_keys_only
+        self.drop_blanks = drop_blanks
         self.look_back = Attention(width, heads, dropout)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, aligned_BTh: Tensor, frames_B: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Return speech vectors `[B, v, h]` and their mask `[B, v]`; v is the longest row (one host sync)."""
+    def forward(self, aligned_BTh: Tensor, frames_B: Tensor, labels_BT: Tensor) -> Shrunk:
+        """Shrink `[B, T, h]` with labels `[B, T]`, blank 0; v is the longest row (one host sync)."""
         valid = lengths_to_mask(frames_B, aligned_BTh.shape[1])
         keep = run_starts(labels_BT) & valid
+        if self.drop_blanks:
+            keep = keep & (labels_BT != 0)
+            keep[:, 0] |= ~keep.any(1)
         longest = int(keep.sum(1).max())  # host sync
         order = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :longest]
         kept = gather_rows(aligned_BTh, order)
         mask = keep.gather(1, order)
         attended = self.look_back(kept, aligned_BTh, keep if self.kept_keys_only else valid)
-        speech: Tensor = self.norm(kept + self.dropout(attended))
-        return speech, mask
+        return Shrunk(self.norm(kept + self.dropout(attended)), mask, order)
 
 
 def run_starts(labels_BT: Tensor) -> Tensor:
@@ -142,10 +167,17 @@ def run_starts(labels_BT: Tensor) -> Tensor:
 
 
 class SpeechOutput(NamedTuple):
-    """What the front end hands to the LLM and to the CTC loss."""
+    """What the front end hands to the LLM and to the CTC loss.
+
+    Attributes:
+        speech_BVh, mask_BV, kept_BV: see `Shrunk`.
+        ctc_logits_BTC: class logits of all frames.
+        frames_B: real frames of each row.
+    """
 
     speech_BVh: Tensor
     mask_BV: Tensor
+    kept_BV: Tensor
     ctc_logits_BTC: Tensor
     frames_B: Tensor
 
@@ -162,15 +194,26 @@ class SpeechFrontEnd(nn.Module):
         self.ctc_head = ctc_head
         self.shrink = shrink
 
-    def align(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def align(
+        self, mel_BMT: Tensor, frames_B: Tensor, features_BTd: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Aligned frames `[B, T, h]`, CTC logits `[B, T, C]` and real frames `[B]`; the encoder gets no gradient."""
-        with torch.no_grad():
-            features, encoded_B = self.encoder(mel_BMT, frames_B)
+        if features_BTd is None:
+            with torch.no_grad():
+                features, encoded_B = self.encoder(mel_BMT, frames_B)
+        else:
+            features, encoded_B = features_BTd.to(self.alignment.projection.weight.dtype), (frames_B + 1) // 2
         aligned, aligned_B = self.alignment(features, encoded_B)
         return aligned, self.ctc_head(aligned), aligned_B
 
-    def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> SpeechOutput:
-        """Log-mel `[B, mels, T]` with `frames_B` real frames to speech vectors at the LLM width."""
-        aligned, logits, aligned_B = self.align(mel_BMT, frames_B)
-        speech, mask = self.shrink(aligned, aligned_B, logits.detach().argmax(-1))
-        return SpeechOutput(speech, mask, logits, aligned_B)
+    def forward(self, mel_BMT: Tensor, frames_B: Tensor, features_BTd: Tensor | None = None) -> SpeechOutput:
+        """Log-mel to speech vectors at the LLM width.
+
+        Args:
+            mel_BMT: log-mel `[B, mels, T]`; not read where `features_BTd` is given.
+            frames_B: real mel frames of each row.
+            features_BTd: the encoder's output for this input, `[B, T/2, d]`, where it was computed before.
+        """
+        aligned, logits, aligned_B = self.align(mel_BMT, frames_B, features_BTd)
+        shrunk = self.shrink(aligned, aligned_B, logits.detach().argmax(-1))
+        return SpeechOutput(shrunk.speech_BVh, shrunk.mask_BV, shrunk.kept_BV, logits, aligned_B)

@@ -38,13 +38,15 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
         heads=model.shrink.heads or heads,
         dropout=model.shrink.dropout,
         kept_keys_only=model.shrink.keys == "kept",
+        drop_blanks=model.shrink.blanks == "drop",
     )
     if table.device.type != "meta":
         if model.ctc.init_from_llm:
             ctc_head.init_from_table(table)
-        nn.init.constant_(shrink.norm.weight, float(rms(table)))  # speech vectors start at the scale of text ones
+        # Speech vectors start at the scale of text ones; beside CTC's embeddings, which have it already, at nothing.
+        nn.init.constant_(shrink.norm.weight, 0.0 if model.shrink.ctc_embedding else float(rms(table)))
     front_end = SpeechFrontEnd(whisper, alignment, ctc_head, shrink).to(table.dtype)
-    return S2TModel(front_end, llm)
+    return S2TModel(front_end, llm, ctc_embedding=model.shrink.ctc_embedding)
 
 
 def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding) -> T2CDecoder:

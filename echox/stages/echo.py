@@ -126,7 +126,7 @@ class EchoStage(nn.Module):
         """H, X' and the mask of spoken positions: before the end token, one state for each token."""
         if self.pseudo_text == "free_run":
             own = self.s2t.generate(batch, self.end_token, self.free_run_tokens, early_stop=False)
-            speech = self.s2t.front_end(batch.mel_BMT, batch.frames_B)
+            speech = self.s2t.hear(batch)
             hidden = self.s2t.response_states(speech, batch, own.tokens_BR, own.mask_BR)
             return hidden, own.tokens_BR, own.mask_BR
         is_own = self.pseudo_text == "argmax_teacher_forced"

@@ -33,7 +33,7 @@ class S2TStage(nn.Module):
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
         if 0 <= batch.step < self.align_steps:
-            _, logits, frames_B = self.s2t.front_end.align(batch.mel_BMT, batch.frames_B)
+            _, logits, frames_B = self.s2t.front_end.align(*batch.audio)
             return {"ctc": self._ctc(logits, frames_B, batch)}
         out = self.s2t(batch)
         mask = batch.response_mask_BR & (batch.weight_B[:, None] > 0)

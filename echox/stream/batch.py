@@ -37,7 +37,9 @@ class SpeechBatch(Batch):
     """Spoken turns for the S2T and Echo stages.
 
     Attributes:
-        mel_BMT, frames_B: log-mel and its real frames (margin included).
+        mel_BMT, frames_B: log-mel and its real frames (margin included); the log-mel has no column where the encoder's
+            output was precomputed.
+        features_BTd: the precomputed output, two mel frames a column.
         before_BP: prompt tokens before the audio, the same for every row.
         after_BQ, after_mask_BQ: prompt tokens after the audio.
         response_BR, response_mask_BR: target text with its end token.
@@ -53,13 +55,20 @@ class SpeechBatch(Batch):
     response_mask_BR: Tensor
     transcript_BC: Tensor
     transcript_lengths_B: Tensor
+    features_BTd: Tensor | None = None
+
+    @property
+    def audio(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the speech front end takes."""
+        return self.mel_BMT, self.frames_B, self.features_BTd
 
     def stats(self) -> dict[str, float]:
         """Real and padded mel frames, and seconds of audio (100 mel frames a second)."""
         frames = float((self.frames_B * self.weight_B).sum())
+        columns = self.mel_BMT.shape[2] if self.features_BTd is None else 2 * self.features_BTd.shape[1]
         return {
             "tokens": frames,
-            "positions": float(self.mel_BMT.shape[0] * self.mel_BMT.shape[2]),
+            "positions": float(len(self.frames_B) * columns),
             "audio_s": frames / 100,
         }
 

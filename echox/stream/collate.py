@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from echox.audio.features import LogMel
 from echox.audio.io import read_audio
 from echox.stream.batch import SpeechBatch, UnitBatch
+from echox.stream.encoded import MEMBER, unpack
 from echox.stream.index import Sample
 
 
@@ -44,6 +45,14 @@ class PromptTokens:
     end: int
 
 
+class Heard(NamedTuple):
+    """Audio as the speech front end takes it, see `SpeechBatch`."""
+
+    mel_BMT: Tensor
+    frames_B: Tensor
+    features_BTd: Tensor | None = None
+
+
 def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Tensor]:
     """Right-pad integer rows: `[B, longest]` and the mask of real positions (at least one column)."""
     longest = max(1, max(len(row) for row in rows))
@@ -72,23 +81,35 @@ class SpeechCollate:
         prompt: template tokens.
         log_mel: features of the speech encoder.
         max_samples: longest audio in samples; the rest is cut off and counted in `cut` (U27).
+        precomputed: shards hold the encoder's output; their audio is not decoded.
     """
 
     def __init__(
-        self, tokenize: Callable[[str], list[int]], prompt: PromptTokens, log_mel: LogMel, max_samples: int
+        self,
+        tokenize: Callable[[str], list[int]],
+        prompt: PromptTokens,
+        log_mel: LogMel,
+        max_samples: int,
+        *,
+        precomputed: bool = False,
     ) -> None:
         self.tokenize = tokenize
         self.prompt = prompt
         self.log_mel = log_mel
         self.max_samples = max_samples
+        self.precomputed = precomputed
         self.cut = 0
 
     def __call__(self, items: Sequence[Item], step: int) -> SpeechBatch:
         """Decode, featurise, tokenise and pad."""
-        audio = [read_audio(item.sample.read("question.flac")) for item in items]
         metas = [item.sample.meta for item in items]
-        return self.from_audio(
-            audio,
+        if self.precomputed:
+            features, frames = unpack([item.sample.read(MEMBER) for item in items])
+            heard = Heard(torch.zeros(len(items), self.log_mel.n_mels, 0), 2 * frames, features)
+        else:
+            heard = self._hear([read_audio(item.sample.read("question.flac")) for item in items])
+        return self._batch(
+            heard,
             [item.task for item in items],
             [meta["question_text"] or "" for meta in metas],
             [meta["answer_text"] or "" for meta in metas],
@@ -109,9 +130,24 @@ class SpeechCollate:
         step: int = -1,
     ) -> SpeechBatch:
         """The same for audio in memory; serving passes empty transcripts and answers."""
+        return self._batch(self._hear(audio), tasks, transcripts, answers, ids=ids, weights=weights, step=step)
+
+    def _hear(self, audio: Sequence[np.ndarray]) -> Heard:
         self.cut += sum(len(clip) > self.max_samples for clip in audio)
-        mel, frames = self.log_mel(*pad_audio([clip[: self.max_samples] for clip in audio]))
-        before = torch.tensor([self.prompt.before] * len(audio), dtype=torch.long)
+        return Heard(*self.log_mel(*pad_audio([clip[: self.max_samples] for clip in audio])))
+
+    def _batch(
+        self,
+        heard: Heard,
+        tasks: Sequence[str],
+        transcripts: Sequence[str],
+        answers: Sequence[str],
+        *,
+        ids: Sequence[str],
+        weights: Sequence[float],
+        step: int,
+    ) -> SpeechBatch:
+        before = torch.tensor([self.prompt.before] * len(ids), dtype=torch.long)
         after, after_mask = pad_rows([self.prompt.after_asr if task == "asr" else self.prompt.after for task in tasks])
         response, response_mask = pad_rows([[*self.tokenize(text), self.prompt.end] for text in answers])
         spoken, spoken_mask = pad_rows([self.tokenize(text) for text in transcripts])
@@ -119,8 +155,9 @@ class SpeechCollate:
             ids=list(ids),
             step=step,
             weight_B=torch.tensor(weights, dtype=torch.float32),
-            mel_BMT=mel,
-            frames_B=frames,
+            mel_BMT=heard.mel_BMT,
+            frames_B=heard.frames_B,
+            features_BTd=heard.features_BTd,
             before_BP=before,
             after_BQ=after,
             after_mask_BQ=after_mask,

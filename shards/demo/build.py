@@ -17,9 +17,9 @@ from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import TRAIN_QUESTIONS, question
 from shards.demo.plan import CorpusPlan, Fact, Item, plan_corpus, slug
 from shards.demo.prompts import Prompt, read_prompts, split_prompts
-from shards.demo.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
 from shards.demo.speech import HELDOUT_VOICES, TRAIN_RENDERINGS, Speaker, seconds
 from shards.demo.units import UnitSettings, add_units, settings_for
+from shards.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -252,12 +252,15 @@ def build(
         lap(folder.name)
     made = add_units(cache, say, units or settings_for(limit))
     lap("units")
-    for name in made["fingerprints"]:
-        sets[name] = read_json(root / name / DATASET_NAME)
     corpus = _corpus_record(plan, facts, accuracy, sets, len(real_train), took)
     corpus["units"] = {key: made[key] for key in ("settings", "units_per_s", "words_per_s", "vocabulary")}
-    write_json(root / "corpus.json", corpus)
-    return corpus
+    # A build that found everything done leaves the record, with the seconds of the build that did the work.
+    record = root / "corpus.json"
+    earlier = read_json(record)
+    if earlier is None or {**earlier, "seconds": took} != corpus:
+        write_json(record, corpus)
+        return corpus
+    return dict(earlier)
 
 
 def _corpus_record(
@@ -285,7 +288,6 @@ def _corpus_record(
             name: {
                 "samples": described["samples"],
                 "minutes": round(described["hours"] * 60, 2),
-                "fingerprint": described["fingerprint"],
             }
             for name, described in sets.items()
         },

@@ -61,6 +61,10 @@ ASR_COUNTRY_CARRIERS: tuple[str, ...] = (
     "Which river runs through {country}?",
     "The history of {country} is a long one.",
     "Can you show me {country} on the map?",
+    "Do you know anyone who has been to {country}?",
+    "Please tell me about your trip to {country}.",
+    "Do you know which road goes to {country}?",
+    "Please tell me what you saw in {country}.",
 )
 """Sentences to transcribe that name a country."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,8 +12,9 @@ from echox.audio.io import read_audio
 from echox.errors import DataError
 from echox.release.assets import ASSETS
 from echox.release.checksums import sha256_file
-from echox.stream.writer import DATASET_NAME, write_shards
-from shards.demo.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
+from echox.stream.writer import DATASET_NAME
+from shards.records import CORPUS, INPUTS_NAME, digest, read_json, write_json
+from shards.rewrite import read_samples, rewrite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,36 +66,6 @@ def settings_for(limit: int | None) -> UnitSettings:
     return UnitSettings() if limit is None else UnitSettings(clusters=min(UnitSettings.clusters, 2 * limit))
 
 
-def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Samples of a set in shard order: {"__key__", "json": decoded, other members: bytes}.
-
-    Raises:
-        DataError: no `dataset.json`, or a shard that cannot be read.
-    """
-    described = read_json(folder / DATASET_NAME)
-    if described is None:
-        raise DataError(f"{folder.name} has not been built", where=str(folder), fix="Build the demo corpus.")
-    for shard in described["shards"]:
-        try:
-            with tarfile.open(folder / shard["name"], "r:") as tar:
-                sample: dict[str, Any] = {}
-                for member in tar:
-                    key, _, extension = member.name.partition(".")
-                    if sample and sample["__key__"] != key:
-                        yield sample
-                        sample = {}
-                    handle = tar.extractfile(member)
-                    data = handle.read() if handle is not None else b""
-                    sample["__key__"] = key
-                    sample[extension] = json.loads(data) if extension == "json" else data
-                if sample:
-                    yield sample
-        except (OSError, tarfile.TarError, ValueError) as error:
-            raise DataError(
-                f"Cannot read {shard['name']}: {error}", where=str(folder), fix="Build the demo corpus again."
-            ) from error
-
-
 def _audio(folder: Path) -> list[NDArray[np.float32]]:
     return [read_audio(sample["answer.flac"]) for sample in read_samples(folder)]
 
@@ -121,14 +90,6 @@ def _with_units(folder: Path, found: list[tuple[Units, Units]]) -> Iterator[dict
             "answer.units": units.astype("<u2").tobytes(),
             "answer.durations": durations.astype("<u2").tobytes(),
         }
-
-
-def _rewrite(folder: Path, found: list[tuple[Units, Units]], done: str) -> None:
-    """Replace a set's shards by the same samples with units; what it was built from stays recorded."""
-    inputs = read_json(folder / INPUTS_NAME)
-    write_shards(folder, _with_units(folder, found), PER_SHARD)
-    write_json(folder / INPUTS_NAME, inputs)
-    write_json(folder / _DONE, done)
 
 
 def add_units(cache: Path, progress: Progress | None = None, settings: UnitSettings | None = None) -> dict[str, Any]:
@@ -199,7 +160,8 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
     words = sum(len(ids) for ids in language.encode_batch([units for units, _ in found]))
     for folder in folders:
         units = found if folder == folders[0] else extractor.extract(_audio(folder), tell)
-        _rewrite(folder, units, done)
+        rewrite(folder, _with_units(folder, units))
+        write_json(folder / _DONE, done)
     record = {
         "inputs": done,
         "settings": asdict(settings),

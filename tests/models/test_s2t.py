@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tests import tiny
@@ -11,7 +13,7 @@ def test_batched_states_equal_one_unpadded_forward_each() -> None:
     together = model(batch)
     for row in range(5):
         alone = tiny.one_row(batch, row)
-        speech = model.front_end(alone.mel_BMT, alone.frames_B)
+        speech = model.hear(alone)
         blocks = [
             model.embed(alone.before_BP),
             speech.speech_BVh,
@@ -31,7 +33,7 @@ def test_batched_generation_equals_hugging_face_greedy_one_by_one() -> None:
     ours = model.generate(batch, tiny.END, 12)
     for row in range(5):
         alone = tiny.one_row(batch, row)
-        speech = model.front_end(alone.mel_BMT, alone.frames_B)
+        speech = model.hear(alone)
         prompt = torch.cat([model.embed(alone.before_BP), speech.speech_BVh, model.embed(alone.after_BQ)], dim=1)
         expected = model.causal_lm.generate(
             inputs_embeds=prompt, max_new_tokens=12, do_sample=False, eos_token_id=tiny.END, pad_token_id=tiny.END
@@ -44,7 +46,33 @@ def test_generated_states_are_those_that_predict_each_token() -> None:
     model = tiny.s2t_model().eval()
     batch = tiny.speech_batch(3)
     own = model.generate(batch, tiny.END, 8)
-    speech = model.front_end(batch.mel_BMT, batch.frames_B)
+    speech = model.hear(batch)
     again = model.response_states(speech, batch, own.tokens_BR, own.mask_BR)
     torch.testing.assert_close(own.hidden_BRh[own.mask_BR], again[own.mask_BR], rtol=1e-3, atol=1e-4)
     assert torch.equal(model.head(again).argmax(-1)[own.mask_BR], own.tokens_BR[own.mask_BR])
+
+
+def test_precomputed_features_stand_for_the_log_mel() -> None:
+    model = tiny.s2t_model().eval()
+    batch = tiny.speech_batch(4)
+    features, _ = model.front_end.encoder(batch.mel_BMT, batch.frames_B)
+    stored = replace(batch, mel_BMT=batch.mel_BMT[:, :, :0], features_BTd=features)
+    assert torch.equal(model(stored).logits_BRV, model(batch).logits_BRV)
+    assert stored.stats() == batch.stats()
+
+
+def test_ctc_embeddings_are_the_text_the_head_expects_at_each_kept_frame() -> None:
+    config = tiny.model_config().model_copy(
+        update={"shrink": tiny.model_config().shrink.model_copy(update={"ctc_embedding": True})}
+    )
+    model = tiny.s2t_model(config).eval()
+    batch = tiny.speech_batch(4)
+    speech, front_end = model.hear(batch), model.front_end
+    assert float(front_end.shrink.norm.weight.abs().sum()) == 0  # the states come in as training finds them useful
+    table = model.causal_lm.get_input_embeddings().weight
+    for row in range(4):
+        for column in range(int(speech.mask_BV[row].sum())):
+            odds = speech.ctc_logits_BTC[row, speech.kept_BV[row, column]].softmax(-1)
+            words = front_end.ctc_head.tokens.tolist()
+            expected = sum(odds[place] * table[word] for place, word in enumerate(words) if place)
+            torch.testing.assert_close(speech.speech_BVh[row, column], expected, rtol=1e-4, atol=1e-5)

@@ -59,11 +59,21 @@ def test_shrink_keeps_one_frame_for_every_run_of_labels() -> None:
     labels = torch.randint(0, 3, (6, 20))
     frames = torch.tensor([20, 1, 7, 13, 20, 2])
     shrink = ShrinkAdapter(width=8, heads=2, dropout=0.0, kept_keys_only=False)
-    vectors, mask = shrink(torch.randn(6, 20, 8), frames, labels)
+    vectors, mask, kept = shrink(torch.randn(6, 20, 8), frames, labels)
     runs = [len(list(itertools.groupby(labels[row, :count].tolist()))) for row, count in enumerate(frames.tolist())]
     assert mask.sum(1).tolist() == runs
     assert vectors.shape == (6, max(runs), 8)
     assert run_starts(labels)[:, 0].all()
+    for row, count in enumerate(runs):
+        lengths = [len(list(run)) for _, run in itertools.groupby(labels[row, : int(frames[row])].tolist())]
+        assert kept[row, :count].tolist() == [0, *itertools.accumulate(lengths)][:count]
+
+
+def test_shrink_without_blanks_keeps_the_other_runs_and_never_an_empty_row() -> None:
+    labels = torch.tensor([[0, 1, 1, 0, 2, 2, 0, 2], [0, 0, 0, 0, 0, 0, 0, 0], [3, 0, 3, 1, 0, 0, 0, 0]])
+    shrink = ShrinkAdapter(width=8, heads=2, dropout=0.0, kept_keys_only=False, drop_blanks=True)
+    _, mask, kept = shrink(torch.randn(3, 8, 8), torch.tensor([8, 8, 3]), labels)
+    assert [row[real].tolist() for row, real in zip(kept, mask, strict=True)] == [[1, 4, 7], [0], [0, 2]]
 
 
 def test_look_back_reads_dropped_frames_unless_told_to_keep_to_the_kept() -> None:
