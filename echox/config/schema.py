@@ -194,6 +194,9 @@ class LrConfig(Section):
     t2c: PositiveFloat = 5e-4
     denoising: PositiveFloat = 2e-4
     echo: PositiveFloat = 2e-4
+    align: PositiveFloat | None = Field(
+        None, description="adapters in the alignment phase, which then has a cycle of its own; None: one cycle a run"
+    )
 
 
 class OptimConfig(Section):

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from echox.engine.schedule import lr_at
+from echox.engine.schedule import rate_at
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
             chosen = [trainable[name] for name in names if (_dimensions(trainable[name]) > 1) == decays]
             if chosen:  # DeepSpeed fails on an empty group.
                 decay = optim.weight_decay if decays else 0.0
-                groups.append({"params": chosen, "lr": peak, "weight_decay": decay, "rate": rate, "peak": peak})
+                groups.append({"params": chosen, "lr": peak, "weight_decay": decay, "rate": rate})
     if left:
         raise ValueError(f"trainable parameters without a learning rate: {sorted(left)}")
     return groups
@@ -105,7 +105,7 @@ class Engine:
         self.config = config
         self.precision = precision
         self.stage: Any = self.ds.module
-        self._optim = recipe.optim
+        self._recipe = recipe
         self.invalidations = TraceInvalidations()
         offload = getattr(self.ds.optimizer, "parameter_offload", None)
         if offload is not None:
@@ -115,14 +115,7 @@ class Engine:
         """Set every group's rate for optimizer step `step` (from 0); return them by group."""
         rates: dict[str, float] = {}
         for group in self.ds.optimizer.param_groups:
-            group["lr"] = rates[group["rate"]] = lr_at(
-                step,
-                peak=group["peak"],
-                warmup_steps=self._optim.warmup_steps,
-                hold_steps=self._optim.hold_steps,
-                steps=self._optim.steps,
-                final_ratio=self._optim.final_lr_ratio,
-            )
+            group["lr"] = rates[group["rate"]] = rate_at(self._recipe, group["rate"], step)
         return rates
 
     def clear_gradients(self) -> None:

@@ -12,6 +12,10 @@ TRAIN_QUESTIONS: dict[Relation, tuple[str, ...]] = {
         "What is the name of the capital of {country}?",
         "Name the capital city of {country}.",
         "What city is the capital of {country}?",
+        "Please name the capital of {country}.",
+        "Do you have an idea what the capital of {country} is?",
+        "I want to know the capital of {country}.",
+        "Tell me which city is the capital of {country}, please.",
     ),
     "continent": (
         "Which continent is {country} in?",
@@ -20,6 +24,10 @@ TRAIN_QUESTIONS: dict[Relation, tuple[str, ...]] = {
         "Can you tell me which continent {country} is in?",
         "Name the continent where {country} is.",
         "Which continent does {country} belong to?",
+        "Please name the continent of {country}.",
+        "Do you have an idea which continent {country} is on?",
+        "I want to know what continent {country} is in.",
+        "Tell me which continent {country} is part of, please.",
     ),
     "language": (
         "What is the official language of {country}?",
@@ -28,6 +36,10 @@ TRAIN_QUESTIONS: dict[Relation, tuple[str, ...]] = {
         "Can you tell me the official language of {country}?",
         "Name the main language of {country}.",
         "What is the main language spoken in {country}?",
+        "Please name the official language of {country}.",
+        "Do you have an idea what people speak in {country}?",
+        "I want to know the official language of {country}.",
+        "Tell me what language is spoken in {country}, please.",
     ),
 }
 """Questions heard in training, by relation."""
@@ -63,7 +75,7 @@ ASR_COUNTRY_CARRIERS: tuple[str, ...] = (
     "Can you show me {country} on the map?",
     "Do you know anyone who has been to {country}?",
     "Please tell me about your trip to {country}.",
-    "Do you know which road goes to {country}?",
+    "Do you know the way to {country}?",
     "Please tell me what you saw in {country}.",
 )
 """Sentences to transcribe that name a country."""

@@ -18,7 +18,7 @@ from echox.engine.frozen import compare_identities, identify, replicate_as_buffe
 from echox.engine.log import EventLog
 from echox.engine.movement import fingerprint
 from echox.engine.run_folder import RunFolder
-from echox.engine.schedule import lr_at
+from echox.engine.schedule import lr_at, rate_at
 from echox.errors import AlteredModelError, MissingModelError
 
 
@@ -48,6 +48,17 @@ def test_schedule_holds_the_peak_before_it_decays() -> None:
     held = [lr_at(step, peak=2.0, warmup_steps=2, hold_steps=5, steps=20, final_ratio=0.1) for step in range(20)]
     shifted = [lr_at(step, peak=2.0, warmup_steps=0, steps=13, final_ratio=0.1) for step in range(13)]
     assert held == [1.0, 2.0, *[2.0] * 5, *shifted]
+
+
+def test_alignment_with_a_rate_is_a_cycle_of_its_own_for_the_adapters_alone(tmp_path: Path) -> None:
+    two = toy_recipe("two", tmp_path, optim__steps=30, optim__lr__align=5.0, model__ctc__align_steps=10)
+    one = toy_recipe("one", tmp_path, optim__steps=20)
+    adapters = [rate_at(two, "adapters", step) for step in range(10)]
+    assert adapters[:8] == [2.5, *[5.0] * 7]
+    assert adapters[9] == pytest.approx(0.0, abs=1e-12)
+    assert [rate_at(two, "lora", step) for step in range(10)] == [0.0] * 10
+    for group in ("adapters", "lora"):
+        assert [rate_at(two, group, step) for step in range(10, 30)] == [rate_at(one, group, s) for s in range(20)]
 
 
 def test_auto_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
