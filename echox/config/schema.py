@@ -110,6 +110,9 @@ class T2cConfig(Section):
     ffn: PositiveInt = 2048
     max_positions: PositiveInt = 2048
     dropout: float = Field(0.0, ge=0, lt=1, description="on the input embeddings while training")
+    text_stride: PositiveFloat | None = Field(
+        None, description="words spoken a text token, to set both at like rotary positions; None counts on"
+    )
     head: Literal["units", "full_vocab"] = Field("units", description="U15: unit classes only, or text and units")
     prefix: str = Field(min_length=1, description="text before the words, in the LLM's own special tokens")
     unit_header: str = Field(min_length=1, description="text between the words and the units")

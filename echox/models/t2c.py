@@ -33,6 +33,9 @@ class T2CDecoder(nn.Module):
         width, layers, heads, ffn, max_positions: of the Llama body.
         dropout: on the projected input while training.
         text_classes: 0 for a head over units alone (U15), or the text vocabulary for the release's full head.
+        text_stride: None counts positions on from the text to its words. A number sets text token i at position
+            `i * text_stride` and word m at position m: about that many words are spoken a token, so a word finds its
+            text at a steady distance, which small data alone does not teach.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class T2CDecoder(nn.Module):
         max_positions: int,
         dropout: float = 0.0,
         text_classes: int = 0,
+        text_stride: float | None = None,
     ) -> None:
         from transformers import LlamaConfig, LlamaModel
 
@@ -55,6 +59,7 @@ class T2CDecoder(nn.Module):
         self.end = words
         self.pad = words + 1
         self.text_classes = text_classes
+        self.text_stride = text_stride
         self.max_positions = max_positions
         self.unit_embedding = nn.Embedding(words + 2, text_width)
         nn.init.normal_(self.unit_embedding.weight, std=0.02)
@@ -98,11 +103,19 @@ class T2CDecoder(nn.Module):
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(inputs)),
             attention_mask=mask.long(),
-            position_ids=positions(mask),
+            position_ids=self._positions(mask, text_columns),
             use_cache=False,
         ).last_hidden_state
         logits: Tensor = self.head(hidden[:, text_columns - 1 :])
         return logits.float()
+
+    def _positions(self, mask_NL: Tensor, text_columns: int) -> Tensor:
+        """Rotary positions `[N, L]` of a left-padded text part and the words after it."""
+        if self.text_stride is None:
+            return positions(mask_NL)
+        text = positions(mask_NL[:, :text_columns]) * self.text_stride
+        words = torch.arange(mask_NL.shape[1] - text_columns, device=mask_NL.device, dtype=text.dtype)
+        return torch.cat([text, words.expand(len(mask_NL), -1)], dim=1)
 
     def loss(self, text: JoinedRows, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
@@ -125,7 +138,8 @@ class T2CDecoder(nn.Module):
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.body.config)
-        inputs, mask, places = text.values_BLh, text.mask_BL, positions(text.mask_BL)
+        inputs, mask, places = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, text.mask_BL.shape[1])
+        next_place = self._positions(F.pad(mask, (0, 1), value=True), mask.shape[1])[:, -1:]
         limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1])
         longest = int(limit_N.max())  # host sync
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
@@ -149,7 +163,7 @@ class T2CDecoder(nn.Module):
                 break
             inputs = self.unit_embedding(word[:, None]).to(text.values_BLh.dtype)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            places = places[:, -1:] + 1
+            places = next_place + step
         words_NM = torch.stack(words, dim=1)
         mask_NM = words_NM != self.pad
         longest = max(int(mask_NM.sum(1).max()), 1)  # host sync

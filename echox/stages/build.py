@@ -62,6 +62,7 @@ def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding) -> T2C
         max_positions=config.max_positions,
         dropout=config.dropout,
         text_classes=len(table) if config.head == "full_vocab" else 0,
+        text_stride=config.text_stride,
     )
     if table.device.type != "meta":
         decoder.scale_units(float(rms(table)))

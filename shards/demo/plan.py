@@ -29,6 +29,11 @@ Fact = tuple[str, Relation]
 HELDOUT_COUNTRIES = 12
 SQA_RENDERINGS = 600
 """Questions Piper speaks for training; each is heard in two voices."""
+TTS_CARRIERS_TRAINED = 2
+"""Carriers of each name that are spoken in training; the next one may be held out."""
+TTS_LIST_TURNS = 8
+"""How often each name is read out in a list."""
+TTS_LIST_NAMES = 4
 HELDOUT_PHRASING = 60
 HELDOUT_ANSWERS = 60
 
@@ -167,21 +172,47 @@ def _tts_carriers(countries: list[Country], heldout: Collection[str]) -> tuple[l
     """(training, spare) carriers; those of held-out countries all train, so that every word is spoken somewhere."""
     train: list[Item] = []
     spare: list[Item] = []
+
+    def share(item: Item, place: int, always: bool) -> None:
+        if always or place < TTS_CARRIERS_TRAINED:
+            train.append(item)
+        elif place == TTS_CARRIERS_TRAINED:
+            spare.append(item)
+
     for number, country in enumerate(countries):
         for index, template in enumerate(TTS_COUNTRY_CARRIERS):
             item = _spoken(f"{slug(country.name)}-c{index}", sentence(template.format(country=country.name)))
-            used = country.name in heldout or (index + number) % len(TTS_COUNTRY_CARRIERS) != 3
-            (train if used else spare).append(item)
+            share(item, (index + number) % len(TTS_COUNTRY_CARRIERS), country.name in heldout)
     for relation in RELATIONS:
         needed = {country.answer(relation) for country in countries if country.name in heldout}
-        values = sorted({country.answer(relation) for country in countries})
-        for number, value in enumerate(values):
+        for number, value in enumerate(_values(countries, relation)):
             templates = TTS_VALUE_CARRIERS[relation]
             for index, template in enumerate(templates):
                 item = _spoken(f"{slug(value)}-{relation}-v{index}", sentence(template.format(value=value)))
-                used = relation != "capital" or value in needed or (index + number) % len(templates) != 3
-                (train if used else spare).append(item)
+                share(item, (index + number) % len(templates), value in needed)
     return train, spare
+
+
+def _values(countries: list[Country], relation: Relation) -> list[str]:
+    return sorted({country.answer(relation) for country in countries})
+
+
+def _tts_lists(countries: list[Country]) -> list[Item]:
+    """Names read out in random order: nothing said so far tells the next one, so a decoder has to read its text.
+
+    A list names either countries or answers, so that none states a fact.
+    """
+    items = []
+    for kind, names in (
+        ("countries", [country.name for country in countries]),
+        ("answers", sorted({value for relation in RELATIONS for value in _values(countries, relation)})),
+    ):
+        for turn in range(TTS_LIST_TURNS):
+            random.Random(f"{kind}-{turn}").shuffle(names)
+            for start in range(0, len(names), TTS_LIST_NAMES):
+                said = names[start : start + TTS_LIST_NAMES]
+                items.append(_spoken(f"{kind}-{turn}-{start}", sentence(", ".join(said) + ".")))
+    return items
 
 
 def _spread(items: list[T], count: int) -> list[T]:
@@ -229,7 +260,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     answers = [answer(*fact) for fact in train]
     kept_answers = [answer(*fact) for fact in kept]
     sets = {
-        "tts-train": answers + carriers,
+        "tts-train": answers + carriers + _tts_lists(countries),
         "tts-heldout": kept_answers + _spread(spare, max(0, HELDOUT_ANSWERS - len(kept_answers))),
         "sqa-train": _sqa_train(train),
         "sqa-heldout-phrasing": phrasing,
