@@ -27,13 +27,10 @@ Fact = tuple[str, Relation]
 """Name of a country and what is asked about it."""
 
 HELDOUT_COUNTRIES = 12
-SQA_RENDERINGS = 600
+SQA_RENDERINGS = 500
 """Questions Piper speaks for training; each is heard in two voices."""
 TTS_CARRIERS_TRAINED = 2
 """Carriers of each name that are spoken in training; the next one may be held out."""
-TTS_LIST_TURNS = 8
-"""How often each name is read out in a list."""
-TTS_LIST_NAMES = 4
 HELDOUT_PHRASING = 60
 HELDOUT_ANSWERS = 60
 
@@ -197,24 +194,6 @@ def _values(countries: list[Country], relation: Relation) -> list[str]:
     return sorted({country.answer(relation) for country in countries})
 
 
-def _tts_lists(countries: list[Country]) -> list[Item]:
-    """Names read out in random order: nothing said so far tells the next one, so a decoder has to read its text.
-
-    A list names either countries or answers, so that none states a fact.
-    """
-    items = []
-    for kind, names in (
-        ("countries", [country.name for country in countries]),
-        ("answers", sorted({value for relation in RELATIONS for value in _values(countries, relation)})),
-    ):
-        for turn in range(TTS_LIST_TURNS):
-            random.Random(f"{kind}-{turn}").shuffle(names)
-            for start in range(0, len(names), TTS_LIST_NAMES):
-                said = names[start : start + TTS_LIST_NAMES]
-                items.append(_spoken(f"{kind}-{turn}-{start}", sentence(", ".join(said) + ".")))
-    return items
-
-
 def _spread(items: list[T], count: int) -> list[T]:
     """At most `count` items at even distances."""
     if len(items) <= count:
@@ -230,8 +209,9 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
         limit: samples a synthesised set at most, for a cut-down corpus; None is the whole one.
 
     Returns:
-        Sets `sqa-train`, `asr-train` (its synthetic part), `tts-train`, `sqa-heldout-phrasing`, `sqa-heldout-knowledge`
-        and `tts-heldout`, each in a fixed random order.
+        Sets `sqa-train`, `asr-train` (its synthetic part), `tts-train`, `tts-answers` (its answers once more, so
+        that a recipe can weigh them), `sqa-heldout-phrasing`, `sqa-heldout-knowledge` and `tts-heldout`, each in a
+        fixed random order.
     """
     known = frozenset(known)
     facts = [
@@ -260,7 +240,8 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     answers = [answer(*fact) for fact in train]
     kept_answers = [answer(*fact) for fact in kept]
     sets = {
-        "tts-train": answers + carriers + _tts_lists(countries),
+        "tts-train": answers + carriers,
+        "tts-answers": answers,
         "tts-heldout": kept_answers + _spread(spare, max(0, HELDOUT_ANSWERS - len(kept_answers))),
         "sqa-train": _sqa_train(train),
         "sqa-heldout-phrasing": phrasing,
@@ -268,7 +249,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
         "asr-train": _asr_train(countries, heldout),
     }
     for name, items in sets.items():
-        random.Random(name).shuffle(items)
+        items = sets[name] = random.Random(name).sample(items, len(items))
         if limit is not None:
             sets[name] = _cut(items, limit)
     return CorpusPlan(sets, heldout)

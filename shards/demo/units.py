@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-TTS_SETS = ("tts-train", "tts-heldout")
+TTS_SETS = ("tts-train", "tts-answers", "tts-heldout")
 """Sets that carry `answer.flac`; the first one is fitted on."""
 _DONE = "units.json"
 _GROUP = 128

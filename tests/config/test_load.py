@@ -114,7 +114,7 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
         ("scaling.gpus_per_worker=0.5", "scaling.gpus_per_worker=0.5, but a worker is one rank"),
         ("data.train.1={path: demo/sqa-train, task: sqa}", "data.train.1 repeats data.train.0"),
         ("model.speech_encoder=null", "stage=s2t hears speech"),
-        ("model.ctc.align_steps=850", "model.ctc.align_steps=850 leaves no step for the text loss"),
+        ("model.ctc.align_steps=750", "model.ctc.align_steps=750 leaves no step for the text loss"),
         ("data.train.0.task=tts", "data.train.0.task=tts does not fit stage=s2t; use asr or sqa"),
         ("optim.betas=[0.9, 1.0]", "optim.betas.1=1 is outside [0, 1)"),
         ("engine.deepspeed=ds_configs/none.json", "engine.deepspeed: DeepSpeed JSON ds_configs/none.json does not"),

@@ -69,6 +69,21 @@ def test_batched_loss_equals_one_row_at_a_time() -> None:
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_text_stride_sets_words_beside_their_text_in_training_and_in_decoding() -> None:
+    decoder, text = tiny.t2c_decoder(), _text()
+    decoder.text_stride = 2.5
+    padded = torch.tensor([[False, True, True, True, True, True]])
+    assert decoder._positions(padded, 4).tolist() == [[0, 0, 2.5, 5, 0, 1]]
+    own = decoder.greedy(text, torch.full((6,), 20))
+    logits = decoder(text, own.words_NM, own.mask_NM)
+    logits[..., decoder.pad] = -torch.inf
+    for row, length in enumerate(own.mask_NM.sum(1).tolist()):
+        said = own.words_NM[row, :length].tolist() + ([decoder.end] if own.ended_N[row] else [])
+        assert logits[row, : len(said)].argmax(-1).tolist() == said
+    decoder.text_stride = None
+    assert not torch.equal(decoder.greedy(text, torch.full((6,), 20)).words_NM, own.words_NM)
+
+
 def test_limits_are_kept_row_by_row() -> None:
     decoder, text = tiny.t2c_decoder(), _text()
     limits = torch.tensor([1, 2, 3, 4, 5, 6])

@@ -171,8 +171,8 @@ def test_a_second_build_does_nothing_and_says_so(cache: Path) -> None:
     lines: list[str] = []
     second = build(cache, lines.append, limit=20)
     assert (len(FakeTextModel.asked), len(FakeSpeaker.said)) == (asked, said)
-    assert FakeFeatures.encoded == encoded == 40
-    assert sum("already built" in line for line in lines) == len(first["sets"]) == 7
+    assert FakeFeatures.encoded == encoded == 60
+    assert sum("already built" in line for line in lines) == len(first["sets"]) == 8
     assert sum("units: already made" in line for line in lines) == 1
     assert first["sets"] == second["sets"]
 
@@ -183,12 +183,12 @@ def test_a_damaged_or_outdated_set_alone_is_built_again(cache: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     FakeSpeaker.said.clear()
     assert build(cache, print, limit=20)["sets"] == first["sets"]
-    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 40
+    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 60
     FakeSpeaker.said.clear()
     shard = cache / "data/demo/tts-heldout/shard-000000.tar"
     shard.unlink()
     assert build(cache, print, limit=20)["sets"] == first["sets"]
-    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 80
+    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 120
     FakeSpeaker.said.clear()
     build(cache, print, limit=19)
     assert len(FakeSpeaker.said) > 60
