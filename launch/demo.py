@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from echox.config.load import load_recipe
-from echox.config.paths import cache_dir, project_root, resolve_data
+from echox.config.paths import cache_dir, project_root
 from echox.errors import EchoXError
 from launch import cluster, done, places
 from launch.follow import follow
@@ -44,7 +44,6 @@ QUICK = {
 QUICK_ALWAYS = ("optim.warmup_steps=1", "data.global_batch=4", "data.micro_batch=2")
 QUICK_LIMIT = 12
 QUICK_EVALUATED = 2
-VOCODER_STEPS = 300
 QUICK_VOCODER_STEPS = 10
 STOP_WAIT_S = 20
 INTERRUPTED = 130
@@ -62,7 +61,7 @@ class Demo:
         evaluated: items evaluated of each set; None is all.
         overrides: stage to `key=value` overrides of its recipe.
         repeat: stages to train again.
-        vocoder_steps: optimizer steps of the vocoder.
+        vocoder_steps: optimizer steps of the vocoder; None takes its default.
     """
 
     storage: Path
@@ -71,7 +70,7 @@ class Demo:
     evaluated: int | None = None
     overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
     repeat: tuple[str, ...] = ()
-    vocoder_steps: int = VOCODER_STEPS
+    vocoder_steps: int | None = None
     phases: Phases = field(init=False)
     result: dict[str, Any] = field(init=False)
     _job: tuple[Jobs, str] | None = None
@@ -159,7 +158,8 @@ class Demo:
         from echox.release.assets import fetch
         from shards.demo.build import build
         from shards.demo.units import add_units, settings_for
-        from shards.encode import encode_folder
+        from shards.demo.voice import ensure_vocoder
+        from shards.encode import encode_sources
 
         cache, say = cache_dir(), self.phases.line
         corpus = cache / "data" / "demo"
@@ -170,18 +170,10 @@ class Demo:
         with self._unless_unchanged("units", "speech units and the unit language, fitted on the answers", corpus):
             add_units(cache, say, settings_for(self.limit))
         with self._unless_unchanged("encode", "the frozen speech encoder's output, once for all epochs", corpus):
-            sources = [source for stage in ("s2t", "echo") for source in _sources(self.recipe(stage))]
-            for path in dict.fromkeys(sources):
-                encode_folder(resolve_data(path), self.recipe("s2t").model, say)
+            encode_sources(self.recipe("s2t"), say)
         with self.phases.phase("vocoder", "units to waveforms, trained on the answer voice"):
-            spoken, vocoder = corpus / "tts-train" / "dataset.json", corpus / "vocoder"
-            if vocoder.is_dir() and _newest(vocoder) > spoken.stat().st_mtime:
-                self.phases.reuse("vocoder", f"{vocoder} is newer than the corpus")
-            else:
-                from echox.speak.unit_mel import train_vocoder
-
-                watch = self._every_ten_seconds()
-                train_vocoder(corpus / "tts-train", vocoder, steps=self.vocoder_steps, progress=watch)
+            if not ensure_vocoder(cache, self.vocoder_steps, self._every_ten_seconds()):
+                self.phases.reuse("vocoder", f"{corpus / 'vocoder'} is newer than the corpus")
 
     @contextlib.contextmanager
     def _unless_unchanged(self, name: str, title: str, folder: Path) -> Iterator[None]:
@@ -365,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluated=QUICK_EVALUATED if args.quick else None,
         overrides=overrides,
         repeat=tuple(args.repeat),
-        vocoder_steps=QUICK_VOCODER_STEPS if args.quick else VOCODER_STEPS,
+        vocoder_steps=QUICK_VOCODER_STEPS if args.quick else None,
     )
     try:
         demo.run()
@@ -404,10 +396,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.key=value", help="override a recipe")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
     return parser
-
-
-def _sources(recipe: Recipe) -> list[str]:
-    return [source.path for source in (*recipe.data.train, *recipe.data.valid)]
 
 
 def _snapshot(folder: Path) -> dict[str, int]:

@@ -39,11 +39,16 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Build the corpus; progress goes to stderr, the result to stdout."""
+    """Build the corpus and all that its recipes read; progress goes to stderr, the result to stdout."""
+    from echox.config.load import load_recipe
     from echox.config.paths import cache_dir
     from shards.demo.build import build
+    from shards.demo.voice import ensure_vocoder
+    from shards.encode import encode_sources
 
-    corpus = build(cache_dir(), lambda text: print(text, file=sys.stderr, flush=True), limit=args.limit)
+    corpus = build(cache_dir(), _say, limit=args.limit)
+    encode_sources(load_recipe("demo/s2t"), _say)
+    ensure_vocoder(cache_dir())
     if args.json:
         print(json.dumps(corpus, indent=2, ensure_ascii=False))
     else:
@@ -54,16 +59,18 @@ def run_build(args: argparse.Namespace) -> int:
 def run_encode(args: argparse.Namespace) -> int:
     """Encode every folder the recipe trains or validates on."""
     from echox.config.load import load_recipe
-    from echox.config.paths import resolve_data
     from echox.errors import RecipeError
-    from shards.encode import encode_folder
+    from shards.encode import encode_sources
 
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.stage == "t2c":
         raise RecipeError("stage t2c hears no speech", where=args.recipe, fix="name an s2t or echo recipe")
-    for source in (*recipe.data.train, *recipe.data.valid):
-        encode_folder(resolve_data(source.path), recipe.model, lambda text: print(text, file=sys.stderr, flush=True))
+    encode_sources(recipe, _say)
     return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _positive(text: str) -> int:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echox.audio.io import SAMPLE_RATE, read_audio
-from echox.config.schema import ModelConfig
+from echox.config.paths import resolve_data
+from echox.config.schema import ModelConfig, Recipe
 from echox.release.pretrained import load_whisper_encoder
 from echox.stream.collate import pad_audio
 from echox.stream.encoded import MEMBER, RECORD, encoding_identity, pack
@@ -105,3 +106,9 @@ def encode_folder(folder: Path, model: ModelConfig, progress: Progress | None = 
     rewrite(folder, encoded())
     write_json(folder / RECORD, identity)
     return True
+
+
+def encode_sources(recipe: Recipe, progress: Progress | None = None) -> None:
+    """Encode every folder that a recipe trains or validates on, see `encode_folder`."""
+    for path in dict.fromkeys(source.path for source in (*recipe.data.train, *recipe.data.valid)):
+        encode_folder(resolve_data(path), recipe.model, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,7 @@ class TextTools:
         """Load the tokenizer and tokenise the templates."""
         llm, t2c, random_init = recipe.model.llm, recipe.model.t2c, recipe.model.random_init
         tokenizer = load_tokenizer(llm.path, random_init=random_init)
-
-        def ids(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False).input_ids)
-
+        ids = partial(_ids, tokenizer)
         end = ids(llm.prompt.end)
         if len(end) != 1 and not random_init:
             raise RecipeError(
@@ -133,12 +131,16 @@ class TextTools:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        return _ids(self.tokenizer, text)
 
     @property
     def words(self) -> int:
         """Size of the unit language."""
         return self.language.size if self.language else _RANDOM_WORDS
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def build_stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Evaluation:
     sets: dict[str, SetScore]
     resynthesis_wer: float
     original_wer: float
-    skipped: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Scores without audio."""
@@ -80,7 +79,6 @@ def evaluate_demo(
     model = SpeechToSpeech.load(run)
     ceilings = json.loads((cache_dir() / "data" / "demo" / "corpus.json").read_text()).get("text_llm_acc", {})
     sets: dict[str, SetScore] = {}
-    skipped: list[str] = []
 
     def watch(name: str) -> Callable[[int, int], None] | None:
         return (lambda done, total: progress(name, done, total)) if progress else None
@@ -93,12 +91,10 @@ def evaluate_demo(
     if (cache_dir() / "data" / "demo" / ASR_SET).is_dir():
         samples = take(ShardFolder.open(resolve_data(f"demo/{ASR_SET}")), limit)
         sets[ASR_SET] = score_transcription(model, samples, progress=watch(ASR_SET))
-    else:
-        skipped.append(ASR_SET)
     folder = ShardFolder.open(resolve_data(f"demo/{RESYNTHESIS_SET}"))
     samples = take(folder, min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
     again, original = resynthesis_wer(samples, speaker, judge, progress=watch(RESYNTHESIS_SET))
-    return Evaluation(sets, again, original, skipped)
+    return Evaluation(sets, again, original)
 
 
 def _spread(items: list[SpokenItem], count: int) -> list[SpokenItem]:
