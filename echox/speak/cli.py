@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ def run(args: argparse.Namespace) -> int:
 
     question = read_audio(args.question)
     vocoder = load_vocoder(args.vocoder or cache_dir() / "data" / "demo" / "vocoder")
-    answer = SpeechToSpeech.load(args.trained).answer([question])[0]
+    model = SpeechToSpeech.load(args.trained)
+    if len(question) > model.max_audio_s * SAMPLE_RATE:
+        asked = len(question) / SAMPLE_RATE
+        print(f"{args.question} has {asked:.0f} s; only the first {model.max_audio_s:.0f} s are heard", file=sys.stderr)
+    answer = model.answer([question])[0]
     wave = at_16k(vocoder([answer.units])[0], vocoder.sample_rate)
     write_audio(args.out, wave)
     result = {"text": answer.text, "out": str(args.out), "seconds": round(len(wave) / SAMPLE_RATE, 2)}

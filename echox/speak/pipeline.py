@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from echox.audio.io import SAMPLE_RATE
 from echox.config.schema import InitConfig, Recipe
 from echox.engine.checkpoint import find_weights
 from echox.engine.manifest import MANIFEST
@@ -87,6 +88,11 @@ class SpeechToSpeech:
             clips, [task] * count, [""] * count, [""] * count, ids=[""] * count, weights=[1.0] * count
         )
         return batch.to(self._device)
+
+    @property
+    def max_audio_s(self) -> float:
+        """What is heard of a clip, seconds; the rest is cut off."""
+        return self._collate.max_samples / SAMPLE_RATE
 
     def generate(self, clips: Sequence[NDArray[np.float32]], task: str = "sqa") -> Generated:
         """Greedy text and its hidden states for 16 kHz mono clips."""

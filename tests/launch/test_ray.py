@@ -124,6 +124,7 @@ def test_two_workers_train_report_and_stop(jobs: Jobs, head: cluster.Head, stora
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_a_workers_error_is_one_sentence_and_the_exit_code(jobs: Jobs, storage: Path) -> None:
     job = submit(jobs, storage, "train_bad_data")
     assert jobs.wait(job) == "FAILED"
