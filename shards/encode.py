@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from echox.audio.batches import length_batches
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.config.paths import resolve_data
 from echox.config.schema import ModelConfig, Recipe
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Progress = Callable[[str], None]
-_BATCH_S = 60.0
+_BATCH_S = 60
 
 
 class QuestionEncoder:
@@ -48,13 +49,8 @@ class QuestionEncoder:
     def __call__(self, clips: list[Any]) -> list[Tensor]:
         """Features `[frames, width]` of each clip, batched by length."""
         clips = [clip[: self._most] for clip in clips]
-        order = sorted(range(len(clips)), key=lambda index: len(clips[index]))
         found: dict[int, Tensor] = {}
-        while order:
-            count = 1
-            while count < len(order) and (count + 1) * len(clips[order[count]]) <= _BATCH_S * SAMPLE_RATE:
-                count += 1
-            batch, order = order[:count], order[count:]
+        for batch in length_batches([len(clip) for clip in clips], _BATCH_S * SAMPLE_RATE):
             mel, frames = self._log_mel(*pad_audio([clips[index] for index in batch]))
             features, lengths = self._encoder(mel.to(self.device), frames.to(self.device))
             for index, row, length in zip(batch, features.cpu(), lengths.tolist(), strict=True):

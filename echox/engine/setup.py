@@ -40,13 +40,12 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
     """
     torch.manual_seed(recipe.seed)
     text = TextTools.load(recipe)
-    train = _open(recipe.data.train)
+    train, valid = _open(recipe.data.train), _open(recipe.data.valid)
+    _check_encoded(recipe, [*train, *valid])  # before any model is loaded
     # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
     from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
     module = build_stage(recipe, text, transcripts=_transcripts(train, text) if from_corpus else None)
     collate = build_collate(recipe, text)
-    valid = _open(recipe.data.valid)
-    _check_encoded(recipe, [*train, *valid])
     items = [item for source, folder in train for item in _items(source, folder) * source.repeat]
     data = recipe.data
     loader = TrainLoader(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
+from echox.audio.batches import length_batches
 from echox.errors import DataError
 
 if TYPE_CHECKING:
@@ -174,12 +175,7 @@ def _in_batches(audio: Sequence[Floats], encode: _Encode) -> list[Floats]:
     size = _PIECE_S * _RATE
     pieces = [(owner, clip[at : at + size]) for owner, clip in enumerate(audio) for at in range(0, len(clip), size)]
     done: list[Floats | None] = [None] * len(pieces)
-    order = sorted(range(len(pieces)), key=lambda index: len(pieces[index][1]))
-    while order:
-        count = 1
-        while count < len(order) and (count + 1) * len(pieces[order[count]][1]) <= _BATCH_S * _RATE:
-            count += 1
-        batch, order = order[:count], order[count:]
+    for batch in length_batches([len(clip) for _, clip in pieces], _BATCH_S * _RATE):
         lengths_B = torch.tensor([len(pieces[index][1]) for index in batch])
         audio_BN = torch.zeros(len(batch), int(lengths_B.max()))
         for row, index in enumerate(batch):
