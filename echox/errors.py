@@ -58,6 +58,26 @@ class DataError(EchoXError):
     exit_code = 4
 
 
+class CorruptSampleError(DataError):
+    """One sample that is damaged for good: reading it again gives the same.
+
+    Attributes:
+        kind: class of the damage, a word to count by, such as "checksum" or "decode".
+    """
+
+    def __init__(self, what: str, *, kind: str, where: str = "", fix: str = "") -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """As the base class does, with the kind."""
+        return (_rebuild_corrupt, (self.what, self.kind, self.where, self.fix))
+
+
+def _rebuild_corrupt(what: str, kind: str, where: str, fix: str) -> CorruptSampleError:
+    return CorruptSampleError(what, kind=kind, where=where, fix=fix)
+
+
 class CheckpointError(EchoXError):
     """A checkpoint that is damaged or does not fit the run."""
 
@@ -66,6 +86,12 @@ class CheckpointError(EchoXError):
 
 class NetworkError(EchoXError):
     """A download or service that could not be reached."""
+
+    exit_code = 6
+
+
+class TransientReadError(EchoXError):
+    """Data that could not be read although it was tried again and again; the same read may succeed later."""
 
     exit_code = 6
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from webdataset.writer import TarWriter
 
 from echox.errors import DataError
-from echox.release.checksums import sha256_file
+from echox.stream.catalogue import DATASET_NAME
+from echox.stream.indexing import CatalogueBuilder
+from echox.stream.scan import scan_shard, write_index
 
-DATASET_NAME = "dataset.json"
+__all__ = ["DATASET_NAME", "write_shards"]
 
 
 def _encode(sample: Mapping[str, Any], seen: set[str]) -> dict[str, Any]:
@@ -42,29 +43,35 @@ def _encode(sample: Mapping[str, Any], seen: set[str]) -> dict[str, Any]:
     return encoded
 
 
-def _write_shard(path: Path, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def _write_shard(path: Path, samples: list[dict[str, Any]]) -> None:
     # Fixed times and names: the hash of a shard is a function of its samples alone.
     fixed = {"user": "echox", "group": "echox", "mode": 0o644, "mtime": 0}
     with path.open("wb") as file, TarWriter(file, encoder=False, compress=False, **fixed) as tar:
         for sample in samples:
             tar.write(sample)
-    return {"name": path.name, "sha256": sha256_file(path), "samples": len(samples), "bytes": path.stat().st_size}
 
 
-def write_shards(folder: str | Path, samples: Iterable[Mapping[str, Any]], per_shard: int = 256) -> dict[str, Any]:
-    """Write `shard-000000.tar`, … and `dataset.json`; the folder appears only when it is complete.
+def write_shards(
+    folder: str | Path,
+    samples: Iterable[Mapping[str, Any]],
+    per_shard: int = 256,
+    *,
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
+    """Write `shard-000000.tar`, their indexes, the catalogue and `dataset.json`; the folder appears when complete.
 
     Args:
         folder: where the shards go; an existing one is replaced.
         samples: each {"__key__": name without a dot, "json": mapping, other members: bytes}; consumed one at a time.
         per_shard: samples a shard.
+        optional: members that a sample may lack; all others are in every sample.
 
     Returns:
-        The content of `dataset.json`: {"version", "samples", "shards", "hours", "fingerprint"}; hours are those of
-        `question_s` and `answer_s` together, the fingerprint is SHA-256 over the shards' hashes in order.
+        The content of `dataset.json`, see `index_folder`.
 
     Raises:
-        DataError: a dotted, repeated or missing key, no json member, a member that is not bytes, or no sample at all.
+        DataError: a dotted, repeated or missing key, no json member, a member that is not bytes, members unlike those
+            of the samples before, lengths that are not numbers, or no sample at all.
     """
     if per_shard < 1:
         raise DataError(f"per_shard is {per_shard}, but a shard holds at least one sample")
@@ -72,36 +79,34 @@ def write_shards(folder: str | Path, samples: Iterable[Mapping[str, Any]], per_s
     building = final.with_name(f".{final.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    shards: list[dict[str, Any]] = []
     seen: set[str] = set()
-    seconds = 0.0
     pending: list[dict[str, Any]] = []
+    shards = 0
 
     def flush() -> None:
-        if pending:
-            shards.append(_write_shard(building / f"shard-{len(shards):06d}.tar", pending))
-            pending.clear()
+        nonlocal shards
+        path = building / f"shard-{shards:06d}.tar"
+        _write_shard(path, pending)
+        # Read back, so that what is indexed is what lies on the disk.
+        table = scan_shard(path, optional)
+        write_index(path, table)
+        builder.add(path.name, table)
+        pending.clear()
+        shards += 1
 
     try:
-        for sample in samples:
-            pending.append(_encode(sample, seen))
-            meta = sample["json"]
-            seconds += float(meta.get("question_s") or 0.0) + float(meta.get("answer_s") or 0.0)
-            if len(pending) == per_shard:
+        with CatalogueBuilder(building, optional) as builder:
+            for sample in samples:
+                pending.append(_encode(sample, seen))
+                if len(pending) == per_shard:
+                    flush()
+            if pending:
                 flush()
-        flush()
-        if not shards:
-            raise DataError(f"There are no samples to write into {final}", where=str(final))
-        described = {
-            "version": 1,
-            "samples": len(seen),
-            "shards": shards,
-            "hours": round(seconds / 3600, 6),
-            "fingerprint": hashlib.sha256("".join(shard["sha256"] for shard in shards).encode()).hexdigest(),
-        }
-        (building / DATASET_NAME).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+            if not shards:
+                raise DataError(f"There are no samples to write into {final}", where=str(final))
+            listing = builder.finish()
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return described
+    return listing
