@@ -46,9 +46,9 @@ RECORD = np.dtype(
 """One sample.
 
 `offset`, `size`: its bytes in the shard, headers included. `checksum`: of its members but `json`, so that samples of
-equal content have equal ones; `text`: the same of its question and answer text, 0 without any. `first`: its first row of
-the member table. `key`: where its name begins among the names. `source`, `layout`: numbers into the catalogue's lists.
-`units`, `question_chars`, `answer_chars`, `question_s`, `answer_s`: lengths, 0 where there is nothing.
+equal content have equal ones; `text`: the same of its question and answer text, 0 without any. `first`: its first row
+of the member table. `key`: where its name begins among the names. `source`, `layout`: numbers into the catalogue's
+lists. `units`, `question_chars`, `answer_chars`, `question_s`, `answer_s`: lengths, 0 where there is nothing.
 """
 
 MEMBER = np.dtype([("checksum", "<u8"), ("offset", "<u4"), ("size", "<u4")])
@@ -94,13 +94,7 @@ def scan_shard(shard: Path, optional: Collection[str] = ()) -> ShardTable:
             is not an object or has lengths that are not numbers, or larger than 4 GiB.
     """
     with mapped(shard) as data:
-        spans = walk(data, shard)
-        view = memoryview(data)
-        try:
-            table = _table(view, spans, shard, frozenset(optional))
-        finally:
-            view.release()
-    return table
+        return _table(memoryview(data), walk(data, shard), shard, frozenset(optional))
 
 
 def member_rule(

@@ -104,9 +104,9 @@ def mapped(shard: Path) -> Iterator[mmap.mmap]:
             raise defect(shard, 0, "the file is empty; even a tar without samples has two zero blocks")
         for magic, name in _COMPRESSED.items():
             if head.startswith(magic):
-                raise defect(shard, 0, f"the tar is compressed with {name}, and has no offsets", f"un{name} it")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+                raise defect(shard, 0, f"the tar is compressed with {name}, and has no offsets", "decompress it")
+        # Not closed here: an error on its way out still holds views; the map goes with the last of them.
+        yield mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def walk(data: mmap.mmap | bytes, shard: str | Path) -> Spans:
@@ -187,7 +187,7 @@ def _check_end(data: mmap.mmap | bytes, at: int, shard: str | Path) -> ShardDefe
         return defect(shard, at, "a lone zero block stands between the members; readers stop here and lose the rest")
     rest = np.frombuffer(data, dtype=np.uint8, offset=at + 2 * BLOCK)
     if rest.any():
-        return defect(shard, at + 2 * BLOCK + int(rest.argmax()), "there are bytes after the end of the tar")
+        return defect(shard, at + 2 * BLOCK + int((rest != 0).argmax()), "there are bytes after the end of the tar")
     return None
 
 
