@@ -19,7 +19,11 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from echox.errors import DataError
+from echox.stream.cache import NodeCache
+from echox.stream.remote import is_remote, open_remote
+from echox.stream.retry import Retry
 from echox.stream.scan import MEMBER, RECORD
+from echox.stream.staging import fetch_catalogue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,29 +77,33 @@ class Catalogue:
         self._names = self._segment("keys")
 
     @classmethod
-    def open(cls, location: str | Path) -> Catalogue:
+    def open(cls, location: str | Path, *, cache: NodeCache | None = None, retry: Retry | None = None) -> Catalogue:
         """Open the catalogue of a folder of shards, or of a URL of one.
 
+        Args:
+            location: folder or URL; a folder may hold the catalogue of shards that are elsewhere.
+            cache: where a remote catalogue goes; None takes `NodeCache.default`.
+            retry: for its requests.
+
         Raises:
+            TransientReadError: a remote one could not be fetched.
             DataError: no catalogue, a damaged one, one of other shards, or a shard missing or not of its size.
         """
-        from echox.stream.remote import fetch_catalogue, is_remote
-
         if is_remote(location):
-            path, digest = fetch_catalogue(str(location))
+            remote = open_remote(str(location))
+            path, digest = fetch_catalogue(remote, cache or NodeCache.default(), retry or Retry())
             return cls(path, str(location))._expect(digest)
         folder = Path(location)
-        catalogue = cls._of_folder(folder)
-        catalogue._check_shards(folder)
-        return catalogue
-
-    @classmethod
-    def _of_folder(cls, folder: Path) -> Catalogue:
         listing, path = folder / DATASET_NAME, folder / CATALOGUE_NAME
         for file in (listing, path):
             if not file.is_file():
                 raise _unusable(str(folder), f"there is no {file.name} in the folder of shards")
-        return cls(path, str(folder))._expect(read_listing(listing.read_bytes(), str(listing))["catalogue"])
+        described = read_listing(listing.read_bytes(), str(listing))
+        shards_at: str = described.get("shards_at", "")
+        catalogue = cls(path, shards_at or str(folder))._expect(described["catalogue"])
+        if not shards_at:
+            catalogue._check_shards(folder)
+        return catalogue
 
     @property
     def digest(self) -> str:

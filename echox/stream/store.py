@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +10,14 @@ from typing import Any
 
 from xxhash import xxh3_64_intdigest
 
-from echox.errors import CorruptSampleError, DataError, TransientReadError
+from echox.errors import CorruptSampleError, DataError
+from echox.stream.cache import NodeCache
 from echox.stream.catalogue import Catalogue
+from echox.stream.files import LocalShards
+from echox.stream.remote import is_remote, open_remote
+from echox.stream.retry import PassingError, Retry, may_pass
 from echox.stream.scan import JSON, decode_meta
-
-_OPEN_FILES = 128
-# What a network file system or a tired disk may answer once and not the next time.
-_TRANSIENT = frozenset(
-    getattr(errno, name)
-    for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EINTR", "EBUSY", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN",
-                 "EHOSTUNREACH", "ECONNRESET", "ECONNABORTED", "EREMOTEIO", "ENOLINK")
-)  # fmt: skip
+from echox.stream.staging import StagedShards
 
 
 @dataclass(frozen=True)
@@ -56,49 +49,24 @@ class Sample:
         return self.members[extension]
 
 
-@dataclass(frozen=True)
-class Retry:
-    """How often and how patiently an operation that may pass is tried again.
-
-    Attributes:
-        attempts: in all.
-        first_wait_s: before the second attempt; doubled before each later one, to `longest_wait_s` at most.
-    """
-
-    attempts: int = 6
-    first_wait_s: float = 0.2
-    longest_wait_s: float = 10.0
-
-    def wait(self, attempt: int) -> None:
-        """Sleep after failed attempt number `attempt`, counted from 0."""
-        time.sleep(min(self.longest_wait_s, self.first_wait_s * 2**attempt))
-
-
-class _Shard:
-    """An open file that closes itself when nobody holds it, so that one thread cannot close what another reads."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
 class ShardStore:
     """Reads samples by number; any thread may call any method.
 
     Args:
         catalogue: what lies where.
-        retry: for reads that fail in a way that may pass.
+        cache: where remote shards go; None takes `NodeCache.default`. Local shards need none.
+        retry: for reads and requests that fail in a way that may pass.
     """
 
-    def __init__(self, catalogue: Catalogue, *, retry: Retry | None = None) -> None:
+    def __init__(self, catalogue: Catalogue, *, cache: NodeCache | None = None, retry: Retry | None = None) -> None:
         self.catalogue = catalogue
         self._retry = retry or Retry()
-        self._folder = Path(catalogue.location)
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards: LocalShards | StagedShards
+        if is_remote(catalogue.location):
+            remote = open_remote(catalogue.location)
+            self._shards = StagedShards(catalogue, remote, cache or NodeCache.default(), self._retry)
+        else:
+            self._shards = LocalShards(Path(catalogue.location), catalogue.shard_names)
 
     def read(self, sample: int, members: Collection[str] | None = None) -> Sample:
         """One sample, every byte checked.
@@ -121,12 +89,15 @@ class ShardStore:
         return Sample(self.catalogue.key(sample), sample, read, decode_meta(text))
 
     def stage(self, shards: Sequence[int]) -> None:
-        """Announce the shards of the next window, so that remote ones are fetched ahead of their use."""
+        """Announce the shards of the next window, so that remote ones are fetched ahead of their use.
+
+        The shards of this window and of the one announced before stay in the node's cache meanwhile.
+        """
+        self._shards.stage(shards)
 
     def close(self) -> None:
-        """Close the shards; reads in other threads finish first."""
-        with self._lock:
-            self._open.clear()
+        """Let go of the shards; reads in other threads finish first."""
+        self._shards.close()
 
     def _verified(self, sample: int, shard: int, member: str, offset: int, size: int, checksum: int) -> bytes:
         data = self._pread(shard, offset, size)
@@ -143,55 +114,34 @@ class ShardStore:
         return CorruptSampleError(
             f"{name}, byte {offset}: member {member} of sample {self.catalogue.key(sample)} {happened}",
             kind=kind,
-            where=str(self._folder / name),
+            where=self._shards.place(shard),
             fix="copy the shard again",
         )
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        for attempt in range(self._retry.attempts):
-            try:
-                data = os.pread(self._shard(shard).descriptor, size, offset)
-                # One call reads at most 2 GiB, and a network file system may give less than it was asked for.
-                while 0 < len(data) < size:
-                    more = os.pread(self._shard(shard).descriptor, size - len(data), offset + len(data))
-                    if not more:
-                        break
-                    data += more
-                return data
-            except OSError as error:
-                self._forget(shard)
-                last = error
-                if error.errno not in _TRANSIENT:
-                    break
-                if attempt + 1 < self._retry.attempts:
-                    self._retry.wait(attempt)
-        path = str(self._folder / self.catalogue.shard_names[shard])
-        if last.errno in _TRANSIENT:
-            raise TransientReadError(
-                f"reading failed {self._retry.attempts} times: {last.strerror}",
-                where=path,
-                fix="mend the storage, resume",
-            ) from last
-        raise DataError(f"the shard cannot be read: {last.strerror}", where=path, fix="mend the folder") from last
+        try:
+            data = os.pread(self._shards.open(shard).descriptor, size, offset)
+        except OSError:
+            data = b""
+        if len(data) == size:
+            return data
+        return self._retry(lambda: self._pread_slowly(shard, offset, size), "reading", self._shards.place(shard))
 
-    def _shard(self, shard: int) -> _Shard:
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
-        opened = _Shard(self._path(shard))
-        with self._lock:
-            opened = self._open.setdefault(shard, opened)
-            while len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
-        return opened
-
-    def _forget(self, shard: int) -> None:
-        with self._lock:
-            self._open.pop(shard, None)
-
-    def _path(self, shard: int) -> Path:
-        return self._folder / self.catalogue.shard_names[shard]
+    def _pread_slowly(self, shard: int, offset: int, size: int) -> bytes:
+        """The same from a file opened anew, in as many calls as it takes: one call reads 2 GiB at most."""
+        self._shards.forget(shard)
+        data = b""
+        try:
+            file = self._shards.open(shard)
+            while len(data) < size and (more := os.pread(file.descriptor, size - len(data), offset + len(data))):
+                data += more
+        except OSError as error:
+            if may_pass(error):
+                raise PassingError(error.strerror or str(error)) from error
+            raise DataError(
+                f"the shard cannot be read: {error.strerror}", where=self._shards.place(shard), fix="mend the folder"
+            ) from error
+        return data
 
 
 def read_folder(location: str | Path, members: Collection[str] | None = None) -> Iterator[Sample]:

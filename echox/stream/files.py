@@ -1,0 +1,73 @@
+"""Open shards of a local folder."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+_OPEN_AT_ONCE = 128
+
+
+class OpenShard:
+    """A file that closes itself when nobody holds it, so that no thread closes what another one reads.
+
+    A lock on the file goes with it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
+class LocalShards:
+    """The shards of a folder, the last ones used kept open.
+
+    Args:
+        folder: where they are.
+        names: their files, by number.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._folder = folder
+        self._names = names
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def place(self, shard: int) -> str:
+        """Path of a shard."""
+        return str(self._folder / self._names[shard])
+
+    def open(self, shard: int) -> OpenShard:
+        """The file of a shard.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        with self._lock:
+            if shard in self._open:
+                self._open.move_to_end(shard)
+                return self._open[shard]
+        opened = OpenShard(os.open(self.place(shard), os.O_RDONLY | os.O_CLOEXEC))
+        with self._lock:
+            opened = self._open.setdefault(shard, opened)
+            while len(self._open) > _OPEN_AT_ONCE:
+                self._open.popitem(last=False)
+        return opened
+
+    def stage(self, shards: Sequence[int]) -> None:
+        """Nothing to fetch: the shards are here."""
+
+    def forget(self, shard: int) -> None:
+        """Open a shard anew when it is next used."""
+        with self._lock:
+            self._open.pop(shard, None)
+
+    def close(self) -> None:
+        """Let go of all files; reads in other threads finish first."""
+        with self._lock:
+            self._open.clear()
