@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from echox.errors import DataError
-from echox.stream.writer import DATASET_NAME, write_shards
-from shards.records import PER_SHARD, read_json
+from echox.stream.catalogue import DATASET_NAME, Catalogue
+from echox.stream.store import read_folder
+from echox.stream.writer import write_shards
+from shards.records import PER_SHARD
 
 
-def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Samples of a set in shard order: {"__key__", "json": decoded, other members: bytes}.
+def read_samples(location: str | Path) -> Iterator[dict[str, Any]]:
+    """Samples of a dataset in shard order, checked: {"__key__", "json": decoded, other members: bytes}.
 
     Raises:
-        DataError: no `dataset.json`, or a shard that cannot be read.
+        DataError: no index, or a damaged shard.
     """
-    described = read_json(folder / DATASET_NAME)
-    if described is None:
-        raise DataError(f"{folder.name} has not been built", where=str(folder), fix="Build the corpus.")
-    for shard in described["shards"]:
-        try:
-            with tarfile.open(folder / shard["name"], "r:") as tar:
-                sample: dict[str, Any] = {}
-                for member in tar:
-                    key, _, extension = member.name.partition(".")
-                    if sample and sample["__key__"] != key:
-                        yield sample
-                        sample = {}
-                    handle = tar.extractfile(member)
-                    data = handle.read() if handle is not None else b""
-                    sample["__key__"] = key
-                    sample[extension] = json.loads(data) if extension == "json" else data
-                if sample:
-                    yield sample
-        except (OSError, tarfile.TarError, ValueError) as error:
-            raise DataError(
-                f"Cannot read {shard['name']}: {error}", where=str(folder), fix="Build the corpus again."
-            ) from error
+    for sample in read_folder(location):
+        yield {"__key__": sample.key, **sample.members, "json": sample.meta}
 
 
 def rewrite(folder: Path, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -55,6 +34,6 @@ def rewrite(folder: Path, samples: Iterable[Mapping[str, Any]]) -> None:
         for path in folder.iterdir()
         if path.suffix == ".json" and path.name != DATASET_NAME
     }
-    write_shards(folder, samples, PER_SHARD)
+    write_shards(folder, samples, PER_SHARD, optional=Catalogue.open(folder).optional)
     for name, content in kept.items():
         (folder / name).write_bytes(content)

@@ -20,7 +20,6 @@ from echox.evaluate.spoken import (
     score_transcription,
     take,
 )
-from echox.stream.index import ShardFolder
 
 JUDGE = "Xenova/whisper-small"
 """Not the model in the loop: that one hears with Whisper-base."""
@@ -84,15 +83,14 @@ def evaluate_demo(
         return (lambda done, total: progress(name, done, total)) if progress else None
 
     for name in QUESTION_SETS:
-        samples = take(ShardFolder.open(resolve_data(f"demo/{name}")), limit)
+        samples = take(resolve_data(f"demo/{name}"), limit)
         sets[name] = score_questions(
             model, samples, speaker, judge, text_llm_acc=ceilings.get(name), progress=watch(name)
         )
     if (cache_dir() / "data" / "demo" / ASR_SET).is_dir():
-        samples = take(ShardFolder.open(resolve_data(f"demo/{ASR_SET}")), limit)
+        samples = take(resolve_data(f"demo/{ASR_SET}"), limit)
         sets[ASR_SET] = score_transcription(model, samples, progress=watch(ASR_SET))
-    folder = ShardFolder.open(resolve_data(f"demo/{RESYNTHESIS_SET}"))
-    samples = take(folder, min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
+    samples = take(resolve_data(f"demo/{RESYNTHESIS_SET}"), min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
     again, original = resynthesis_wer(samples, speaker, judge, progress=watch(RESYNTHESIS_SET))
     return Evaluation(sets, again, original)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from echox.audio.io import read_audio
 from echox.evaluate.text import answer_match, wer
-from echox.stream.index import Sample, ShardFolder
+from echox.stream.catalogue import Catalogue
+from echox.stream.store import Sample, ShardStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -109,7 +111,7 @@ def score_questions(
     """Ask every question by voice, let the model speak, let the judge listen."""
     items: list[SpokenItem] = []
     for chunk in _chunks(samples, batch):
-        questions = [read_audio(sample.read("question.flac")) for sample in chunk]
+        questions = [read_audio(sample["question.flac"]) for sample in chunk]
         answers = model.answer(questions)
         spoken = [at_16k(wave, vocoder.sample_rate) for wave in vocoder([answer.units for answer in answers])]
         heard = judge.transcribe(spoken)
@@ -136,7 +138,7 @@ def score_transcription(
     """Word error rate of the model's transcripts of recordings."""
     items: list[SpokenItem] = []
     for chunk in _chunks(samples, batch):
-        clips = [read_audio(sample.read("question.flac")) for sample in chunk]
+        clips = [read_audio(sample["question.flac"]) for sample in chunk]
         for sample, clip, text in zip(chunk, clips, model.write(clips, "asr"), strict=True):
             items.append(_item(sample, clip, text, None, ""))
         if progress:
@@ -151,11 +153,11 @@ def resynthesis_wer(
     """The vocoder's ceiling: WER of true units spoken again, and of the original audio, under the same judge."""
     references, again, original = [], [], []
     for chunk in _chunks(samples, batch):
-        units = [np.frombuffer(sample.read("answer.units"), dtype="<u2") for sample in chunk]
+        units = [np.frombuffer(sample["answer.units"], dtype="<u2") for sample in chunk]
         waves = [at_16k(wave, vocoder.sample_rate) for wave in vocoder(units)]
         references += [sample.meta["answer_text"] for sample in chunk]
         again += judge.transcribe(waves)
-        original += judge.transcribe([read_audio(sample.read("answer.flac")) for sample in chunk])
+        original += judge.transcribe([read_audio(sample["answer.flac"]) for sample in chunk])
         if progress:
             progress(len(references), len(samples))
     return wer(references, again), wer(references, original)
@@ -170,12 +172,16 @@ def at_16k(wave: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
     return np.asarray(soxr.resample(wave, rate, 16000), dtype=np.float32)
 
 
-def take(folder: ShardFolder, limit: int | None) -> list[Sample]:
-    """The first `limit` samples at even distances, so that a cut-down set still covers the whole folder."""
-    if limit is None or limit >= len(folder.samples):
-        return folder.samples
-    places = np.linspace(0, len(folder.samples) - 1, limit).round().astype(int)
-    return [folder.samples[place] for place in dict.fromkeys(places.tolist())]
+def take(location: str | Path, limit: int | None) -> list[Sample]:
+    """At most `limit` samples of a dataset at even distances, so that a cut-down set still covers the whole of it."""
+    catalogue = Catalogue.open(location)
+    count = catalogue.samples if limit is None else min(limit, catalogue.samples)
+    places = np.linspace(0, catalogue.samples - 1, count).round().astype(int)
+    store = ShardStore(catalogue)
+    try:
+        return [store.read(place) for place in places.tolist()]
+    finally:
+        store.close()
 
 
 def _item(

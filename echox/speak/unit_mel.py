@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -233,14 +233,14 @@ def read_clips(folder: Path) -> list[tuple[Units, Units, Floats]]:
         DataError: a sample without units, durations or audio, or a damaged shard.
     """
     from echox.audio.io import read_audio
-    from echox.stream.index import ShardFolder
+    from echox.stream.store import read_folder
 
-    def read(sample: Any, member: str) -> Units:
-        return np.frombuffer(sample.read(member), dtype="<u2")
+    def units(member: bytes) -> Units:
+        return np.frombuffer(member, dtype="<u2")
 
     return [
-        (read(sample, "answer.units"), read(sample, "answer.durations"), read_audio(sample.read("answer.flac")))
-        for sample in ShardFolder.open(folder).samples
+        (units(sample["answer.units"]), units(sample["answer.durations"]), read_audio(sample["answer.flac"]))
+        for sample in read_folder(folder, {"answer.units", "answer.durations", "answer.flac"})
     ]
 
 

@@ -11,11 +11,8 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from echox.errors import DataError
-from echox.stream.catalogue import DATASET_NAME
 from echox.stream.indexing import CatalogueBuilder
 from echox.stream.scan import scan_shard, write_index
-
-__all__ = ["DATASET_NAME", "write_shards"]
 
 
 def _encode(sample: Mapping[str, Any], seen: set[str]) -> dict[str, Any]:

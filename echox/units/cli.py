@@ -173,14 +173,15 @@ def read_recordings(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         DataError: no recording there, or one that cannot be decoded.
     """
     from echox.audio.io import read_audio
-    from echox.stream.index import ShardFolder
+    from echox.stream.catalogue import DATASET_NAME
+    from echox.stream.store import read_folder
 
     empty = True
-    if (source / "dataset.json").is_file():
-        for sample in ShardFolder.open(source).samples:
+    if (source / DATASET_NAME).is_file():
+        for sample in read_folder(source, {MEMBER}):
             if MEMBER in sample.members:
                 empty = False
-                yield sample.key, read_audio(sample.read(MEMBER))
+                yield sample.key, read_audio(sample[MEMBER])
     else:
         for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
             if path.suffix.lower() in AUDIO_SUFFIXES:
@@ -202,11 +203,12 @@ def read_units(source: Path) -> list[NDArray[np.int64]]:
     """
     import numpy as np
 
-    from echox.stream.index import ShardFolder
+    from echox.stream.scan import UNITS
+    from echox.stream.store import read_folder
 
     if source.is_dir():
-        samples = [sample for sample in ShardFolder.open(source).samples if "answer.units" in sample.members]
-        found = [np.frombuffer(sample.read("answer.units"), dtype="<u2").astype(np.int64) for sample in samples]
+        samples = [sample for sample in read_folder(source, {UNITS}) if UNITS in sample.members]
+        found = [np.frombuffer(sample[UNITS], dtype="<u2").astype(np.int64) for sample in samples]
     else:
         found = [np.asarray(row["units"], dtype=np.int64) for row in read_lines(source, "units")]
     if not found:

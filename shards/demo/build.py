@@ -12,7 +12,9 @@ from echox.audio.io import encode_flac, read_audio
 from echox.errors import EchoXError
 from echox.release.assets import ASSETS, fetch, is_present
 from echox.release.checksums import sha256_file
-from echox.stream.writer import DATASET_NAME, write_shards
+from echox.stream.catalogue import DATASET_NAME
+from echox.stream.indexing import index_folder, is_indexed
+from echox.stream.writer import write_shards
 from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import TRAIN_QUESTIONS, question
 from shards.demo.plan import CorpusPlan, Fact, Item, plan_corpus, slug
@@ -139,6 +141,8 @@ def _build_set(
         for shard in described["shards"]
     )
     if complete and read_json(folder / INPUTS_NAME) == wanted:
+        if not is_indexed(folder):
+            described = index_folder(folder)
         progress(f"{folder.name}: already built, {described['samples']} samples")
         return dict(described)
     started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from echox.stream.writer import DATASET_NAME
+from echox.stream.catalogue import DATASET_NAME
 from shards.records import CORPUS
 
 VOCODER_STEPS = 300

@@ -11,7 +11,7 @@ from echox.errors import DataError
 from echox.evaluate.spoken import at_16k, resynthesis_wer, score_questions, score_transcription, take
 from echox.evaluate.store import load_evaluation, read_metrics, save_evaluation
 from echox.speak.pipeline import SpokenAnswer
-from echox.stream.index import Sample, ShardFolder
+from echox.stream.store import Sample, read_folder
 from echox.stream.writer import write_shards
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Egypt": "Cairo"}
@@ -40,7 +40,7 @@ def samples(tmp_path: Path) -> list[Sample]:
             }
 
     write_shards(tmp_path / "set", rows(), per_shard=3)
-    return ShardFolder.open(tmp_path / "set").samples
+    return list(read_folder(tmp_path / "set"))
 
 
 class Model:
@@ -106,10 +106,9 @@ def test_resynthesis_uses_units_and_original_audio(samples: list[Sample]) -> Non
     assert original == pytest.approx(7 / 24), "three countries are wrong as well"
 
 
-def test_take_spreads_over_the_set(samples: list[Sample]) -> None:
-    folder = ShardFolder(Path("x"), "f", samples)
-    assert [s.key for s in take(folder, 2)] == ["France", "Egypt"]
-    assert take(folder, None) == samples
+def test_take_spreads_over_the_set(samples: list[Sample], tmp_path: Path) -> None:
+    assert [s.key for s in take(tmp_path / "set", 2)] == ["France", "Egypt"]
+    assert take(tmp_path / "set", None) == take(tmp_path / "set", 9) == samples
 
 
 def test_resampling_to_16k() -> None:
