@@ -1,4 +1,4 @@
-"""`echox shards`: build a corpus."""
+"""`echox shards`: build a corpus, index, check and describe shards."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import sys
 from typing import Any
 
+from shards.dataset_cli import add_actions
+
 
 def add_parser(subparsers: Any) -> None:
     """Register `echox shards`."""
     parser = subparsers.add_parser(
         "shards",
-        help="build a corpus as WebDataset shards",
-        epilog="example: echox shards build demo",
+        help="build, index, check and describe datasets of WebDataset shards",
+        epilog="examples: echox shards build demo\n          echox shards check data/my-set",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -36,6 +38,7 @@ def add_parser(subparsers: Any) -> None:
     encode.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
     encode.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
     encode.set_defaults(run=run_encode)
+    add_actions(actions)
 
 
 def run_build(args: argparse.Namespace) -> int:

@@ -94,6 +94,8 @@ class Catalogue:
             path, digest = fetch_catalogue(remote, cache or NodeCache.default(), retry or Retry())
             return cls(path, str(location))._expect(digest)
         folder = Path(location)
+        if not folder.is_dir():
+            raise DataError("there is no such folder of shards", where=str(folder), fix="correct the path")
         listing, path = folder / DATASET_NAME, folder / CATALOGUE_NAME
         for file in (listing, path):
             if not file.is_file():

@@ -183,6 +183,17 @@ class FsspecRemote(Remote):
             raise PassingError(f"{len(data)} bytes came where {stop - start} were asked for")
         return data
 
+    def names(self) -> list[str]:
+        """Files of the folder.
+
+        Raises:
+            DataError: there is no such folder, or it may not be listed.
+        """
+        try:
+            return [path.rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
+        except OSError as error:
+            raise DataError(f"the folder cannot be listed: {_reason(error)}", where=self.location) from error
+
     def _ask(self, name: str, question: Callable[[str], Any]) -> Any:
         try:
             return question(f"{self.root}/{name}")

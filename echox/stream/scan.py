@@ -46,9 +46,9 @@ RECORD = np.dtype(
 """One sample.
 
 `offset`, `size`: its bytes in the shard, headers included. `checksum`: of its members but `json`, so that samples of
-equal content have equal ones; `text`: the same of its question and answer text, 0 without any. `first`: its first row
-of the member table. `key`: where its name begins among the names. `source`, `layout`: numbers into the catalogue's
-lists. `units`, `question_chars`, `answer_chars`, `question_s`, `answer_s`: lengths, 0 where there is nothing.
+equal content have equal ones; `text`: the same of its question and answer text; both 0 where there is nothing. `first`:
+its first row of the member table. `key`: where its name begins among the names. `source`, `layout`: numbers into the
+catalogue's lists. `units`, `question_chars`, `answer_chars`, `question_s`, `answer_s`: lengths, 0 where absent.
 """
 
 MEMBER = np.dtype([("checksum", "<u8"), ("offset", "<u4"), ("size", "<u4")])
@@ -183,7 +183,7 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
 
 def _content(extensions: tuple[str, ...], checksums: NDArray[Any]) -> int:
     parts = [(name, int(value)) for name, value in zip(extensions, checksums, strict=True) if name != JSON]
-    return xxh3_64_intdigest(repr(sorted(parts)).encode())
+    return xxh3_64_intdigest(repr(sorted(parts)).encode()) if parts else 0
 
 
 def describe(members: Mapping[str, Any]) -> dict[str, Any]:

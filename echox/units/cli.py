@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.errors import DataError
+from echox.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEMBER = "answer.flac"
-_SHOW_EVERY_S = 2.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -93,7 +93,7 @@ def run_units_fit(args: argparse.Namespace) -> int:
     config = FeatureConfig(kind=args.features, model=args.model, layer=args.layer)
     audio = [clip for _, clip in read_recordings(args.source)]
     extractor = fit_extractor(
-        audio, config, args.clusters, seed=args.seed, max_frames=args.max_frames, progress=_Progress()
+        audio, config, args.clusters, seed=args.seed, max_frames=args.max_frames, progress=Progress()
     )
     extractor.save(args.folder)
     seconds = sum(map(len, audio)) / 16_000
@@ -110,7 +110,7 @@ def run_units_extract(args: argparse.Namespace) -> int:
 
     extractor = UnitExtractor.load(args.units)
     names, audio = zip(*read_recordings(args.source), strict=True)
-    found = extractor.extract(audio, _Progress())
+    found = extractor.extract(audio, Progress())
     rows = [
         {"id": name, "units": units.tolist(), "durations": durations.tolist()}
         for name, (units, durations) in zip(names, found, strict=True)
@@ -127,7 +127,7 @@ def run_language_fit(args: argparse.Namespace) -> int:
     from echox.units.language import UnitLanguage
 
     sequences = read_units(args.units)
-    language = UnitLanguage.fit(sequences, args.clusters, args.order, args.max_word, args.words, progress=_Progress())
+    language = UnitLanguage.fit(sequences, args.clusters, args.order, args.max_word, args.words, progress=Progress())
     language.save(args.language)
     start = time.perf_counter()
     words = sum(map(len, language.encode_batch(sequences)))
@@ -258,22 +258,3 @@ def _result(args: argparse.Namespace, result: dict[str, Any]) -> None:
     stream = sys.stderr if "out" in args and args.out is None else sys.stdout
     line = ", ".join(f"{key} {value}" for key, value in result.items())
     print(json.dumps(result) if args.json else line, file=stream)
-
-
-class _Progress:
-    """One line on standard error every two seconds and at the end of each task, with rate and time left."""
-
-    def __init__(self) -> None:
-        self._what = ""
-        self._start = self._shown = 0.0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if what != self._what:
-            self._what, self._start, self._shown = what, now, 0.0
-        if now - self._shown < _SHOW_EVERY_S and done < total:
-            return
-        self._shown = now
-        rate = done / max(now - self._start, 1e-9)
-        left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if done and now > self._start else ""
-        print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)
