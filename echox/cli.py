@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "speak": "echox.speak.cli",
     "evaluate": "echox.evaluate.cli",
     "report": "echox.evaluate.cli",
+    "bench": "echox.bench.cli",
     "doctor": "echox.doctor",
 }
 INTERRUPTED = 130

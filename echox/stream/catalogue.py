@@ -38,6 +38,8 @@ PREAMBLE = struct.Struct("<8sII16s")
 SHARD = np.dtype([("bytes", "<u8"), ("first", "<u8"), ("name", "<u8"), ("sha256", "V32")])
 """One shard: size of its file, number of its first sample, where its name begins, hash."""
 
+_OFFSET, _FIRST, _LAYOUT = (list(RECORD.names or ()).index(name) for name in ("offset", "first", "layout"))
+
 
 class Catalogue:
     """All samples of one dataset, numbered in shard order.
@@ -60,7 +62,8 @@ class Catalogue:
         self.location = location
         self._path = path
         try:
-            self._bytes = np.memmap(path, dtype=np.uint8, mode="r")
+            # As a plain array: element access through memmap's own class takes several times as long.
+            self._bytes: NDArray[np.uint8] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
         except (OSError, ValueError) as error:
             raise _unusable(location, f"the catalogue cannot be read: {error}") from error
         header = self._read_header()
@@ -143,9 +146,9 @@ class Catalogue:
 
     def places(self, sample: int) -> dict[str, tuple[int, int, int]]:
         """Extension to (offset in the shard, size, XXH3-64) of one sample's members."""
-        record = self.records[sample]
-        base, first, layout = int(record["offset"]), int(record["first"]), self.layouts[record["layout"]]
-        rows = self._members[first : first + len(layout)].tolist()
+        record: tuple[int, ...] = self.records[sample].item()
+        base, first, layout = record[_OFFSET], record[_FIRST], self.layouts[record[_LAYOUT]]
+        rows: list[tuple[int, int, int]] = self._members[first : first + len(layout)].tolist()
         return {
             name: (base + offset, size, checksum) for name, (checksum, offset, size) in zip(layout, rows, strict=True)
         }

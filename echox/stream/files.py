@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +34,7 @@ class LocalShards:
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._folder = folder
         self._names = names
-        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._open: dict[int, OpenShard] = {}
         self._lock = threading.Lock()
 
     def place(self, shard: int) -> str:
@@ -48,15 +47,15 @@ class LocalShards:
         Raises:
             OSError: it cannot be opened.
         """
-        with self._lock:
-            if shard in self._open:
-                self._open.move_to_end(shard)
-                return self._open[shard]
+        # Looked up without the lock, which is what makes a read cheap; the price is that the oldest file goes first.
+        found = self._open.get(shard)
+        if found is not None:
+            return found
         opened = OpenShard(os.open(self.place(shard), os.O_RDONLY | os.O_CLOEXEC))
         with self._lock:
             opened = self._open.setdefault(shard, opened)
             while len(self._open) > _OPEN_AT_ONCE:
-                self._open.popitem(last=False)
+                del self._open[next(iter(self._open))]
         return opened
 
     def stage(self, shards: Sequence[int]) -> None:
