@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import requests
 
+from echox.config.paths import resolve_data
 from echox.errors import DataError
 from echox.stream.retry import PassingError
 
@@ -30,6 +31,15 @@ _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "
 def is_remote(location: str | Path) -> bool:
     """Whether a location is a URL rather than a folder."""
     return isinstance(location, str) and ("://" in location or location.startswith("pipe:"))
+
+
+def locate(ref: str) -> str | Path:
+    """Where a dataset is that a recipe names: a URL as it is, else a folder by path or below $ECHOX_CACHE/data.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    return ref if is_remote(ref) else resolve_data(ref)
 
 
 class Remote(ABC):

@@ -15,7 +15,7 @@ from echox.errors import CorruptSampleError, DataError, TransientReadError
 from echox.stream import staging
 from echox.stream.cache import NodeCache
 from echox.stream.catalogue import Catalogue
-from echox.stream.remote import open_remote
+from echox.stream.remote import locate, open_remote
 from echox.stream.retry import Retry
 from echox.stream.store import Sample, ShardStore, read_folder
 from echox.stream.writer import write_shards
@@ -202,6 +202,16 @@ def test_a_pipe_that_breaks_is_run_again(dataset: Path, cache: NodeCache, tmp_pa
         f"[ -e {tmp_path}/$1.seen ] && exec cat {dataset}/$1\ntouch {tmp_path}/$1.seen\nhead -c 900 {dataset}/$1\n"
     )
     assert all_samples(store_of(f"pipe:sh {script} {{}}", cache)) == known
+
+
+def test_a_recipe_names_a_url_or_a_folder(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECHOX_CACHE", str(dataset.parent))
+    (dataset.parent / "data").mkdir()
+    dataset.rename(dataset.parent / "data" / "mine")
+    assert locate("s3://bucket/mine") == "s3://bucket/mine"
+    assert locate("mine") == dataset.parent / "data" / "mine"
+    with pytest.raises(DataError, match="was not found"):
+        locate("theirs")
 
 
 def test_urls_of_unknown_kinds_are_refused() -> None:
