@@ -71,8 +71,9 @@ def _workers(action: Any) -> None:
 
 def run_index(args: argparse.Namespace) -> int:
     """Index every location given."""
-    from echox.stream.indexing import index_folder, index_remote
+    from echox.stream.indexing import index_folder
     from echox.stream.remote import is_remote
+    from echox.stream.remote_index import index_remote
 
     found: list[dict[str, Any]] = []
     for location in args.location:
