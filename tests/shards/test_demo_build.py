@@ -14,6 +14,7 @@ import webdataset
 
 from echox.audio.io import read_audio
 from echox.errors import NetworkError
+from echox.stream.catalogue import Catalogue
 from echox.units.extract import UnitExtractor
 from echox.units.features import FeatureConfig
 from echox.units.language import UnitLanguage
@@ -205,3 +206,13 @@ def test_without_recordings_the_demo_goes_on_and_says_so(cache: Path, monkeypatc
     corpus = build(cache, lines.append, limit=20)
     assert any("goes on without them: Could not download" in line for line in lines)
     assert corpus["real_recordings"] == {"train": 0, "heldout": 0} and "asr-heldout-real" not in corpus["sets"]
+
+
+def test_a_set_whose_index_is_gone_is_indexed_and_not_built_again(cache: Path) -> None:
+    first = build(cache, limit=20)
+    folder = cache / "data/demo/sqa-train"
+    shards = {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")}
+    (folder / "dataset.catalogue").unlink()
+    assert build(cache, limit=20)["sets"] == first["sets"]
+    assert Catalogue.open(folder).samples == first["sets"]["sqa-train"]["samples"]
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == shards

@@ -16,6 +16,7 @@ from echox.stream import staging
 from echox.stream.cache import NodeCache
 from echox.stream.catalogue import Catalogue
 from echox.stream.remote import locate, open_remote
+from echox.stream.remote_index import index_remote
 from echox.stream.retry import Retry
 from echox.stream.store import Sample, ShardStore, read_folder
 from echox.stream.writer import write_shards
@@ -249,6 +250,9 @@ def test_samples_of_an_object_store_are_those_of_the_folder(dataset: Path, s3: s
         fs.put_file(str(path), f"{s3}/sets/one/{path.name}")
     location = f"s3://{s3}/sets/one"
     assert all_samples(store_of(location, cache)) == list(read_folder(dataset))
+    out = cache.folder.parent / "out"
+    assert index_remote(location, out)["shards_at"] == location
+    assert all_samples(store_of(str(out), cache)) == list(read_folder(dataset))
     with pytest.raises(DataError, match="there is no such file"):
         Catalogue.open(f"s3://{s3}/sets/two", cache=cache, retry=QUICK)
     cache = NodeCache(cache.folder / "new", 10**9)
