@@ -175,6 +175,15 @@ def test_a_window_is_fetched_before_it_is_read(dataset: Path, server: Server, ca
     store.close()
 
 
+def test_a_cache_of_two_windows_is_enough(dataset: Path, server: Server, tmp_path: Path) -> None:
+    size = max(path.stat().st_size for path in dataset.glob("*.tar"))
+    store = store_of(server.url, NodeCache(tmp_path / "small", 2 * size))
+    for shard in range(4):
+        store.stage([shard])
+        assert store.read(3 * shard).number == 3 * shard
+    store.close()
+
+
 def test_a_local_catalogue_may_speak_of_shards_elsewhere(dataset: Path, server: Server, cache: NodeCache) -> None:
     known = list(read_folder(dataset))
     listing = dataset / "dataset.json"
