@@ -8,6 +8,8 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP
+
 if TYPE_CHECKING:
     from launch.submit import Jobs
 
@@ -19,6 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     submit = _command(subparsers, "submit", "train a recipe on a Ray cluster", "echox submit demo/s2t optim.steps=20")
     submit.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
     submit.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    submit.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
     submit.add_argument("-f", "--follow", action="store_true", help="print the log until the job ends")
     submit.set_defaults(run=run_submit)
     status = _command(subparsers, "status", "list jobs, or one run's", "echox status demo-s2t")
@@ -36,7 +39,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run_submit(args: argparse.Namespace) -> int:
     """Submit; with --follow, the exit code is 0 only if the job succeeds."""
     jobs = connect(args.address)
-    job = jobs.submit(args.recipe, args.overrides)
+    extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
+    job = jobs.submit(args.recipe, args.overrides, extra_arguments=extra)
     if not args.follow:
         _print(args, {"id": job, "address": jobs.address}, f"submitted {job}; follow it: echox logs {job} -f")
         return 0

@@ -15,10 +15,11 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from echox.config.load import find_recipe, load_recipe, resolved
 from echox.config.schema import Recipe
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP
 from echox.errors import EchoXError, LaunchError
 from launch import places
 from launch.worker import DEFAULT_SETUP, DEFAULT_TRAIN, error_file, run_worker
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+    parser.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
     parser.add_argument("--debug", action="store_true", help="print tracebacks of user errors too")
     # Other parts may stand in for the engine and the stages, as the tests do.
     parser.add_argument("--train", default=DEFAULT_TRAIN, help=argparse.SUPPRESS)
@@ -53,7 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         recipe = places.anchor(load_recipe(args.recipe, args.overrides), places.home())
-        run(recipe, recipe_name=_label(args.recipe), train=args.train, setup=args.setup, debug=args.debug)
+        run(
+            recipe,
+            recipe_name=_label(args.recipe),
+            train=args.train,
+            setup=args.setup,
+            accept_new_data=args.accept_new_data,
+            debug=args.debug,
+        )
     except Stopped:
         print("event=stopped: the job was asked to stop; submit the same recipe again to continue", flush=True)
         return STOPPED
@@ -71,6 +80,7 @@ def run(
     recipe_name: str,
     train: str = DEFAULT_TRAIN,
     setup: str = DEFAULT_SETUP,
+    accept_new_data: bool = False,
     debug: bool = False,
 ) -> None:
     """Train a recipe whose paths are absolute on the running Ray cluster; its MLflow run is ended in every case.
@@ -90,7 +100,8 @@ def run(
     try:
         _say("start", recipe, attempt=tracker.handle.attempt, storage=storage, mlflow=tracker.handle.uri)
         _artifacts(recipe, tracker)
-        _fit(recipe, tracker.handle, train=train, setup=setup, debug=debug)
+        options = {"train": train, "setup": setup, "accept_new_data": accept_new_data, "debug": debug}
+        _fit(recipe, tracker.handle, options)
         status = "FINISHED"
     except (Stopped, KeyboardInterrupt):
         status = "KILLED"
@@ -101,8 +112,8 @@ def run(
         _say("end", recipe, status=status, seconds=f"{time.monotonic() - began:.1f}")
 
 
-def _fit(recipe: Recipe, handle: RunHandle, *, train: str, setup: str, debug: bool) -> None:
-    """Start the workers and wait for them."""
+def _fit(recipe: Recipe, handle: RunHandle, options: dict[str, Any]) -> None:
+    """Start the workers with their options, see `run_worker`, and wait for them."""
     _connect()
     # Read by the controller, which takes them from this process. Workers stay in the job's folder, where relative
     # paths of the recipe such as ds_configs/ lead.
@@ -120,13 +131,7 @@ def _fit(recipe: Recipe, handle: RunHandle, *, train: str, setup: str, debug: bo
     _wait_for_room(recipe, resources)
     trainer = TorchTrainer(
         run_worker,
-        train_loop_config={
-            "recipe": resolved(recipe),
-            "handle": handle,
-            "train": train,
-            "setup": setup,
-            "debug": debug,
-        },
+        train_loop_config={"recipe": resolved(recipe), "handle": handle, **options},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=recipe.scaling.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=recipe.scaling.workers, use_gpu=on_gpu, resources_per_worker=resources
@@ -139,7 +144,7 @@ def _fit(recipe: Recipe, handle: RunHandle, *, train: str, setup: str, debug: bo
                 max_failures=recipe.scaling.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
             # The engine reports its own life; Ray Train's lines repeat it, with a traceback a rank.
-            logging_config=LoggingConfig(log_level="INFO" if debug else "CRITICAL"),
+            logging_config=LoggingConfig(log_level="INFO" if options["debug"] else "CRITICAL"),
             worker_runtime_env={"env_vars": worker_environment(recipe)},
         ),
     )

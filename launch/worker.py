@@ -25,7 +25,8 @@ def run_worker(config: dict[str, Any]) -> None:
     """Train on one rank.
 
     Args:
-        config: `recipe` (plain tree), `handle` (fields of `RunHandle`), `train` and `setup` (`module:function`).
+        config: `recipe` (plain tree), `handle` (fields of `RunHandle`), `train` and `setup` (`module:function`),
+            `accept_new_data`.
 
     Raises:
         EchoXError: what the user can act on, for the driver to print.
@@ -53,7 +54,8 @@ def run_worker(config: dict[str, Any]) -> None:
         sampler = SystemMetrics(tracker, node=f"node-{context.node_rank}" if several else None)
     try:
         train, setup = named(config["train"]), named(config["setup"])
-        train(recipe, context, setup, tracker if context.rank == 0 else NullTracker())
+        heard = tracker if context.rank == 0 else NullTracker()
+        train(recipe, context, setup, heard, accept_new_data=config["accept_new_data"])
     except EchoXError:
         if not config.get("debug"):
             # The driver prints the sentence; Ray would print the traceback of every rank before it.

@@ -36,6 +36,7 @@ _WITHOUT_EFFECT = (
     "tracking",
     "data.reader_threads",
     "data.prefetch",
+    "data.quarantine",
     "engine.validate_every",
     "engine.checkpoint_every",
     "engine.keep",

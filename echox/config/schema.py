@@ -174,7 +174,31 @@ class SourceConfig(Section):
 
     path: str = Field(description="folder of shards, or a name below $ECHOX_CACHE/data")
     task: Literal["sqa", "asr", "tts"]
-    repeat: PositiveInt = Field(1, description="passes over this source in one epoch")
+    repeat: PositiveInt = Field(1, description="passes over this source in one epoch, where sources are one union")
+    weight: PositiveFloat | None = Field(
+        None, description="share of the stream; given to all sources, they are blended without end, each wrapping alone"
+    )
+
+
+class BudgetConfig(Section):
+    """What a micro-batch may cost, in place of a fixed number of samples (U9).
+
+    A sample's tokens are estimated from its lengths: 25 speech vectors a second and a quarter of its characters, or its
+    units and those.
+    """
+
+    by: Literal["seconds", "tokens"]
+    size: PositiveFloat = Field(description="most that rows times the longest may be, in one forward on one rank")
+    micro_batches: PositiveInt = Field(
+        description="micro-batches in one optimizer step, over all ranks; any number of ranks that divides it will do"
+    )
+
+
+class QuarantineConfig(Section):
+    """How many damaged samples a run may drop before it stops."""
+
+    samples: int | None = Field(None, ge=0, description="in all; None is any number")
+    share: float = Field(0.01, ge=0, le=1, description="of the samples seen, of 1,000 at least")
 
 
 class DataConfig(Section):
@@ -184,9 +208,25 @@ class DataConfig(Section):
     valid: tuple[SourceConfig, ...] = ()
     global_batch: PositiveInt = Field(128, description="samples in one optimizer step, over all ranks (U7)")
     micro_batch: PositiveInt = Field(16, description="samples in one forward on one rank")
+    budget: BudgetConfig | None = Field(None, description="takes the place of global_batch and micro_batch")
+    window_shards: PositiveInt = Field(16, description="shards whose samples are shuffled together and read ahead")
+    pool: PositiveInt | None = Field(
+        None,
+        description="optimizer steps whose samples are sorted by length together: more leave less padding, and steps of "
+        "more equal lengths; None is the whole window",
+    )
+    weight_by: Literal["samples", "seconds", "tokens"] = Field("samples", description="what weights are shares of")
+    quarantine: QuarantineConfig = QuarantineConfig()
     reader_threads: PositiveInt = Field(2, description="decoding threads a rank; the order does not depend on it")
     prefetch: PositiveInt = Field(4, description="micro-batches decoded ahead")
     asr_instruction: str = Field("Transcribe the speech.", description="text that follows the audio of an ASR sample")
+
+    @property
+    def nominal_batch(self) -> tuple[int, int]:
+        """Batch of a step and of a micro-batch as DeepSpeed is told them: samples, or micro-batches under a budget."""
+        if self.budget is not None:
+            return self.budget.micro_batches, 1
+        return self.global_batch, self.micro_batch
 
 
 class LrConfig(Section):
@@ -301,7 +341,16 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
     found: list[Breach] = []
     data, scaling = recipe.data, recipe.scaling
     per_step = data.micro_batch * scaling.workers
-    if data.global_batch % per_step:
+    if data.budget is not None and data.budget.micro_batches % scaling.workers:
+        found.append(
+            Breach(
+                ("data.budget.micro_batches", "scaling.workers"),
+                f"data.budget.micro_batches={data.budget.micro_batches} is not a multiple of "
+                f"scaling.workers={scaling.workers}",
+                f"set it to a multiple of {scaling.workers}, best one that many numbers divide, such as 24 or 48",
+            )
+        )
+    if data.budget is None and data.global_batch % per_step:
         found.append(
             Breach(
                 ("data.global_batch", "data.micro_batch", "scaling.workers"),
@@ -316,6 +365,15 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
                 ("scaling.gpus_per_worker",),
                 f"scaling.gpus_per_worker={scaling.gpus_per_worker:g}, but a worker is one rank with one GPU or none",
                 "set it to 1, and scaling.workers to the number of GPUs",
+            )
+        )
+    weighted = [source.weight is not None for source in data.train]
+    if any(weighted) and (not all(weighted) or any(source.repeat > 1 for source in data.train)):
+        found.append(
+            Breach(
+                ("data.train",),
+                "data.train mixes weight with repeat: sources are blended by weight, or read as one union",
+                "give every source a weight and none a repeat, or no source a weight",
             )
         )
     for group in ("train", "valid"):

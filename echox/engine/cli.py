@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe
     from echox.engine.interfaces import TrainResult
 
+ACCEPT_NEW_DATA = "--accept-new-data"
+ACCEPT_NEW_DATA_HELP = (
+    "resume although datasets, plan or seed are not those of the checkpoint: a new epoch begins on the new ones"
+)
+
 
 def add_parser(subparsers: Any) -> None:
     """Register the commands of the engine."""
@@ -26,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     train.add_argument(
         "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as optim.steps=10"
     )
+    train.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
     train.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     train.set_defaults(run=run_train)
     checkpoint = subparsers.add_parser(
@@ -56,11 +62,11 @@ def run_train(args: argparse.Namespace) -> int:
     storage = Path(recipe.storage).resolve()
     if TorchrunContext.detected():
         with TorchrunContext(storage, timeout_s=recipe.scaling.collective_timeout_s) as gang:
-            result = _tracked(recipe, args.recipe, gang)
+            result = _tracked(recipe, args, gang)
             leads = gang.rank == 0
     else:
         with LocalContext(storage) as alone:
-            result, leads = _tracked(recipe, args.recipe, alone), True
+            result, leads = _tracked(recipe, args, alone), True
     if leads:
         _print_result(recipe, result, as_json=args.json)
     return 0
@@ -133,7 +139,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return found
 
 
-def _tracked(recipe: Recipe, recipe_name: str, context: Any) -> TrainResult:
+def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainResult:
     """Train with an MLflow run that rank 0 opens and always ends."""
     from echox.engine.interfaces import NullTracker
     from echox.engine.setup import build_setup
@@ -141,11 +147,11 @@ def _tracked(recipe: Recipe, recipe_name: str, context: Any) -> TrainResult:
     from echox.tracking.run import open_run
 
     if context.rank != 0:
-        return train(recipe, context, build_setup, NullTracker())
-    tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=recipe_name)
+        return train(recipe, context, build_setup, NullTracker(), accept_new_data=args.accept_new_data)
+    tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.recipe)
     status = "FAILED"
     try:
-        result = train(recipe, context, build_setup, tracker)
+        result = train(recipe, context, build_setup, tracker, accept_new_data=args.accept_new_data)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -68,10 +68,51 @@ class Stage(Protocol):
 
 
 class TrainLoader(Protocol):
-    """The rank's training data as a pure function of the step, read ahead in the background."""
+    """The rank's training data, step after step, read ahead in the background.
+
+    A batch may have an `account`: a vector of numbers (float64, of the same length in all batches of all ranks) that
+    the engine adds up beside the losses and hands to `settle`.
+    """
+
+    def identity(self) -> Mapping[str, Any]:
+        """What identifies the data and their order, the same on all ranks; JSON types."""
+        ...
+
+    def start(
+        self, *, step: int, run_folder: Path, saved: Mapping[str, Any] | None, accept_new_data: bool = False
+    ) -> list[str]:
+        """Begin at optimizer step `step` (from 0), where the saved record stands.
+
+        Returns:
+            What is not as it was and was accepted, a clause each.
+
+        Raises:
+            CheckpointError: the data are not those of the record; the same on all ranks.
+        """
+        ...
 
     def step(self, step: int) -> Sequence[Batch]:
-        """The micro-batches of optimizer step `step` (from 0): as many as gradient accumulation takes."""
+        """The micro-batches of optimizer step `step`, as many as gradient accumulation takes; each step once."""
+        ...
+
+    def commit(self) -> None:
+        """Note that the step delivered last was trained."""
+        ...
+
+    def settle(self, account: Sequence[float]) -> Mapping[str, float]:
+        """Metrics of the data trained since the last call, from the sum of their accounts over ranks and steps.
+
+        Raises:
+            DataError: the data are not what they should be; the same on all ranks.
+        """
+        ...
+
+    def record(self) -> Mapping[str, Any]:
+        """Where the data stand after the committed and settled steps, for the checkpoint; JSON types."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading."""
         ...
 
 
@@ -84,16 +125,12 @@ class StageSetup:
         train_loader: the rank's `TrainLoader`.
         valid_loaders: name to batches of this rank, in the same number on every rank; padding carries zero weight.
         frozen_models: name to folder of every pretrained model whose weights are frozen.
-        samples_per_epoch: samples in one pass over the training sources, all ranks.
-        data: what identifies the data in the manifest (fingerprints, plan parameters); JSON types.
     """
 
     module: torch.nn.Module
     train_loader: TrainLoader
     valid_loaders: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
     frozen_models: Mapping[str, Path] = field(default_factory=dict)
-    samples_per_epoch: int = 0
-    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 class BuildSetup(Protocol):

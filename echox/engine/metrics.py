@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from echox.config.schema import Recipe
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.gang import Gang
-    from echox.engine.interfaces import StageSetup
     from echox.engine.step import StepSums, Stopwatch
 
 
@@ -22,8 +20,6 @@ def step_metrics(
     rates: Mapping[str, float],
     watch: Stopwatch,
     gang: Gang,
-    setup: StageSetup,
-    recipe: Recipe,
 ) -> dict[str, float]:
     """Metrics after one optimizer step; collective, and a host sync.
 
@@ -49,9 +45,6 @@ def step_metrics(
         values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
     if totals.get("positions"):
         values["perf/padding_share"] = 1 - tokens / totals["positions"]
-    if setup.samples_per_epoch:
-        done = engine.ds.global_steps * recipe.data.global_batch
-        values["data/epoch"] = done / setup.samples_per_epoch
     return values
 
 

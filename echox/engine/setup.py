@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from echox.config.paths import resolve_data, resolve_data_file
-from echox.config.schema import Recipe, SourceConfig
+from echox.config.paths import resolve_data_file
+from echox.config.schema import Recipe
 from echox.engine.checkpoint import find_weights
+from echox.engine.data import open_sources, train_reader, transcripts, valid_readers
 from echox.engine.interfaces import StageSetup
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
@@ -22,10 +23,9 @@ from echox.stages.build import build_echo_stage, build_s2t, build_s2t_stage, bui
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
-from echox.stream.collate import Collate, Item, PromptTokens, SpeechCollate, UnitCollate
+from echox.stream.collate import Collate, PromptTokens, SpeechCollate, UnitCollate
 from echox.stream.encoded import check_encoded, encoding_identity
-from echox.stream.index import ShardFolder, combined_fingerprint
-from echox.stream.loader import TrainLoader, ValidLoader
+from echox.stream.source import Source
 from echox.units.language import UnitLanguage
 
 _RANDOM_WORDS = 7500
@@ -40,38 +40,18 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
     """
     torch.manual_seed(recipe.seed)
     text = TextTools.load(recipe)
-    train, valid = _open(recipe.data.train), _open(recipe.data.valid)
+    train, valid = open_sources(recipe.data.train), open_sources(recipe.data.valid)
     _check_encoded(recipe, [*train, *valid])  # before any model is loaded
     # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
     from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
-    module = build_stage(recipe, text, transcripts=_transcripts(train, text) if from_corpus else None)
+    spoken = (token for line in transcripts(train) for token in text.tokenize(line)) if from_corpus else None
+    module = build_stage(recipe, text, transcripts=spoken)
     collate = build_collate(recipe, text)
-    items = [item for source, folder in train for item in _items(source, folder) * source.repeat]
-    data = recipe.data
-    loader = TrainLoader(
-        items,
-        collate,
-        seed=recipe.seed,
-        batch=data.global_batch,
-        micro_batch=data.micro_batch,
-        rank=rank,
-        world_size=world_size,
-        threads=data.reader_threads,
-        prefetch=data.prefetch,
-    )
-    valid_loaders = {
-        _source_name(source): ValidLoader(
-            _items(source, folder), collate, micro_batch=data.micro_batch, rank=rank, world_size=world_size
-        )
-        for source, folder in valid
-    }
     return StageSetup(
         module=module,
-        train_loader=loader,
-        valid_loaders=valid_loaders,
+        train_loader=train_reader(recipe, train, collate, rank, world_size),
+        valid_loaders=valid_readers(recipe, valid, collate, rank, world_size),
         frozen_models=frozen_models(recipe),
-        samples_per_epoch=len(items),
-        data={"fingerprint": combined_fingerprint(folder for _, folder in train), "samples": len(items)},
     )
 
 
@@ -220,7 +200,7 @@ def load_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             known[name].copy_(value)
 
 
-def build_collate(recipe: Recipe, text: TextTools) -> Collate:
+def build_collate(recipe: Recipe, text: TextTools) -> Collate[Any, Any]:
     """Samples to batches for the recipe's stage."""
     if recipe.stage == "t2c":
         if text.language is None:
@@ -232,7 +212,7 @@ def build_collate(recipe: Recipe, text: TextTools) -> Collate:
 def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
     """Audio to batches of the S2T model."""
     from echox.audio.features import LogMel
-    from echox.release.pretrained import mel_bins
+    from echox.release.pretrained import encoder_width, mel_bins
 
     speech = recipe.model.speech_encoder
     assert speech is not None
@@ -242,9 +222,8 @@ def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
         margin_s=speech.margin_s,
         stack=recipe.model.alignment.stack,
     )
-    return SpeechCollate(
-        text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000), precomputed=speech.precomputed
-    )
+    width = encoder_width(speech.path, random_init=recipe.model.random_init) if speech.precomputed else None
+    return SpeechCollate(text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000), precomputed=width)
 
 
 def frozen_models(recipe: Recipe) -> dict[str, Path]:
@@ -271,27 +250,10 @@ def _load(ref: str | None) -> dict[str, Tensor]:
     return load_file(find_weights(Path(ref)))
 
 
-def _open(sources: Iterable[SourceConfig]) -> list[tuple[SourceConfig, ShardFolder]]:
-    return [(source, ShardFolder.open(resolve_data(source.path))) for source in sources]
-
-
-def _check_encoded(recipe: Recipe, sources: Iterable[tuple[SourceConfig, ShardFolder]]) -> None:
+def _check_encoded(recipe: Recipe, sources: Iterable[Source]) -> None:
     speech = recipe.model.speech_encoder
     if recipe.stage == "t2c" or speech is None or not speech.precomputed:
         return
     identity = encoding_identity(recipe.model)
-    for _, folder in sources:
-        check_encoded(folder.path, identity)
-
-
-def _items(source: SourceConfig, folder: ShardFolder) -> list[Item]:
-    return [Item(sample, source.task) for sample in folder.samples]
-
-
-def _source_name(source: SourceConfig) -> str:
-    return Path(source.path).name
-
-
-def _transcripts(train: list[tuple[SourceConfig, ShardFolder]], text: TextTools) -> list[int]:
-    tokenize: Callable[[str], list[int]] = text.tokenize
-    return [token for _, folder in train for s in folder.samples for token in tokenize(s.meta["question_text"] or "")]
+    for source in sources:
+        check_encoded(Path(source.catalogue.location), identity)

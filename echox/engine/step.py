@@ -32,6 +32,7 @@ class StepSums:
         weights: the weights of the last micro-step.
         stats: host numbers of this rank's batches.
         samples: samples of this rank.
+        account_A: global sum of the batches' accounts, where they have any.
     """
 
     names: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class StepSums:
     weights: Mapping[str, Tensor | float] = field(default_factory=dict)
     stats: dict[str, float] = field(default_factory=dict)
     samples: int = 0
+    account_A: Tensor | None = None
 
     def means(self) -> dict[str, float]:
         """Token means of the losses that had tokens, and `total`. A host sync."""
@@ -59,11 +61,12 @@ def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang) 
     """Forward, backward and update over the micro-batches of optimizer step `step`; no host sync of ours."""
     sums = StepSums()
     on_device = [batch.to(gang.device) for batch in batches]
+    accounts = [_account(batch, gang) for batch in batches]
     window = _window_counts(engine.stage, batches, gang)
     engine.clear_gradients()
-    for batch in on_device:
+    for batch, account in zip(on_device, accounts, strict=True):
         terms = engine.ds(batch)
-        names, micro_K2 = _global_sums(terms, gang)
+        names, micro_K2, account_A = _global_sums(terms, account, gang)
         means_K = micro_K2[:, 0] / micro_K2[:, 1].clamp(min=1)
         weights = engine.stage.loss_weights(dict(zip(names, means_K, strict=True)), step)
         loss = torch.zeros((), device=gang.device)
@@ -78,6 +81,7 @@ def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang) 
         sums.names, sums.weights = names, weights
         sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
         sums.total = value if sums.total is None else sums.total + value
+        sums.account_A = account_A if sums.account_A is None else sums.account_A + account_A
     for batch in batches:
         sums.samples += len(batch.ids)
         for key, number in batch_stats(batch).items():
@@ -148,7 +152,17 @@ def _local_sums(terms: Mapping[str, LossTerm]) -> tuple[tuple[str, ...], Tensor]
     return names, torch.stack(rows)
 
 
-def _global_sums(terms: Mapping[str, LossTerm], gang: Gang) -> tuple[tuple[str, ...], Tensor]:
-    """All losses in one all-reduce: row k is [sum of token losses, tokens] of loss k over the ranks."""
+def _account(batch: Batch, gang: Gang) -> Tensor:
+    vector = getattr(batch, "account", None)
+    if vector is None:
+        return torch.zeros(0, dtype=torch.float64, device=gang.device)
+    return torch.from_numpy(vector).to(gang.device, non_blocking=True)
+
+
+def _global_sums(
+    terms: Mapping[str, LossTerm], account_A: Tensor, gang: Gang
+) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """All losses and the account in one all-reduce: row k is [sum of token losses, tokens] of loss k over the ranks."""
     names, packed_K2 = _local_sums(terms)
-    return names, gang.sum_(packed_K2)
+    summed = gang.sum_(torch.cat([packed_K2.flatten(), account_A]))
+    return names, summed[: packed_K2.numel()].view_as(packed_K2), summed[packed_K2.numel() :]

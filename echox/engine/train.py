@@ -15,7 +15,7 @@ from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, use_accelerator_of
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.gang import Gang
-from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainResult
+from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
 from echox.engine.log import EventLog
 from echox.engine.manifest import Choice, sweep
 from echox.engine.metrics import peak_gib, step_metrics
@@ -23,9 +23,13 @@ from echox.engine.movement import Movement, MovementCheck
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
 from echox.engine.run_folder import RunFolder
 from echox.engine.step import Stopwatch, train_step, validate
-from echox.errors import CheckpointError, EchoXError, RecipeError
+from echox.errors import CheckpointError, DataError, EchoXError
+from echox.stream.plan import check_divides
+from echox.stream.quarantine import merge as merge_ledgers
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from echox.config.schema import Recipe
 
 
@@ -33,7 +37,14 @@ if TYPE_CHECKING:
 _SHOWN = ("loss/", "valid/loss/", "lr/", "grad_norm", "perf/step_ms", "perf/samples_per_s", "check/")
 
 
-def train(recipe: Recipe, context: RunContext, build: BuildSetup, tracker: Tracker | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    context: RunContext,
+    build: BuildSetup,
+    tracker: Tracker | None = None,
+    *,
+    accept_new_data: bool = False,
+) -> TrainResult:
     """Train one stage to its last step, resuming from the newest good checkpoint of the run's folder.
 
     Args:
@@ -41,6 +52,7 @@ def train(recipe: Recipe, context: RunContext, build: BuildSetup, tracker: Track
         context: the process's place in the world; torch.distributed is initialised.
         build: makes the stage and the loaders of one rank.
         tracker: gets the metrics of rank 0; the caller finishes it.
+        accept_new_data: go on where datasets, plan or seed are not those of the checkpoint, with a new epoch.
 
     Returns:
         The result, the same on every rank.
@@ -48,10 +60,11 @@ def train(recipe: Recipe, context: RunContext, build: BuildSetup, tracker: Track
     Raises:
         RecipeError: the batch does not divide by the world.
         CheckpointError: no good checkpoint among those found, one that does not fit, or one that cannot be written.
+        DataError: damaged data beyond what the recipe allows, or other samples than planned.
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
         EchoXError: the loss is not a finite number.
     """
-    run = _Run.open(recipe, context, tracker or NullTracker())
+    run = _Run.open(recipe, context, tracker or NullTracker(), accept_new_data=accept_new_data)
     try:
         return run.already_done() or run.train(build)
     except BaseException as error:
@@ -72,6 +85,7 @@ class _Run:
     log: EventLog
     attempt: int
     choice: Choice
+    accept_new_data: bool
     step: int = 0
     loss: float | None = None
     samples_per_s: float | None = None
@@ -79,7 +93,7 @@ class _Run:
     metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, recipe: Recipe, context: RunContext, tracker: Tracker) -> _Run:
+    def open(cls, recipe: Recipe, context: RunContext, tracker: Tracker, *, accept_new_data: bool) -> _Run:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
         gang = Gang(context.rank, context.world_size, device_of(context))
         use_accelerator_of(gang.device)
@@ -99,7 +113,7 @@ class _Run:
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
         for path, why in chosen.rejected:
             log("checkpoint_rejected", step=0, path=path, why=why)
-        return cls(recipe, context, tracker, gang, folder, log, attempt, chosen)
+        return cls(recipe, context, tracker, gang, folder, log, attempt, chosen, accept_new_data)
 
     def already_done(self) -> TrainResult | None:
         """The result of a run that has reached its last step, or None."""
@@ -126,6 +140,7 @@ class _Run:
         rng.seed_all(recipe.seed)  # The same on all ranks: buffers with random contents must agree.
         setup = build(recipe, gang.rank, gang.size)
         frozen = self._identify(setup)
+        self._start_data(setup.train_loader)
         buffers = frozenset[str]()
         if recipe.engine.frozen_placement == "replicate":
             buffers = replicate_as_buffers(setup.module, gang.device, torch_dtype(precision))
@@ -157,7 +172,12 @@ class _Run:
             sweep(self.folder.path)
             self.folder.forget_after(self.step)
         check = MovementCheck(engine, buffers)
-        checkpoint = self._loop(engine, setup, checkpointer)
+        try:
+            checkpoint = self._loop(engine, setup, checkpointer)
+        finally:
+            setup.train_loader.close()
+            if gang.leads:
+                merge_ledgers(self.folder.path)
         movement = check.compare(gang)
         self._finish(movement)
         engine.close()
@@ -173,15 +193,21 @@ class _Run:
     def _loop(self, engine: Engine, setup: StageSetup, checkpointer: Checkpointer) -> Path | None:
         plan, steps, gang = self.recipe.engine, self.recipe.optim.steps, self.gang
         checkpoint, first = self.choice.checkpoint, self.step
-        watch = Stopwatch()
+        loader, watch = setup.train_loader, Stopwatch()
+        account_A: Tensor | None = None  # of the steps since the last report; stays on the device
         engine.ds.train()
         for step in range(first, steps):
             rates = engine.set_learning_rates(step)
-            sums = train_step(engine, watch.fetch(setup.train_loader, step), step, gang)
+            sums = train_step(engine, watch.fetch(loader, step), step, gang)
+            loader.commit()
+            account_A = sums.account_A if account_A is None or sums.account_A is None else account_A + sums.account_A
             self.step = done = step + 1
             saves, validates = _due(plan.checkpoint_every, done, steps), _due(plan.validate_every, done, steps)
             if done == first + 1 or done % plan.log_every == 0 or saves or validates:
-                self._log_step(step_metrics(engine, sums, rates, watch, gang, setup, self.recipe))  # host sync
+                metrics = step_metrics(engine, sums, rates, watch, gang)  # host sync
+                settled = loader.settle([] if account_A is None else account_A.tolist())
+                account_A = None
+                self._log_step({**metrics, **settled})
                 watch.restart()
             self.progress("training")
             if validates:
@@ -189,7 +215,10 @@ class _Run:
                 watch.restart()
             if saves:
                 self.progress("saving")
-                checkpoint = checkpointer.save(done, cursor=self._cursor(setup), metrics=self.metrics)
+                cursor = {"step": done, "stream": dict(loader.record())}
+                checkpoint = checkpointer.save(done, cursor=cursor, metrics=self.metrics)
+                if gang.leads:
+                    merge_ledgers(self.folder.path)
                 self.log("checkpoint", step=done, path=checkpoint)
                 self.context.report(self.metrics, checkpoint)
                 checkpointer.retain()
@@ -248,17 +277,13 @@ class _Run:
     def _deepspeed_config(self, precision: Any) -> dict[str, Any]:
         from echox.config.deepspeed import load_deepspeed
 
-        data, workers = self.recipe.data, self.gang.size
-        if data.global_batch % (data.micro_batch * workers):
-            raise RecipeError(
-                f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch * workers = "
-                f"{data.micro_batch} * {workers}",
-                fix=f"choose a multiple of {data.micro_batch * workers}, or another number of processes",
-            )
+        (step_batch, micro_batch), workers = self.recipe.data.nominal_batch, self.gang.size
+        if step_batch % (micro_batch * workers):
+            check_divides(step_batch // micro_batch, workers)
         return load_deepspeed(
             self.recipe.engine.deepspeed,
-            global_batch=data.global_batch,
-            micro_batch=data.micro_batch,
+            global_batch=step_batch,
+            micro_batch=micro_batch,
             world_size=workers,
             clip=self.recipe.optim.clip,
             precision=precision,
@@ -282,19 +307,27 @@ class _Run:
         identities = _checked(found[0])
         if self.choice.checkpoint is not None:
             compare_identities(self.choice.manifest["frozen"], identities)
-            saved = self.choice.manifest["cursor"]["data"]
-            if saved != json.loads(json.dumps(dict(setup.data))):
-                raise CheckpointError(
-                    "the training data is not what the checkpoint was trained on",
-                    where=str(self.choice.checkpoint),
-                    fix="put the data back, or start a new run under another name",
-                )
         return identities
 
-    def _cursor(self, setup: StageSetup) -> dict[str, Any]:
-        samples = self.step * self.recipe.data.global_batch
-        epoch = samples / setup.samples_per_epoch if setup.samples_per_epoch else 0.0
-        return {"step": self.step, "samples": samples, "epoch": epoch, "data": dict(setup.data)}
+    def _start_data(self, loader: TrainLoader) -> None:
+        """Bring the data to where the checkpoint stood, after all ranks were found to see the same."""
+        identities = self.gang.gather(json.dumps(loader.identity(), sort_keys=True))
+        for rank, identity in enumerate(identities):
+            if identity != identities[0]:
+                raise DataError(
+                    f"rank {rank} sees other training data than rank 0",
+                    where=str(self.folder.path),
+                    fix="give every node the same datasets, best in a folder that all of them share",
+                )
+        resumes = self.choice.checkpoint is not None
+        step, cursor = (self.choice.manifest["step"], self.choice.manifest["cursor"]) if resumes else (0, {})
+        for clause in loader.start(
+            step=step,
+            run_folder=self.folder.path,
+            saved=cursor.get("stream"),
+            accept_new_data=self.accept_new_data,
+        ):
+            self.log("new_data", step=step, what=clause)
 
     def _announce(self, precision: str, census: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:
         self.log(

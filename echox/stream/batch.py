@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,14 +15,16 @@ class Batch:
     """Common part of all micro-batches.
 
     Attributes:
-        ids: sample ids, in row order.
+        ids: sample ids, in row order; none for a row that only fills the batch.
         step: optimizer step the batch belongs to; -1 outside training.
         weight_B: 1 for a sample that counts, 0 for a row that only fills the batch.
+        account: what exactly-once accounting adds up, see `echox.stream.accounting`; stays on the host.
     """
 
     ids: list[str]
     step: int
     weight_B: Tensor
+    account: np.ndarray | None = None
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on `device`."""

@@ -3,30 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from echox.audio.features import LogMel
-from echox.audio.io import read_audio
+from echox.audio.io import SAMPLE_RATE, read_audio
+from echox.errors import CorruptSampleError, DataError
 from echox.stream.batch import SpeechBatch, UnitBatch
-from echox.stream.encoded import MEMBER, unpack
-from echox.stream.index import Sample
+from echox.stream.encoded import MEMBER, pad_features, unpack
+from echox.stream.scan import UNITS
+from echox.stream.store import Sample
+
+AUDIO = "question.flac"
+_BLANK_FRAMES = 32
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row to be: a sample, its task, and whether it counts or only fills the batch."""
+    """One sample in memory, what it is used for, and whether it counts."""
 
     sample: Sample
     task: str
     weight: float = 1.0
 
 
-Collate = Callable[[Sequence[Item], int], Any]
+RowT = TypeVar("RowT")
+BatchT = TypeVar("BatchT", covariant=True)
+
+
+class Collate(Protocol[RowT, BatchT]):
+    """Samples to one micro-batch, in two halves, so that a sample that cannot be decoded is dropped alone."""
+
+    @property
+    def members(self) -> frozenset[str]:
+        """Members of a sample that are read, beside `json`."""
+        ...
+
+    def decode(self, item: Item) -> RowT:
+        """One row to be.
+
+        Raises:
+            CorruptSampleError: the sample cannot be used.
+        """
+        ...
+
+    def join(self, rows: Sequence[RowT], step: int) -> BatchT:
+        """Pad one row or more into a batch of optimizer step `step`."""
+        ...
+
+    def blank(self, step: int) -> BatchT:
+        """A batch of one row that counts nothing, for a micro-batch without samples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,6 +105,24 @@ def pad_audio(clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return audio, lengths
 
 
+@dataclass(frozen=True)
+class SpeechRow:
+    """A spoken turn, decoded.
+
+    Attributes:
+        id, task, weight: of the item.
+        heard: 16 kHz mono samples, or the encoder's output `[frames, width]` where the shards hold it.
+        question, answer: what is said, and what to answer.
+    """
+
+    id: str
+    task: str
+    weight: float
+    heard: np.ndarray | Tensor
+    question: str
+    answer: str
+
+
 class SpeechCollate:
     """Items of sqa and asr sources to a `SpeechBatch`.
 
@@ -81,7 +131,7 @@ class SpeechCollate:
         prompt: template tokens.
         log_mel: features of the speech encoder.
         max_samples: longest audio in samples; the rest is cut off and counted in `cut` (U27).
-        precomputed: shards hold the encoder's output; their audio is not decoded.
+        precomputed: width of the encoder's output that the shards hold, so that audio is not decoded; None decodes it.
     """
 
     def __init__(
@@ -91,7 +141,7 @@ class SpeechCollate:
         log_mel: LogMel,
         max_samples: int,
         *,
-        precomputed: bool = False,
+        precomputed: int | None = None,
     ) -> None:
         self.tokenize = tokenize
         self.prompt = prompt
@@ -100,23 +150,60 @@ class SpeechCollate:
         self.precomputed = precomputed
         self.cut = 0
 
-    def __call__(self, items: Sequence[Item], step: int) -> SpeechBatch:
-        """Decode, featurise, tokenise and pad."""
-        metas = [item.sample.meta for item in items]
-        if self.precomputed:
-            features, frames = unpack([item.sample.read(MEMBER) for item in items])
-            heard = Heard(torch.zeros(len(items), self.log_mel.n_mels, 0), 2 * frames, features)
+    @property
+    def members(self) -> frozenset[str]:
+        """The question, as audio or encoded."""
+        return frozenset({AUDIO if self.precomputed is None else MEMBER})
+
+    def decode(self, item: Item) -> SpeechRow:
+        """Decode the audio, or take what it was encoded to.
+
+        Raises:
+            CorruptSampleError: no such member, or one that cannot be decoded.
+        """
+        heard = decoded(item.sample, AUDIO, read_audio) if self.precomputed is None else self._features(item.sample)
+        texts = (text_of(item.sample, name) for name in ("question_text", "answer_text"))
+        return SpeechRow(id_of(item.sample), item.task, item.weight, heard, *texts)
+
+    def join(self, rows: Sequence[SpeechRow], step: int) -> SpeechBatch:
+        """Featurise, tokenise and pad."""
+        clips = [row.heard for row in rows if isinstance(row.heard, np.ndarray)]
+        if clips:
+            heard = self._hear(clips)
         else:
-            heard = self._hear([read_audio(item.sample.read("question.flac")) for item in items])
+            features_BTd, frames_B = pad_features([row.heard for row in rows if isinstance(row.heard, Tensor)])
+            heard = Heard(torch.zeros(len(rows), self.log_mel.n_mels, 0), 2 * frames_B, features_BTd)
         return self._batch(
             heard,
-            [item.task for item in items],
-            [meta["question_text"] or "" for meta in metas],
-            [meta["answer_text"] or "" for meta in metas],
-            ids=[meta["id"] for meta in metas],
-            weights=[item.weight for item in items],
+            [row.task for row in rows],
+            [row.question for row in rows],
+            [row.answer for row in rows],
+            ids=[row.id for row in rows],
+            weights=[row.weight for row in rows],
             step=step,
         )
+
+    def blank(self, step: int) -> SpeechBatch:
+        """A moment of silence without question or answer."""
+        if self.precomputed is None:
+            heard: np.ndarray | Tensor = np.zeros(SAMPLE_RATE // 10, dtype=np.float32)
+        else:
+            heard = torch.zeros(_BLANK_FRAMES, self.precomputed)
+        return replace(self.join([SpeechRow("", "sqa", 0.0, heard, "", "")], step), ids=[])
+
+    def __call__(self, items: Sequence[Item], step: int) -> SpeechBatch:
+        """Decode and join."""
+        return self.join([self.decode(item) for item in items], step)
+
+    def _features(self, sample: Sample) -> Tensor:
+        features_Td = decoded(sample, MEMBER, unpack)
+        if features_Td.shape[1:] != (self.precomputed,):
+            raise CorruptSampleError(
+                f"sample {sample.key}: {MEMBER} has shape {tuple(features_Td.shape)}, not [frames, {self.precomputed}]",
+                kind="schema",
+                fix="run `echox shards encode` again",
+            )
+        return features_Td
 
     def from_audio(
         self,
@@ -168,6 +255,16 @@ class SpeechCollate:
         )
 
 
+@dataclass(frozen=True)
+class UnitRow:
+    """A sentence and the unit-language words that say it."""
+
+    id: str
+    weight: float
+    text: list[int]
+    words: list[int]
+
+
 class UnitCollate:
     """Items of tts sources to a `UnitBatch`.
 
@@ -180,17 +277,78 @@ class UnitCollate:
         self.tokenize = tokenize
         self.encode = encode
 
-    def __call__(self, items: Sequence[Item], step: int) -> UnitBatch:
-        """Read units, encode them into words, tokenise and pad."""
-        text, text_mask = pad_rows([self.tokenize(item.sample.meta["answer_text"]) for item in items])
-        units = [np.frombuffer(item.sample.read("answer.units"), dtype="<u2") for item in items]
-        words, words_mask = pad_rows([list(self.encode(row)) for row in units])
+    @property
+    def members(self) -> frozenset[str]:
+        """The units."""
+        return frozenset({UNITS})
+
+    def decode(self, item: Item) -> UnitRow:
+        """Encode the units into words, and tokenise.
+
+        Raises:
+            CorruptSampleError: no units, or not a whole number of them, or no text.
+        """
+        units = decoded(item.sample, UNITS, lambda data: np.frombuffer(data, dtype="<u2"))
+        text = self.tokenize(text_of(item.sample, "answer_text"))
+        return UnitRow(id_of(item.sample), item.weight, text, list(self.encode(units)))
+
+    def join(self, rows: Sequence[UnitRow], step: int) -> UnitBatch:
+        """Pad."""
+        text, text_mask = pad_rows([row.text for row in rows])
+        words, words_mask = pad_rows([row.words for row in rows])
         return UnitBatch(
-            ids=[item.sample.meta["id"] for item in items],
+            ids=[row.id for row in rows],
             step=step,
-            weight_B=torch.tensor([item.weight for item in items], dtype=torch.float32),
+            weight_B=torch.tensor([row.weight for row in rows], dtype=torch.float32),
             text_BT=text,
             text_mask_BT=text_mask,
             words_BM=words,
             words_mask_BM=words_mask,
         )
+
+    def blank(self, step: int) -> UnitBatch:
+        """Nothing to say."""
+        return replace(self.join([UnitRow("", 0.0, [], [])], step), ids=[])
+
+    def __call__(self, items: Sequence[Item], step: int) -> UnitBatch:
+        """Decode and join."""
+        return self.join([self.decode(item) for item in items], step)
+
+
+def decoded(sample: Sample, member: str, decode: Callable[[bytes], ValueT]) -> ValueT:
+    """A member through its decoder.
+
+    Raises:
+        CorruptSampleError: there is no such member (kind "member"), or the decoder fails (kind "decode").
+    """
+    data = sample[member]
+    try:
+        return decode(data)
+    except (DataError, ValueError, EOFError) as error:
+        reason = error.what if isinstance(error, DataError) else str(error)
+        raise CorruptSampleError(
+            f"sample {sample.key}: {member} cannot be decoded: {reason}", kind="decode", fix="build the shard again"
+        ) from error
+
+
+def text_of(sample: Sample, name: str) -> str:
+    """A text of the metadata, "" where there is none.
+
+    Raises:
+        CorruptSampleError: it is something else (kind "schema").
+    """
+    value = sample.meta.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise CorruptSampleError(
+            f"sample {sample.key}: {name} is a {type(value).__name__}, not text",
+            kind="schema",
+            fix="build the shard again",
+        )
+    return value
+
+
+def id_of(sample: Sample) -> str:
+    """The sample's id: its metadata's, or its name."""
+    return str(sample.meta.get("id") or sample.key)

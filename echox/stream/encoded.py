@@ -63,9 +63,13 @@ def pack(features_Td: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(members: Sequence[bytes]) -> tuple[Tensor, Tensor]:
-    """Members to `[B, longest, width]` float32, zero-padded, and the frames of each row `[B]`."""
-    rows = [torch.from_numpy(np.load(io.BytesIO(member), allow_pickle=False)) for member in members]
+def unpack(member: bytes) -> Tensor:
+    """A clip's features `[frames, width]`, float32, from the bytes of its member."""
+    return torch.from_numpy(np.load(io.BytesIO(member), allow_pickle=False)).float()
+
+
+def pad_features(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Features of several clips, zero-padded: `[B, longest, width]` float32, and the frames of each `[B]`."""
     frames = torch.tensor([len(row) for row in rows])
     features = torch.zeros(len(rows), int(frames.max()), rows[0].shape[1])
     for target, row in zip(features, rows, strict=True):

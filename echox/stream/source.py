@@ -40,6 +40,11 @@ class Source:
     repeat: int = 1
     weight: float | None = None
 
+    @property
+    def name(self) -> str:
+        """What its metrics are called."""
+        return f"{self.path.strip('/').replace('/', '-')}-{self.task}"
+
     @cached_property
     def key(self) -> int:
         """64-bit identity of the samples; another folder with the same shards has the same."""

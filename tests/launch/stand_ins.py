@@ -15,7 +15,7 @@ def setup(recipe: Any, rank: int, world_size: int) -> str:
     return f"{recipe.stage} {rank}/{world_size}"
 
 
-def train(recipe: Any, context: Any, build: Any, tracker: Any) -> None:
+def train(recipe: Any, context: Any, build: Any, tracker: Any, *, accept_new_data: bool = False) -> None:
     """All-reduce the ranks, write a checkpoint folder and a metric, as the engine would."""
     import torch
     import torch.distributed as dist
@@ -44,14 +44,14 @@ def train(recipe: Any, context: Any, build: Any, tracker: Any) -> None:
     context.report({"loss/total": total.item()}, checkpoint)
 
 
-def train_then_wait(recipe: Any, context: Any, build: Any, tracker: Any) -> None:
+def train_then_wait(recipe: Any, context: Any, build: Any, tracker: Any, *, accept_new_data: bool = False) -> None:
     train(recipe, context, build, tracker)
     if context.rank == 0:
         (context.storage / recipe.name / "waiting").touch()
     time.sleep(600)
 
 
-def train_bad_data(recipe: Any, context: Any, build: Any, tracker: Any) -> None:
+def train_bad_data(recipe: Any, context: Any, build: Any, tracker: Any, *, accept_new_data: bool = False) -> None:
     if context.rank == 1:
         raise DataError("shard-000000.tar ends in the middle of a sample", where="sqa-train", fix="build it again")
     time.sleep(600)

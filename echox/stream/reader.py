@@ -1,0 +1,238 @@
+"""The micro-batches of one rank, read and decoded ahead in threads; what comes when is the plan's business alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echox.errors import CorruptSampleError
+from echox.stream import cursor
+from echox.stream.accounting import Accounts, micro_batch_account
+from echox.stream.plan import Place, Plan, Window, check_divides, visit_hash
+from echox.stream.quarantine import Allowance, Entry, Ledger
+
+if TYPE_CHECKING:
+    from echox.stream.collate import Collate
+    from echox.stream.packing import Places
+    from echox.stream.store import ShardStore
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A micro-batch and what of it was damaged."""
+
+    batch: Any
+    dropped: list[Entry]
+
+
+@dataclass
+class _Step:
+    """A step on its way: its address, the next one's, and its micro-batches of this rank."""
+
+    place: Place
+    following: Place
+    window: Window
+    reads: list[Future[_Read]]
+    dropped: list[Entry] = field(default_factory=list)
+
+
+class StreamReader:
+    """The rank's training data from a place in the stream on.
+
+    `step` delivers, `commit` says that the optimizer has stepped: only then does the cursor move and the quarantine
+    ledger grow, so what was read ahead and never trained leaves no trace.
+
+    Args:
+        plan: of the stream, the same on all ranks.
+        stores: where each source's samples are read.
+        collate: samples to a batch.
+        rank, world_size: of this process.
+        threads: that read and decode.
+        prefetch: micro-batches read ahead.
+        allowance: how much the run may drop.
+
+    Raises:
+        RecipeError: the world size does not divide the micro-batches of a step.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        stores: Sequence[ShardStore],
+        collate: Collate[Any, Any],
+        *,
+        rank: int,
+        world_size: int,
+        threads: int,
+        prefetch: int,
+        allowance: Allowance,
+    ) -> None:
+        check_divides(plan.budget.micro_batches, world_size)
+        self.plan = plan
+        self.accounts = Accounts([source.name for source in plan.sources])
+        self._stores = stores
+        self._collate = collate
+        self._rank = rank
+        self._world_size = world_size
+        self._allowance = allowance
+        self._steps_ahead = max(1, -(-prefetch * world_size // plan.budget.micro_batches))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
+        self._windows: dict[Place, Future[Window]] = {}
+        self._ahead: deque[_Step] = deque()
+        self._delivered: _Step | None = None
+        self._next = self._committed = Place()
+        self._number = 0
+        self._run_folder = Path()
+        self._ledger: Ledger | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same on all ranks; JSON types."""
+        return {"seed": self.plan.seed, "plan": self.plan.parameters(), "data": self.plan.data()}
+
+    def start(
+        self, *, step: int, run_folder: Path, saved: Mapping[str, Any] | None, accept_new_data: bool = False
+    ) -> list[str]:
+        """Begin at optimizer step `step` (from 0), where the saved record stands, or at the beginning.
+
+        Returns:
+            What is not as it was and was accepted, a clause each.
+
+        Raises:
+            CheckpointError: data, plan or seed have changed; the same on all ranks.
+        """
+        new: list[str] = []
+        if saved is not None:
+            self._committed, new = cursor.resume(
+                self.plan, saved, self.accounts, accept_new_data=accept_new_data, where=str(run_folder)
+            )
+        self._next, self._number = self._committed, step
+        self._run_folder, self._ledger = run_folder, Ledger(run_folder, self._rank)
+        self._stage(self._window(self._next))
+        return new
+
+    def step(self, step: int) -> list[Any]:
+        """The rank's micro-batches of optimizer step `step`: G / world size of them, one after the other every step.
+
+        Raises:
+            TransientReadError: storage failed again and again.
+            DataError: a shard is gone.
+            ValueError: it is not the turn of that step.
+        """
+        while len(self._ahead) <= self._steps_ahead:
+            self._ahead.append(self._submit())
+        turn = self._number - len(self._ahead)
+        if step != turn:
+            raise ValueError(f"step {step} was asked for when {turn} was due")
+        due = self._ahead.popleft()
+        reads = [read.result() for read in due.reads]
+        due.dropped = [entry for read in reads for entry in read.dropped]
+        if self._delivered is None or self._delivered.window is not due.window:
+            self._planner.submit(self._stage_after, due.window)  # nothing reads the window before it any more
+        self._delivered = due
+        return [read.batch for read in reads]
+
+    def commit(self) -> None:
+        """Note that the step delivered last was trained."""
+        done = self._delivered
+        assert done is not None and self._ledger is not None
+        self.accounts.expect(done.window, done.place.step)
+        self._ledger.append(done.dropped)
+        self._committed = done.following
+
+    def settle(self, account: Sequence[float]) -> dict[str, float]:
+        """Compare what all ranks have trained since the last call with the plan; metrics by their stable names.
+
+        Args:
+            account: sum of the batches' vectors over ranks, micro-batches and steps.
+
+        Raises:
+            DataError: it is not what was planned, or more was dropped than allowed; the same on all ranks.
+        """
+        metrics = self.accounts.settle(account)
+        metrics["data/epoch"] = self.accounts.seen / self.plan.samples_per_epoch
+        self._allowance.check(self.accounts.quarantined, self.accounts.seen, self._run_folder)
+        return metrics
+
+    def record(self) -> dict[str, Any]:
+        """Where the stream stands after the committed and settled steps; the same on all ranks; JSON types."""
+        return cursor.record(self.plan, self._committed, self.accounts)
+
+    def close(self) -> None:
+        """Drop what was read ahead, and let go of the shards."""
+        for pool in (self._planner, self._pool):
+            pool.shutdown(cancel_futures=True)
+        for store in self._stores:
+            store.close()
+
+    def _submit(self) -> _Step:
+        window, place = self._window(self._next), self._next
+        following = self.plan.following(place, len(window.steps))
+        slots = window.slots(place.step, self._rank, self._world_size)
+        reads = [self._pool.submit(self._read, window, places, self._number) for places in slots]
+        self._next, self._number = following, self._number + 1
+        return _Step(place, following, window, reads)
+
+    def _window(self, place: Place) -> Window:
+        """The window of a place; the one after it is planned in the background."""
+        wanted = place._replace(step=0)
+        after = self.plan.next_window(wanted)
+        for known in (wanted, after):
+            if known not in self._windows:
+                self._windows[known] = self._planner.submit(self.plan.window, known.epoch, known.window)
+        self._windows = {known: self._windows[known] for known in (wanted, after)}
+        return self._windows[wanted].result()
+
+    def _stage_after(self, window: Window) -> None:
+        after = self.plan.next_window(window.place)
+        planned = self._windows.get(after)
+        self._stage(self.plan.window(after.epoch, after.window) if planned is None else planned.result())
+
+    def _stage(self, window: Window) -> None:
+        for index, (source, store) in enumerate(zip(self.plan.sources, self._stores, strict=True)):
+            numbers = window.number_N[window.source_N == index]
+            store.stage(np.unique(source.catalogue.records["shard"][numbers]).tolist())
+
+    def _read(self, window: Window, places: Places, step: int) -> _Read:
+        from echox.stream.collate import Item
+
+        rows, trained, numbers = [], [], []
+        damaged: dict[int, CorruptSampleError] = {}
+        for place in places.tolist():
+            index = int(window.source_N[place])
+            try:
+                sample = self._stores[index].read(int(window.number_N[place]), self._collate.members)
+                rows.append(self._collate.decode(Item(sample, self.plan.sources[index].task)))
+            except CorruptSampleError as error:
+                damaged[place] = error
+                continue
+            trained.append(place)
+            numbers.append(sample.number)
+        batch = self._collate.join(rows, step) if rows else self._collate.blank(step)
+        kept = np.array(trained, dtype=np.int64)
+        keys = np.array([source.key for source in self.plan.sources], dtype=np.uint64)[window.source_N[kept]]
+        hashes = visit_hash(keys, window.epoch_N[kept], window.turn_N[kept], np.array(numbers, dtype=np.int64))
+        kinds = {place: error.kind for place, error in damaged.items()}
+        batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources))
+        return _Read(batch, [self._entry(window, place, error, step) for place, error in damaged.items()])
+
+    def _entry(self, window: Window, place: int, error: CorruptSampleError, step: int) -> Entry:
+        source, number = self.plan.sources[int(window.source_N[place])], int(window.number_N[place])
+        record = source.catalogue.records[number]
+        return Entry(
+            sample=source.catalogue.key(number),
+            source=source.path,
+            shard=source.catalogue.shard_names[int(record["shard"])],
+            offset=int(record["offset"]),
+            kind=error.kind,
+            what=error.what,
+            epoch=int(window.epoch_N[place]),
+            turn=int(window.turn_N[place]),
+            step=step + 1,
+        )

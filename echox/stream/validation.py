@@ -1,0 +1,81 @@
+"""A fixed pass over a held-out dataset, the same number of micro-batches on every rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echox.stream.packing import Budget
+
+if TYPE_CHECKING:
+    from echox.stream.collate import Collate
+    from echox.stream.packing import Places
+    from echox.stream.source import Source
+    from echox.stream.store import ShardStore
+
+
+class ValidReader:
+    """Every sample of a source once, from short to long; ranks that run out of samples get blank batches.
+
+    Scores are compared between runs, so a damaged sample is an error here and not left out.
+
+    Args:
+        source: the dataset.
+        store: where its samples are read.
+        collate: samples to a batch.
+        budget: of a micro-batch.
+        by_tokens: whether a sample counts in tokens, otherwise in seconds.
+        rank, world_size: of this process.
+        threads: that read and decode.
+        prefetch: micro-batches read ahead.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        store: ShardStore,
+        collate: Collate[Any, Any],
+        budget: Budget,
+        *,
+        by_tokens: bool,
+        rank: int,
+        world_size: int,
+        threads: int,
+        prefetch: int,
+    ) -> None:
+        self._source, self._store, self._collate = source, store, collate
+        self._threads, self._prefetch = threads, max(1, prefetch)
+        every = slice(0, source.catalogue.samples)
+        lengths_N = source.tokens(every) if by_tokens else source.seconds(every)
+        order = np.argsort(lengths_N, kind="stable").astype(np.int64)
+        cut = budget.cut(lengths_N[order]) if len(order) else []
+        micro = [order[places] for step in cut for places in step if places.start < places.stop]
+        micro += [order[:0]] * (-len(micro) % world_size)
+        self._micro: list[Places] = micro[rank::world_size]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the rank's micro-batches.
+
+        Raises:
+            CorruptSampleError: a sample is damaged.
+            TransientReadError: storage failed again and again.
+        """
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="valid") as pool:
+            ahead: deque[Future[Any]] = deque()
+            for places in self._micro:
+                ahead.append(pool.submit(self._read, places))
+                if len(ahead) > self._prefetch:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def _read(self, places: Places) -> Any:
+        from echox.stream.collate import Item
+
+        read = (self._store.read(number, self._collate.members) for number in places.tolist())
+        rows = [self._collate.decode(Item(sample, self._source.task)) for sample in read]
+        return self._collate.join(rows, -1) if rows else self._collate.blank(-1)
