@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
-import io
 import json
 import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from echox.errors import DataError
 from shards.corpus import MemberAudio, SpanAudio
@@ -109,20 +109,20 @@ def archived_list(archive: Path, name: str) -> Iterator[Any]:
                 if member.isfile() and member.name.rpartition("/")[2] == name:
                     handle = tar.extractfile(member)
                     assert handle is not None
-                    yield from json_list(io.TextIOWrapper(handle, encoding="utf-8"), f"{name} of {archive}")
+                    yield from json_list(handle, f"{name} of {archive}")
                     return
     except _BROKEN as error:
         raise _unreadable(archive, error) from error
     raise DataError(f"The archive has no {name}", where=str(archive), fix="Download it again, or name another folder.")
 
 
-def json_list(stream: TextIO, where: str) -> Iterator[Any]:
+def json_list(stream: IO[bytes], where: str) -> Iterator[Any]:
     """Items of a JSON list, without ever holding the list: `train.json` of AudioQA-1M has 1.4 GB.
 
     Raises:
         DataError: something other than one JSON list, or a list cut short.
     """
-    decoder = json.JSONDecoder()
+    decoder, text_of = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")("replace")
     buffer, at, ended, begun = "", 0, False, False
     while True:
         while at < len(buffer) and (buffer[at].isspace() or (begun and buffer[at] == ",")):
@@ -149,4 +149,4 @@ def json_list(stream: TextIO, where: str) -> Iterator[Any]:
         if ended:
             raise DataError("The JSON list is cut short", where=where, fix="Download the file again.")
         piece = stream.read(_CHUNK)
-        buffer, at, ended = buffer[at:] + piece, 0, not piece
+        buffer, at, ended = buffer[at:] + text_of.decode(piece, final=not piece), 0, not piece

@@ -32,7 +32,7 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
         at = next((at for at, part in enumerate(parts) if part.startswith(_SOUND)), None)
         return FileAudio(source.joinpath(*parts[at:]) if at is not None else source / path.lstrip("/"))
 
-    with listing.open(encoding="utf-8") as stream:
+    with listing.open("rb") as stream:
         for number, example in enumerate(json_list(stream, str(listing))):
             name = f"{listing.stem}-{number:07d}"
             yield from dialogue_utterances(_named(example), name, _NAME, request, locate, request.split)

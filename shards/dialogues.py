@@ -154,7 +154,7 @@ def list_utterances(path: Path, corpus: str, request: Request) -> Iterator[Utter
             return FileAudio(path.parent / name)
 
         def examples() -> Iterator[Any]:
-            with path.open(encoding="utf-8") as stream:
+            with path.open("rb") as stream:
                 yield from json_list(stream, str(path))
     else:
         prefix = stem(path)
