@@ -122,31 +122,41 @@ def json_list(stream: IO[bytes], where: str) -> Iterator[Any]:
     Raises:
         DataError: something other than one JSON list, or a list cut short.
     """
+
+    def wrong(what: str) -> DataError:
+        return DataError(what, where=where, fix="Download the file again.")
+
     decoder, text_of = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")("replace")
     buffer, at, ended, begun = "", 0, False, False
     while True:
-        while at < len(buffer) and (buffer[at].isspace() or (begun and buffer[at] == ",")):
-            at += 1
+        at = _after_space(buffer, at)
         if at < len(buffer) and not begun:
             if buffer[at] != "[":
-                raise DataError("Not a JSON list", where=where, fix="Download the file again.")
+                raise wrong("Not a JSON list")
             begun, at = True, at + 1
             continue
+        if at < len(buffer) and buffer[at] == "]":
+            return
         if at < len(buffer):
-            if buffer[at] == "]":
-                return
             try:
                 item, end = decoder.raw_decode(buffer, at)
             except json.JSONDecodeError as error:
                 if ended:
-                    raise DataError(f"Broken JSON: {error.msg}", where=where, fix="Download the file again.") from error
+                    raise wrong(f"Broken JSON: {error.msg}") from error
             else:
-                # A number at the very end of the buffer may go on in the next piece.
-                if end < len(buffer) or ended:
+                # Only what follows tells that a number is whole: it may go on in the next piece.
+                end = _after_space(buffer, end)
+                if end < len(buffer) and buffer[end] in ",]":
                     yield item
-                    at = end
+                    at = end + (buffer[end] == ",")
                     continue
         if ended:
-            raise DataError("The JSON list is cut short", where=where, fix="Download the file again.")
+            raise wrong("The JSON list is cut short")
         piece = stream.read(_CHUNK)
         buffer, at, ended = buffer[at:] + text_of.decode(piece, final=not piece), 0, not piece
+
+
+def _after_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at

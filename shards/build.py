@@ -173,7 +173,7 @@ class _Run:
 
     def _collect(self, pool: Executor) -> None:
         done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
-        for future in done:
+        for future in sorted(done, key=lambda future: self._pending[future][0].number):
             job, identity, checked = self._pending.pop(future)
             outcome = future.result()
             if checked and not outcome:

@@ -193,7 +193,7 @@ def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
         data = audio.read()
         samples = read_audio(data)
         info = soundfile.info(io.BytesIO(data))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
     except DataError as error:
         raise Rejected(f"{what}: {error.what}") from error

@@ -23,6 +23,7 @@ class Meter:
     Attributes:
         seen: utterances done.
         rejected: bad ones among them.
+        counting: the thread that counts.
     """
 
     def __init__(self, name: str, utterances: Callable[[], Iterator[Utterance]], say: Callable[[str], None]) -> None:
@@ -39,7 +40,8 @@ class Meter:
                 # The build meets the same error and reports it; only the time left stays unknown.
                 return
 
-        threading.Thread(target=count, daemon=True, name="count").start()
+        self.counting = threading.Thread(target=count, daemon=True, name="count")
+        self.counting.start()
 
     def add(self, record: dict[str, Any], utterances: int, *, kept: bool) -> None:
         """Count a shard: its record, how many utterances it was made from, whether an earlier run had made it."""
