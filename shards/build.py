@@ -79,11 +79,11 @@ def build_corpus(
     is_built(out)
     with alone(work):
         finish_publishing(work, out)
-        described = _already_built(out, _jobs(utterances(), settings), settings, say) if is_built(out) else None
+        described = _already_built(out, _jobs(utterances(), source, settings), settings, say) if is_built(out) else None
         if described is not None:
             return described
         meter = Meter(corpus.name, utterances, say)
-        jobs = _jobs(itertools.chain([first], found), settings)
+        jobs = _jobs(itertools.chain([first], found), source, settings)
         records = _Run(work, settings, meter, say).run(jobs)
         described = publish(work, out, records)
     say(
@@ -109,13 +109,13 @@ def _already_built(out: Path, jobs: Iterator[Job], settings: Settings, say: Prog
     return None
 
 
-def _jobs(utterances: Iterator[Utterance], settings: Settings) -> Iterator[Job]:
+def _jobs(utterances: Iterator[Utterance], source: Path, settings: Settings) -> Iterator[Job]:
     keyed = keys(utterances)
     for number in itertools.count():
         batch = tuple(itertools.islice(keyed, settings.per_shard))
         if not batch:
             return
-        yield Job(number, settings.longest_s, batch)
+        yield Job(number, source, settings.longest_s, batch)
 
 
 class _Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from shards.records import digest, read_json, write_json
 
 SHORTEST_S = 0.1
 """Shorter audio holds no word."""
+_VERSION = 1
+"""Of what is done here: another one makes all shards anew."""
 _KEY_CHARACTERS = 80
 """A tar header has room for 100, and extensions follow."""
 
@@ -36,18 +39,24 @@ class Job:
 
     Attributes:
         number: of the shard, from 0.
+        root: where the corpus lies.
         longest_s: longest audio in seconds.
         keyed: key and utterance of each sample to be.
     """
 
     number: int
+    root: Path
     longest_s: float
     keyed: Sequence[tuple[str, Utterance]]
 
     def digest(self) -> str:
-        """Hash over all that decides the shard's bytes, save those of the audio files."""
-        described = [[key, json.loads(json.dumps(asdict(utterance), default=str))] for key, utterance in self.keyed]
-        return digest([self.number, self.longest_s, described])
+        """Hash over all that decides the shard's bytes, save the audio files' own: where the corpus lies does not."""
+
+        def relative(path: Path) -> str:
+            return os.path.relpath(path, self.root)
+
+        described = json.dumps([[key, asdict(utterance)] for key, utterance in self.keyed], default=relative)
+        return digest([_VERSION, self.number, self.longest_s, described])
 
 
 def tar_path(folder: Path, number: int) -> Path:
@@ -87,7 +96,8 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
     """
     record: dict[str, Any] = {"identity": identity, "samples": 0, "question_s": 0.0, "answer_s": 0.0, "rejected": []}
     final = tar_path(folder, job.number)
-    partial = final.with_suffix(".part")
+    # A worker that outlives a killed build for a moment must not write into the file of the next one.
+    partial = final.with_suffix(f".{os.getpid()}")
     try:
         with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, utterance in job.keyed:
@@ -205,10 +215,19 @@ def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
             fix="Mend the source and run the same command again: finished shards are kept.",
         ) from error
     seconds = len(samples) / SAMPLE_RATE
+    if _is_cut(data) or seconds < 0.98 * info.duration:
+        raise Rejected(f"{what}: the file is cut short")
     if not SHORTEST_S <= seconds <= longest_s:
         raise Rejected(f"{what}: {seconds:.2f} s of audio, outside {SHORTEST_S:g} to {longest_s:g} s")
     fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
     return data if fits else encode_flac(samples), round(seconds, 3)
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a WAV promises more bytes than there are: libsndfile then decodes what is left without a word."""
+    promised = int.from_bytes(data[4:8], "little")
+    # Programs that write WAV into a pipe cannot know its length, and promise nothing or everything.
+    return data[:4] == b"RIFF" and promised < 0x7FFFFFFF and promised + 8 > len(data)
 
 
 def _files(utterance: Utterance) -> list[Path]:

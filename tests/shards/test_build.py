@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import soundfile
 from webdataset.writer import TarWriter
 
 import shards.build
@@ -247,6 +249,52 @@ def test_every_bad_utterance_is_in_the_ledger_with_its_reason(tmp_path: Path) ->
     assert rejected["zero"].startswith("question: Cannot decode 0 bytes of audio")
     (row,) = [row for row in map(json.loads, (tmp_path / "out" / "rejected.jsonl").open()) if row["id"] == "absent"]
     assert row["files"] == [str(tmp_path / "absent.wav")]
+
+
+def test_a_file_that_was_cut_is_bad(tmp_path: Path) -> None:
+    sound = clip(3, 2.0, 24_000)
+    kinds = {
+        "wav": encoded(sound, 24_000),
+        "mp3": encoded(sound, 24_000, "MP3"),
+        "flac": encoded(sound, 24_000, "FLAC"),
+    }
+    for kind, data in kinds.items():
+        put(tmp_path / f"whole.{kind}", data)
+        put(tmp_path / f"cut.{kind}", data[: len(data) // 2])
+    piped = bytearray(kinds["wav"])
+    piped[4:8] = b"\xff" * 4
+    put(tmp_path / "piped.wav", bytes(piped))
+    names = [*(f"{state}.{kind}" for kind in kinds for state in ("whole", "cut")), "piped.wav"]
+    rows = [{"audio": name, "text": "a", "id": name} for name in names]
+    samples, rejected = build("manifest", put_lines(tmp_path / "mine.jsonl", rows), tmp_path / "out", task="")
+    assert list(samples) == ["whole.wav", "whole.mp3", "whole.flac", "piped.wav"]
+    assert rejected["cut.wav"] == rejected["cut.mp3"] == "question: the file is cut short"
+    assert rejected["cut.flac"].startswith("question: Cannot decode")
+
+
+def test_flac_that_fits_keeps_its_bytes_and_other_flac_is_converted(tmp_path: Path) -> None:
+    fits = put(tmp_path / "fits.flac", encoded(clip(1), kind="FLAC")).read_bytes()
+    put(tmp_path / "fast.flac", encoded(clip(1, rate=48_000), 48_000, "FLAC"))
+    put(tmp_path / "deep.flac", encoded(clip(1), kind="FLAC", subtype="PCM_24"))
+    rows = [{"audio": f"{name}.flac", "text": "a"} for name in ("fits", "fast", "deep")]
+    run(put_lines(tmp_path / "mine.jsonl", rows), tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        kept = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert kept["fits.question.flac"] == fits
+    info = soundfile.info(io.BytesIO(kept["deep.question.flac"]))
+    assert (info.subtype, info.samplerate) == ("PCM_16", 16_000)
+    assert read(tmp_path / "out")["fast"]["json"]["question_s"] == 0.3
+
+
+def test_a_source_that_moved_is_the_same(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(source, tmp_path / "out")
+    (tmp_path / "moved").mkdir()
+    for path in (source, tmp_path / "wav"):
+        path.rename(tmp_path / "moved" / path.name)
+    monkeypatch.chdir(tmp_path / "moved")
+    lines: list[str] = []
+    run(Path("mine.jsonl"), tmp_path / "out", lines.append)
+    assert lines == ["out: already built, 18 samples"]
 
 
 def test_too_many_bad_utterances_stop_the_build_and_lose_nothing(source: Path, tmp_path: Path) -> None:
