@@ -62,7 +62,7 @@ class Archives:
         if audio.archive != self._current:
             self._open(audio.archive)
         found = self._spans.get(audio.name)
-        return audio if found is None else SpanAudio(self._plain, *found)
+        return audio if found is None else SpanAudio(self._plain, *found, origin=audio.archive)
 
     def keep(self, used: set[Path]) -> None:
         """Delete the scratch files that are neither in `used` nor of the archive asked for last."""

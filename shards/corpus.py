@@ -38,11 +38,13 @@ class SpanAudio:
         path: the file.
         offset: where the audio starts, bytes.
         size: its length, bytes.
+        origin: the file of the corpus that this one was made from, or is.
     """
 
     path: Path
     offset: int
     size: int
+    origin: Path
 
     def read(self) -> bytes:
         """The bytes of the span."""
@@ -52,7 +54,7 @@ class SpanAudio:
 
     def stands_in(self) -> Path:
         """The file whose change means that the audio may have changed."""
-        return self.path
+        return self.origin
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,10 @@ def read_turns(example: Mapping[str, Any]) -> list[Turn]:
         role = _ROLES.get(str(turn.get("from", turn.get("role"))).lower())
         if role is None:
             raise ValueError(f"unknown role {turn.get('from', turn.get('role'))!r}")
-        text = turn.get("value", turn.get("content")) or ""
+        text = clean(turn.get("value", turn.get("content"))) or ""
         audio = clean(turn.get("audio") or turn.get("wavpath"))
         if _PLACEHOLDER in text:
-            text, audio = text.replace(_PLACEHOLDER, ""), audio or next(audios, None)
+            text, audio = text.replace(_PLACEHOLDER, ""), audio or clean(next(audios, None))
         wer = turn.get("wer")
         found.append(Turn(role, clean(text) or clean(turn.get("asr")), audio, None if wer is None else float(wer)))
     return found

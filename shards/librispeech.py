@@ -22,11 +22,11 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
         part = listing.absolute().parts[-4]
         if not in_split(part, request.split):
             continue
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
             empty = False
             name, _, text = line.partition(" ")
             yield _utterance(name, text, FileAudio(listing.parent / f"{name}.flac"), part, name.partition("-")[0])
-    for row in parquet_rows(source, request.split, ("id", "text", "speaker_id")):
+    for row in parquet_rows(source, request.split, ("id", "text", "speaker_id")) if empty else ():
         empty = False
         yield _utterance(row.values["id"], row.values["text"], row.audio, row.part, str(row.values["speaker_id"]))
     if empty:

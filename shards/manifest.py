@@ -54,7 +54,7 @@ def _utterance(line: str, number: int, source: Path, request: Request) -> Uttera
         question_text=text,
         answer=_place(source, answer_audio) if task != "asr" else None,
         answer_text=text if task == "asr" else answer_text,
-        turns=tuple({"role": str(turn["role"]), "text": str(turn["text"])} for turn in turns),
+        turns=tuple({"role": str(turn["role"]), "text": clean(turn["text"]) or ""} for turn in turns),
     )
 
 

@@ -15,20 +15,22 @@ _NAME = "mls"
 def discover(source: Path, request: Request) -> Iterator[Utterance]:
     """Utterances of a split in the order of its transcripts."""
     empty = True
-    for listing in sorted_paths(source.rglob("transcripts.txt")):
+    # Not to be looked for everywhere: below train/audio lie ten million files.
+    listings = {path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}transcripts.txt")}
+    for listing in sorted_paths(listings):
         folder = listing.absolute().parent
         if folder.name != request.split:
             continue
         language = re.sub(r"^mls_|_opus$", "", folder.parent.name)
         suffix = ".opus" if folder.parent.name.endswith("_opus") else ".flac"
-        with listing.open(encoding="utf-8") as lines:
+        with listing.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 empty = False
                 name, _, text = line.partition("\t")
                 speaker, _, rest = name.partition("_")
                 audio = FileAudio(listing.parent / "audio" / speaker / rest.partition("_")[0] / f"{name}{suffix}")
                 yield _utterance(name, text, audio, request.split, speaker, language)
-    for row in parquet_rows(source, request.split, ("id", "transcript", "speaker_id")):
+    for row in parquet_rows(source, request.split, ("id", "transcript", "speaker_id")) if empty else ():
         empty = False
         values = row.values
         name = values["id"] or PurePosixPath(values["audio.path"] or "").stem

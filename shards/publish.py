@@ -97,7 +97,7 @@ def entry(name: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete(work: Path, out: Path) -> None:
-    """Put the staged folder in the place of `out`, in two steps of which each can be the last before a power cut."""
+    """Put the staged folder in the place of `out`, in two steps between which it may be killed."""
     (work / "ready").rename(work / _COMPLETE)
     finish_publishing(work, out)
 

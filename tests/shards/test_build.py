@@ -191,6 +191,17 @@ def test_workers_end_when_the_build_is_killed(tmp_path: Path) -> None:
     assert family and not alive
 
 
+def test_interrupted_from_the_keyboard_it_says_so_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "endless.wav")
+    source = put_lines(tmp_path / "mine.jsonl", [{"audio": "endless.wav", "text": "a"}])
+    words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "2"]
+    command = [sys.executable, "-m", "echox", *words]
+    build = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    with (tmp_path / "endless.wav").open("wb"):
+        os.killpg(build.pid, signal.SIGINT)
+    assert build.communicate(timeout=60)[1] == "interrupted\n" and build.returncode == 130
+
+
 def test_a_finished_shard_that_was_altered_is_made_again(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole")
     killed(lambda: run(source, tmp_path / "out"), shards.publish, "add_shard", 1)
@@ -372,11 +383,33 @@ def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
         run(source, tmp_path / "out", workers=2)
 
 
+def put_dialogues(folder: Path, parts: int = 3) -> None:
+    """Archives of five dialogues each; of the third archive, the sound of one is no sound."""
+    for part in range(parts):
+        names = ["0.wav"] * 4 + ["1.wav" if part == 2 else "0.wav"]
+        spoken = [[{"from": "user", "value": "q", "audio": name}, {"from": "gpt", "value": "a"}] for name in names]
+        rows = [{"conversations": turns} for turns in spoken]
+        put_archive(folder / f"{part}.tar.gz", rows, {"0.wav": encoded(clip(part)), "1.wav": b"noise"})
+
+
+def test_archives_killed_in_the_middle_end_in_the_same_bytes_and_are_named_in_the_ledger(tmp_path: Path) -> None:
+    put_dialogues(tmp_path / "ShareChatX")
+
+    def dialogues(out: Path) -> None:
+        build_corpus(CORPORA["sharechatx"], tmp_path, out, Request(task="sqa"), settings())
+
+    dialogues(tmp_path / "whole")
+    killed(lambda: dialogues(tmp_path / "out"), shards.build, "convert", 3)
+    killed(lambda: dialogues(tmp_path / "out"), shards.publish, "add_shard", 1)
+    (row,) = map(json.loads, (tmp_path / "whole" / "rejected.jsonl").open())
+    assert row["id"] == "2-000004" and row["files"] == [str(tmp_path / "ShareChatX" / "2.tar.gz")]
+    dialogues(tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_members_of_a_decompressed_archive_are_cleared_away(tmp_path: Path) -> None:
-    folder, whole = tmp_path / "ShareChatX", {}
-    for part in range(3):
-        turns = [{"from": "user", "value": "q", "audio": "0.wav"}, {"from": "gpt", "value": "a"}]
-        put_archive(folder / f"{part}.tar.gz", [{"conversations": turns}] * 5, {"0.wav": encoded(clip(part))})
+    whole: dict[str, int] = {}
+    put_dialogues(tmp_path / "ShareChatX", parts=6)
     request, scratch = Request(task="sqa"), tmp_path / ".out.building" / "scratch"
     lines: list[str] = []
 
@@ -385,8 +418,8 @@ def test_members_of_a_decompressed_archive_are_cleared_away(tmp_path: Path) -> N
         whole[line] = len(list(scratch.glob("*.tar")))
 
     build_corpus(CORPORA["sharechatx"], tmp_path, tmp_path / "out", request, settings(), say)
-    assert lines[:3] == [f"decompressing {part}.tar.gz" for part in range(3)] and len(read(tmp_path / "out")) == 15
-    assert whole["decompressing 2.tar.gz"] <= 2 and not scratch.exists()
+    assert lines[:6] == [f"decompressing {part}.tar.gz" for part in range(6)] and len(read(tmp_path / "out")) == 29
+    assert whole["decompressing 5.tar.gz"] <= 2 and not scratch.exists()
 
 
 def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
