@@ -17,7 +17,7 @@ from shards.corpus import Audio, Corpus, MemberAudio, Request, SpanAudio, Uttera
 from shards.meter import Meter
 from shards.publish import BUILD_NAME, DATASET_NAME, LEDGER_NAME, finish_publishing, is_built, publish, write_ledger
 from shards.records import digest, read_json
-from shards.workers import alone, executor
+from shards.workers import alone, executor, submit
 
 Progress = Callable[[str], None]
 
@@ -160,10 +160,10 @@ class _Run:
 
     def _submit(self, pool: Executor, job: Job, identity: str, *, anew: bool = False) -> None:
         if not anew and may_be_kept(self._work, job.number, identity) is not None:
-            self._pending[pool.submit(is_kept, self._work, job.number)] = (job, identity, True)
+            self._pending[submit(pool, is_kept, self._work, job.number)] = (job, identity, True)
             return
         located = replace(job, keyed=[(key, self._located(utterance)) for key, utterance in job.keyed])
-        self._pending[pool.submit(convert, located, identity, self._work)] = (located, identity, False)
+        self._pending[submit(pool, convert, located, identity, self._work)] = (located, identity, False)
 
     def _located(self, utterance: Utterance) -> Utterance:
         def place(audio: Audio | None) -> Audio | None:

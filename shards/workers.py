@@ -44,12 +44,24 @@ def executor(workers: int) -> Executor:
     if workers == 1:
         return _Here()
     # Spawned, not forked: the threads of this process would be missing in a copy of it.
-    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
 
-def _begin() -> None:
-    """Let a worker leave Ctrl-C to its parent, and end when that is killed, instead of waiting for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def submit(pool: Executor, work: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Hand work to a pool with Ctrl-C held back for a moment.
+
+    A worker that is started by it inherits the blocked signal: it leaves Ctrl-C to this process, from its first
+    instruction on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(work, *args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """Let a worker end when the process that started it is killed, instead of waiting for work for ever."""
 
     def watch() -> None:
         parent = parent_process()

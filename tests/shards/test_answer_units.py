@@ -109,6 +109,14 @@ def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bytes(
     assert not (tmp_path / ".out.units").exists()
 
 
+def test_interrupted_and_called_with_other_units_it_starts_again(source: Path, units: Path, tmp_path: Path) -> None:
+    out = build_shards(source, tmp_path / "out")
+    fit_extractor([waveform(5)], FeatureConfig(kind="log_mel"), 4).save(tmp_path / "other")
+    _killed(out, tmp_path / "other", "add_shard", 1)
+    add_answer_units(out, units)
+    check(out, units, audio=False)
+
+
 def _killed(out: Path, units: Path, name: str, calls: int) -> None:
     child = os.fork()
     if child == 0:
