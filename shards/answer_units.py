@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import DataError
 from echox.release.checksums import sha256_file
-from shards.convert import is_kept, record_path, tar_path, write_sample
+from shards.convert import is_kept, record_path, tar_path, write_sample, writing
 from shards.publish import DATASET_NAME, add_shard, complete, describe, entry, finish_publishing, stage
 from shards.records import digest, read_json, write_json
 from shards.rewrite import read_shard
@@ -29,6 +29,7 @@ AUDIO = "answer.flac"
 RECORD = "units.json"
 """Which units the shards hold."""
 _KMEANS = "kmeans.npz"
+_SHOW_EVERY_S = 2.0
 
 
 def add_answer_units(
@@ -41,8 +42,8 @@ def add_answer_units(
     Args:
         folder: shards with `answer.flac`.
         units: folder of `kmeans.npz`, as `echox units fit` writes it.
-        progress: called with one line a shard; None is silent.
-        keep_audio: leave `answer.flac` beside the units; it is several hundred times their size.
+        progress: called with one line now and then; None is silent.
+        keep_audio: leave `answer.flac` beside the units; it is a hundred times their size.
         workers: threads that decode audio.
 
     Returns:
@@ -53,9 +54,9 @@ def add_answer_units(
         MissingModelError: the feature model is not there.
     """
     say: Progress = progress or (lambda line: None)
-    work = folder.with_name(f".{folder.name}.units")
+    finish_interrupted(folder)
+    work = _work(folder)
     with alone(work):
-        finish_publishing(work, folder)
         identity = digest([_fingerprint(units), keep_audio])
         done: dict[str, Any] | None = read_json(folder / RECORD)
         if done is not None and done["identity"] == identity:
@@ -65,6 +66,17 @@ def add_answer_units(
         if described is None:
             raise DataError("There are no shards", where=str(folder), fix="Build the corpus first.")
         return _Pass(folder, work, units, identity, keep_audio, say).run(described, workers)
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Put the shards with units in their place where a pass was killed in its last step."""
+    if _work(folder).is_dir():
+        with alone(_work(folder)):
+            finish_publishing(_work(folder), folder)
+
+
+def _work(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.units")
 
 
 def _fingerprint(units: Path) -> str:
@@ -84,7 +96,7 @@ class _Pass:
 
     def run(self, described: dict[str, Any], workers: int) -> dict[str, Any]:
         """All shards, then the folder in the place of the old one."""
-        start, fresh, seen = time.monotonic(), 0, 0
+        start, shown, fresh, seen = time.monotonic(), 0.0, 0, 0
         records: list[dict[str, Any]] = []
         with ThreadPoolExecutor(workers) as threads:
             for number, shard in enumerate(described["shards"]):
@@ -95,8 +107,11 @@ class _Pass:
                     fresh += record["samples"]
                 records.append(record)
                 seen += record["samples"]
-                rate = fresh / (time.monotonic() - start)
-                left = f", {rate:.0f}/s, {(described['samples'] - seen) / rate:.0f} s left" if rate else ""
+                now = time.monotonic()
+                if now - shown < _SHOW_EVERY_S:
+                    continue
+                shown, rate = now, fresh / (now - start)
+                left = f", {rate:.1f}/s, {(described['samples'] - seen) / rate:.0f} s left" if rate else ""
                 self._say(f"{self._folder.name}: units of {seen:,} of {described['samples']:,} samples{left}")
         if not any(record["answers"] for record in records):
             shutil.rmtree(self._work)
@@ -118,20 +133,21 @@ class _Pass:
             if not self._keep_audio:
                 del sample[AUDIO]
         partial = tar_path(self._work, number).with_suffix(".part")
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                write_sample(tar, sample.pop("__key__"), sample)
-        record = {
-            "identity": made_from,
-            "sha256": sha256_file(partial),
-            "bytes": partial.stat().st_size,
-            "samples": len(samples),
-            "answers": len(heard),
-            "units": sum(len(units) for units, _ in found),
-            "audio_s": round(sum(map(len, clips)) / SAMPLE_RATE, 3),
-        }
-        partial.rename(tar_path(self._work, number))
-        write_json(record_path(self._work, number), record)
+        with writing(self._work):
+            with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for sample in samples:
+                    write_sample(tar, sample.pop("__key__"), sample)
+            record = {
+                "identity": made_from,
+                "sha256": sha256_file(partial),
+                "bytes": partial.stat().st_size,
+                "samples": len(samples),
+                "answers": len(heard),
+                "units": sum(len(units) for units, _ in found),
+                "audio_s": round(sum(map(len, clips)) / SAMPLE_RATE, 3),
+            }
+            partial.rename(tar_path(self._work, number))
+            write_json(record_path(self._work, number), record)
         return record
 
     def _extractor(self) -> UnitExtractor:

@@ -57,6 +57,7 @@ def _add(corpora: Any, corpus: Corpus) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build the corpus; progress goes to stderr, the result to stdout."""
+    from shards.answer_units import add_answer_units, finish_interrupted
     from shards.build import Settings, build_corpus
     from shards.corpus import Request
 
@@ -75,10 +76,9 @@ def run_build(args: argparse.Namespace) -> int:
         max_rejected=args.max_rejected,
         replace=args.replace,
     )
+    finish_interrupted(args.out)
     described = build_corpus(corpus, args.source, args.out, request, settings, _say)
     if args.units is not None:
-        from shards.answer_units import add_answer_units
-
         add_answer_units(args.out, args.units, _say, keep_audio=args.keep_answer_audio, workers=workers)
         described = json.loads((args.out / "dataset.json").read_text())
     if args.json:

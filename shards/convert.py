@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,19 +99,14 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
     final = tar_path(folder, job.number)
     # A worker that outlives a killed build for a moment must not write into the file of the next one.
     partial = final.with_suffix(f".{os.getpid()}")
-    try:
+    with writing(folder):
         with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, utterance in job.keyed:
                 try:
                     members = sample_members(utterance, job.longest_s)
                 except Rejected as rejected:
-                    record["rejected"].append(
-                        {
-                            "id": utterance.id,
-                            "reason": str(rejected),
-                            "files": [_stamp(path) for path in _files(utterance)],
-                        }
-                    )
+                    files = [_stamp(path) for path in _files(utterance)]
+                    record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
                     continue
                 meta = members["json"]
                 record["samples"] += 1
@@ -120,13 +116,24 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
         record |= {"sha256": sha256_file(partial), "bytes": partial.stat().st_size}
         partial.rename(final)
         write_json(record_path(folder, job.number), record)
+    return record
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a full disk or a lost share into a sentence.
+
+    Raises:
+        EchoXError: instead of `OSError`.
+    """
+    try:
+        yield
     except OSError as error:
         raise EchoXError(
             f"Cannot write a shard: {error.strerror or error}",
             where=str(folder),
             fix="Make room or mend the folder and run the same command again: finished shards are kept.",
         ) from error
-    return record
 
 
 def is_kept(folder: Path, number: int) -> bool:

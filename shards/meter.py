@@ -57,6 +57,6 @@ class Meter:
         total = "" if self._total is None else f" of {self._total:,}"
         left = "" if self._total is None or not rate else f", {(self._total - self.seen) / rate:.0f} s left"
         self._say(
-            f"{self._name}: {self.seen:,}{total} utterances, {self._seconds / 3600:.2f} h, {rate:.0f}/s{left}, "
+            f"{self._name}: {self.seen:,}{total} utterances, {self._seconds / 3600:.2f} h, {rate:.1f}/s{left}, "
             f"{self.rejected:,} rejected"
         )

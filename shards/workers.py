@@ -53,6 +53,8 @@ def submit(pool: Executor, work: Callable[..., Any], *args: Any) -> Future[Any]:
     A worker that is started by it inherits the blocked signal: it leaves Ctrl-C to this process, from its first
     instruction on.
     """
+    if isinstance(pool, _Here):
+        return pool.submit(work, *args)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return pool.submit(work, *args)

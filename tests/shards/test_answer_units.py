@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import shards.answer_units
+import shards.publish
 from echox.cli import main
 from echox.errors import DataError
 from echox.units.extract import UnitExtractor, fit_extractor
@@ -117,19 +118,34 @@ def test_interrupted_and_called_with_other_units_it_starts_again(source: Path, u
     check(out, units, audio=False)
 
 
-def _killed(out: Path, units: Path, name: str, calls: int) -> None:
+def test_killed_in_its_last_step_the_next_build_finishes_it(
+    source: Path, units: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(words) == 0
+    _killed(tmp_path / "out", units, "rmtree", 2, shards.publish.shutil)
+    # What it was killed in, done.
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    assert main([*words, "--units", str(units)]) == 0
+    assert capsys.readouterr().err == "out: already built, 11 samples\nout: already has these units\n"
+    check(tmp_path / "out", units, audio=False)
+    assert {path.name for path in tmp_path.glob(".out*")} == set()
+
+
+def _killed(out: Path, units: Path, name: str, calls: int, module: Any = shards.answer_units) -> None:
     child = os.fork()
     if child == 0:
-        real, count = getattr(shards.answer_units, name), 0
+        real, count = getattr(module, name), 0
 
-        def counted(*args: Any) -> Any:
+        def counted(*args: Any, **more: Any) -> Any:
             nonlocal count
             count += 1
             if count == calls:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
+            return real(*args, **more)
 
-        setattr(shards.answer_units, name, counted)
+        setattr(module, name, counted)
         # One thread: a copy of this process has none of its threads.
         shards.answer_units.ThreadPoolExecutor = _Here  # type: ignore[misc,assignment]
         try:

