@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,29 +127,41 @@ def subset(corpus: str, names: set[str], title: str) -> Callable[[Path, Request]
         lists = find_lists(source, names)
         if not lists:
             raise wrong_source(corpus, source, f"{title}/*.tar.gz with a {LIST_NAME} in each")
-        for path in lists:
-            yield from list_utterances(path, corpus, request)
+        yield from listed_utterances(lists, corpus, request)
 
     return discover
 
 
 def find_lists(source: Path, names: set[str]) -> list[Path]:
-    """Archives, and `data.json` files of unpacked ones: those lying in `source`, or below a folder of the subset."""
+    """Archives, and `data.json` files of unpacked ones: those lying in `source`, or below a folder of the subset.
+
+    An archive that was unpacked into a folder of its name beside it counts once.
+    """
     if not source.is_dir():
         return [source] if is_archive(source) and source.is_file() else []
-    found = [path for path in source.rglob("*") if (is_archive(path) or path.name == LIST_NAME) and path.is_file()]
+    found = {path for path in source.rglob("*") if (is_archive(path) or path.name == LIST_NAME) and path.is_file()}
 
     def belongs(path: Path) -> bool:
-        folders = path.parent.absolute().parts
+        if is_archive(path) and path.parent / stem(path) / LIST_NAME in found:
+            return False
+        folders = (source.absolute().name, *path.parent.relative_to(source).parts)
         return path.parent == source or any(re.sub(r"[^a-z0-9]", "", part.lower()) in names for part in folders)
 
     return sorted_paths(path for path in found if belongs(path))
 
 
-def list_utterances(path: Path, corpus: str, request: Request) -> Iterator[Utterance]:
-    """Utterances of one archive, or of one that was unpacked into the folder of this `data.json`."""
+def listed_utterances(lists: Sequence[Path], corpus: str, request: Request) -> Iterator[Utterance]:
+    """Utterances of archives and of unpacked ones; named, unless they have an id, by archive and number in it."""
+    common = os.path.commonpath([path.parent for path in lists])
+    for path in lists:
+        folders = path.parent.relative_to(common).parts
+        unpacked = path.name == LIST_NAME
+        prefix = "-".join(folders or (path.parent.name,)) if unpacked else "-".join((*folders, stem(path)))
+        yield from _list_utterances(path, prefix, corpus, request)
+
+
+def _list_utterances(path: Path, prefix: str, corpus: str, request: Request) -> Iterator[Utterance]:
     if path.name == LIST_NAME:
-        prefix = path.parent.name
 
         def locate(name: str) -> Audio:
             return FileAudio(path.parent / name)
@@ -157,7 +170,6 @@ def list_utterances(path: Path, corpus: str, request: Request) -> Iterator[Utter
             with path.open("rb") as stream:
                 yield from json_list(stream, str(path))
     else:
-        prefix = stem(path)
 
         def locate(name: str) -> Audio:
             return MemberAudio(path, name.removeprefix("./"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.corpus import Corpus, Request, Utterance, clean, wrong_source
-from shards.dialogues import find_lists, list_utterances
+from shards.dialogues import find_lists, listed_utterances
 
 _NAME = "speech-instruct"
 _CHAIN = "chain_of_modality_instruction.jsonl"
@@ -32,8 +32,7 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
     lists = find_lists(source, _NAMES)
     if not lists:
         raise wrong_source(_NAME, source, f"{_CHAIN} or SpeechInstruct/*.tar.gz")
-    for path in lists:
-        yield from list_utterances(path, _NAME, request)
+    yield from listed_utterances(lists, _NAME, request)
 
 
 def _listed(listing: Path, request: Request) -> Iterator[Utterance]:

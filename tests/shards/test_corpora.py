@@ -265,10 +265,24 @@ def test_magpie_pro_speech(tmp_path: Path) -> None:
     assert rejected["m-000002"] == "question: m.tar.gz has no member w/2.wav"
 
 
+def test_archives_of_equal_names_in_different_folders_give_different_ids(tmp_path: Path) -> None:
+    for folder in ("de", "en"):
+        sounds = {"0.wav": encoded(clip(1))}
+        put_archive(tmp_path / "Magpie-Pro-Speech+" / folder / "m.tar.gz", [spoken("Q", folder, "0.wav")], sounds)
+    samples, _ = build("magpie-pro-speech", tmp_path, tmp_path / "out")
+    assert {name: sample["json"]["answer_text"] for name, sample in samples.items()} == {
+        "de-m-000000": "de",
+        "en-m-000000": "en",
+    }
+
+
 def test_an_unpacked_archive_is_read_as_well(tmp_path: Path) -> None:
     put(tmp_path / "Magpie-Pro-Speech+" / "m" / "data.json", json.dumps([spoken("Q", "A", "w/0.wav")]))
     put(tmp_path / "Magpie-Pro-Speech+" / "m" / "w" / "0.wav", encoded(clip(5)))
+    put_archive(tmp_path / "Magpie-Pro-Speech+" / "m.tar.gz", [spoken("Q", "A", "w/0.wav")], {})
+    put_archive(tmp_path / "AudioQA" / "n.tar.gz", [spoken("Q", "A", "w/0.wav")], {})
     samples, _ = build("magpie-pro-speech", tmp_path, tmp_path / "out")
+    assert list(samples) == ["m-000000"]
     np.testing.assert_array_equal(samples["m-000000"]["question.flac"], clip(5))
 
 
