@@ -23,24 +23,33 @@ def read_samples(folder: Path) -> Iterator[dict[str, Any]]:
     if described is None:
         raise DataError(f"{folder.name} has not been built", where=str(folder), fix="Build the corpus.")
     for shard in described["shards"]:
-        try:
-            with tarfile.open(folder / shard["name"], "r:") as tar:
-                sample: dict[str, Any] = {}
-                for member in tar:
-                    key, _, extension = member.name.partition(".")
-                    if sample and sample["__key__"] != key:
-                        yield sample
-                        sample = {}
-                    handle = tar.extractfile(member)
-                    data = handle.read() if handle is not None else b""
-                    sample["__key__"] = key
-                    sample[extension] = json.loads(data) if extension == "json" else data
-                if sample:
+        yield from read_shard(folder / shard["name"])
+
+
+def read_shard(shard: Path) -> Iterator[dict[str, Any]]:
+    """Samples of one shard, see `read_samples`.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            sample: dict[str, Any] = {}
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if sample and sample["__key__"] != key:
                     yield sample
-        except (OSError, tarfile.TarError, ValueError) as error:
-            raise DataError(
-                f"Cannot read {shard['name']}: {error}", where=str(folder), fix="Build the corpus again."
-            ) from error
+                    sample = {}
+                handle = tar.extractfile(member)
+                data = handle.read() if handle is not None else b""
+                sample["__key__"] = key
+                sample[extension] = json.loads(data) if extension == "json" else data
+            if sample:
+                yield sample
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DataError(
+            f"Cannot read {shard.name}: {error}", where=str(shard.parent), fix="Build the corpus again."
+        ) from error
 
 
 def rewrite(folder: Path, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -53,7 +62,7 @@ def rewrite(folder: Path, samples: Iterable[Mapping[str, Any]]) -> None:
     kept = {
         path.name: path.read_bytes()
         for path in folder.iterdir()
-        if path.suffix == ".json" and path.name != DATASET_NAME
+        if path.suffix in (".json", ".jsonl") and path.name != DATASET_NAME
     }
     write_shards(folder, samples, PER_SHARD)
     for name, content in kept.items():
