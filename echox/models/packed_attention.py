@@ -61,8 +61,7 @@ def packed_attention(
         return mixed
     mask = None
     if not causal:
-        # An empty row attends to one position of a neighbour, as no softmax is taken over nothing; nothing reads it.
-        mask = lengths_to_mask(memory.lengths_N.clamp(min=1), memory.size)[:, None, None, :]
+        mask = lengths_to_mask(memory.lengths_N, memory.size)[:, None, None, :]
     elif window is not None and window < rows.size:
         columns_S = torch.arange(rows.size, device=query_LHD.device)
         age = columns_S[:, None] - columns_S

@@ -49,6 +49,7 @@ def test_starts_are_what_attention_kernels_call_cu_seqlens() -> None:
     assert rows.starts_N1.dtype == torch.int32
     assert rows.row_L.tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2]
     assert rows.places.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2]]
+    assert rows.causal()["position_ids"] is rows.places
 
 
 def test_lengths_known_to_the_host_give_the_same_rows() -> None:
@@ -166,8 +167,28 @@ def _llm(rows: Rows, padded_NSh: Tensor, model: Any) -> Tensor:
     return rows.leave(hidden)
 
 
-def test_a_packed_llm_sees_each_row_as_if_it_were_alone() -> None:
-    model = tiny.causal_lm().model
+def _other_llm(name: str) -> Any:
+    """A random body of another family: sliding windows, biases, norms on queries and keys."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(
+        name,
+        vocab_size=8,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=3,
+    )
+    torch.manual_seed(0)
+    return AutoModel.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_packed_llm_sees_each_row_as_if_it_were_alone(family: str) -> None:
+    model = tiny.causal_lm().model if family == "llama" else _other_llm(family)
     use_packed_attention(model)
     lengths = [5, 1, 9, 9, 2]
     padded = torch.randn(5, 9, 32)
