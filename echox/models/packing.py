@@ -163,8 +163,8 @@ class PackedRows(Rows):
     def leave(self, values: Tensor) -> Tensor:
         """`[1, L, ...]` to `[N, S, ...]`."""
         shape = (len(self.lengths_N), self.size, *values.shape[2:])
-        if self.computed == 0:
-            return values.new_zeros(shape)
+        if self.computed == 0:  # still in the graph: ranks must agree on which parameters receive gradients
+            return values.new_zeros(shape) + values.sum().to(values.dtype)
         return values[0].index_select(0, self._padded_index).view(shape)
 
     @cached_property

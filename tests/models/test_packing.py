@@ -58,6 +58,13 @@ def test_lengths_known_to_the_host_give_the_same_rows() -> None:
     assert torch.equal(found.places, known.places) and found.computed == known.computed == 9
 
 
+def test_rows_of_nothing_stay_in_the_graph() -> None:
+    linear = torch.nn.Linear(4, 4)
+    rows = PackedRows(torch.tensor([0, 0]), 3, 0)
+    rows.leave(linear(rows.enter(torch.randn(2, 3, 4)))).sum().backward()
+    assert linear.weight.grad is not None and not linear.weight.grad.any()
+
+
 @BOTH
 @RAGGED
 def test_counting_and_keeping_equal_a_row_by_row_reading(lengths: list[int], layout: Layout) -> None:

@@ -142,6 +142,13 @@ def test_packed_equals_padded_equals_one_by_one(name: str, case: str) -> None:
             torch.testing.assert_close(gradient, wanted[key], rtol=1e-3, atol=1e-4 * max(largest, 1.0))
 
 
+def test_a_batch_on_a_device_still_knows_its_lengths_here() -> None:
+    batch = tiny.speech_batch(3)
+    moved = batch.to("meta").to("meta")
+    assert moved.frames_B.device.type == "meta"
+    assert moved.frames_on_host_B is not None and moved.frames_on_host_B.tolist() == batch.frames_B.tolist()
+
+
 @pytest.mark.parametrize("name", ["s2t", "t2c"])
 def test_bf16_packed_is_as_close_to_fp32_as_bf16_padded(name: str) -> None:
     build, batches = STAGES[name]
