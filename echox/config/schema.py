@@ -166,6 +166,10 @@ class ModelConfig(Section):
     shrink: ShrinkConfig = ShrinkConfig()
     t2c: T2cConfig | None = None
     echo: EchoConfig = EchoConfig()
+    layout: Literal["packed", "padded"] = Field(
+        "packed",
+        description="rows of a training forward: end to end, or each padded to the longest under a mask; same losses",
+    )
     random_init: bool = Field(False, description="true shapes, random weights: needs config.json and tokenizer only")
 
 

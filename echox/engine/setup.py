@@ -161,7 +161,10 @@ def build_stage(
     if recipe.stage == "t2c":
         assert model.t2c is not None
         return build_t2c_stage(
-            build_t2c(model.t2c, words=text.words, text_table=table), table, text.prefix, text.header
+            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout),
+            table,
+            text.prefix,
+            text.header,
         )
 
     assert model.speech_encoder is not None
@@ -175,7 +178,7 @@ def build_stage(
         stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
     else:
         assert model.t2c is not None
-        decoders = [build_t2c(model.t2c, words=text.words, text_table=table) for _ in range(2)]
+        decoders = [build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout) for _ in range(2)]
         decoders[1].load_state_dict(decoders[0].state_dict())
         stage = build_echo_stage(
             model.echo,

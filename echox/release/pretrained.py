@@ -107,3 +107,8 @@ def _config(ref: str) -> Any:
 def mel_bins(ref: str, *, random_init: bool) -> int:
     """Mel bands the Whisper model was trained on: 80, or 128 since large-v3."""
     return int(_config(ref).num_mel_bins)
+
+
+def encoder_width(ref: str) -> int:
+    """Width of the Whisper model's features."""
+    return int(_config(ref).d_model)
