@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import shards.answer_units
-import shards.publish
 from echox.cli import main
 from echox.errors import DataError
 from echox.units.extract import UnitExtractor, fit_extractor
 from echox.units.features import FeatureConfig
 from shards.answer_units import add_answer_units
+from tests.shards.killing import killed
 from tests.shards.layouts import build, clip, encoded, put, put_lines, read
 
 
@@ -123,7 +121,7 @@ def test_killed_in_its_last_step_the_next_build_finishes_it(
 ) -> None:
     words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 0
-    _killed(tmp_path / "out", units, "rmtree", 2, shards.publish.shutil)
+    _killed(tmp_path / "out", units, "rmtree", 2, "shutil")
     # What it was killed in, done.
     shutil.rmtree(tmp_path / "out")
     capsys.readouterr()
@@ -133,37 +131,8 @@ def test_killed_in_its_last_step_the_next_build_finishes_it(
     assert {path.name for path in tmp_path.glob(".out*")} == set()
 
 
-def _killed(out: Path, units: Path, name: str, calls: int, module: Any = shards.answer_units) -> None:
-    child = os.fork()
-    if child == 0:
-        real, count = getattr(module, name), 0
-
-        def counted(*args: Any, **more: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **more)
-
-        setattr(module, name, counted)
-        # One thread: a copy of this process has none of its threads.
-        shards.answer_units.ThreadPoolExecutor = _Here  # type: ignore[misc,assignment]
-        try:
-            add_answer_units(out, units)
-        finally:
-            os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-class _Here:
-    def __init__(self, workers: int) -> None:
-        self.map = map
-
-    def __enter__(self) -> _Here:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
+def _killed(out: Path, units: Path, name: str, calls: int, module: str = "shards.answer_units") -> None:
+    killed(partial(add_answer_units, out, units), module, name, calls)
 
 
 def test_what_cannot_be_done_is_one_sentence(source: Path, units: Path, tmp_path: Path) -> None:

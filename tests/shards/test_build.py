@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from shards.corpora import CORPORA
 from shards.corpus import Request, Utterance
 from shards.meter import Meter
 from tests.shards.dying import die
+from tests.shards.killing import killed
 from tests.shards.layouts import build, clip, encoded, ledger, put, put_archive, put_lines, read
 
 MANIFEST = CORPORA["manifest"]
@@ -112,46 +114,24 @@ def test_a_limit_takes_the_first_utterances(source: Path, tmp_path: Path) -> Non
     assert list(read(tmp_path / "some")) == ["wav/0", "wav/1", "wav/3", "wav/4", "wav/5"]
 
 
-def killed(work: Callable[[], Any], module: Any, name: str, calls: int) -> None:
-    """Do the work in a copy of this process that is killed at the given call of a function."""
-    child = os.fork()
-    if child == 0:
-        real, count = getattr(module, name), 0
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == calls:
-                die()
-            return real(*args, **kwargs)
-
-        setattr(module, name, counted)
-        try:
-            work()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
 @pytest.mark.parametrize(
     ("module", "name", "calls"),
     [
-        (shards.build, "convert", 1),
-        (shards.convert, "write_sample", 6),
-        (shards.convert, "write_json", 2),
-        (shards.build, "convert", 5),
-        (shards.publish, "add_shard", 3),
-        (shards.publish, "complete", 1),
-        (shards.publish, "finish_publishing", 1),
+        ("shards.build", "convert", 1),
+        ("shards.convert", "write_sample", 6),
+        ("shards.convert", "write_json", 2),
+        ("shards.build", "convert", 5),
+        ("shards.publish", "add_shard", 3),
+        ("shards.publish", "complete", 1),
+        ("shards.publish", "finish_publishing", 1),
     ],
 )
 def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bytes(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, calls: int
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, calls: int
 ) -> None:
     run(source, tmp_path / "whole")
     out, work = tmp_path / "out", tmp_path / ".out.building"
-    killed(lambda: run(source, out), module, name, calls)
+    killed(partial(run, source, out), module, name, calls)
     assert not out.exists()
     finished = sorted(path.name for path in work.glob("part-*.json"))
     converted: list[str] = []
@@ -170,7 +150,7 @@ def test_killed_between_its_last_two_steps_it_only_names_the_folder(source: Path
     run(source, tmp_path / "whole")
     out = tmp_path / "out"
     run(source, out, limit=3)
-    killed(lambda: run(source, out, replace=True), shards.publish.shutil, "rmtree", 2)
+    killed(partial(run, source, out, replace=True), "shutil", "rmtree", 2)
     assert (tmp_path / ".out.building" / "complete").is_dir()
     lines: list[str] = []
     run(source, out, lines.append)
@@ -208,7 +188,7 @@ def test_interrupted_from_the_keyboard_it_says_so_once(tmp_path: Path) -> None:
 
 def test_a_finished_shard_that_was_altered_is_made_again(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole")
-    killed(lambda: run(source, tmp_path / "out"), shards.publish, "add_shard", 1)
+    killed(partial(run, source, tmp_path / "out"), "shards.publish", "add_shard", 1)
     part = tmp_path / ".out.building" / "part-000001.tar"
     data = bytearray(part.read_bytes())
     data[700] ^= 1
@@ -328,7 +308,7 @@ def test_too_many_bad_utterances_stop_the_build_and_lose_nothing(source: Path, t
     assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == ["wav/2", "wav/10"]
     parts = {path: path.stat().st_mtime_ns for path in listed.parent.glob("part-*")}
     put(tmp_path / "wav" / "10.wav", encoded(clip(10)))
-    killed(lambda: run(source, tmp_path / "out", max_rejected=0.05), shards.publish, "add_shard", 1)
+    killed(partial(run, source, tmp_path / "out", max_rejected=0.05), "shards.publish", "add_shard", 1)
     changed = {path.name for path, time in parts.items() if path.stat().st_mtime_ns != time}
     assert changed == {"part-000002.json", "part-000002.tar"}, "only the shard of the mended file is made again"
     assert run(source, tmp_path / "out", max_rejected=0.05)["samples"] == 19
@@ -403,19 +383,20 @@ def put_dialogues(folder: Path, parts: int = 3) -> None:
         put_archive(folder / f"{part}.tar.gz", rows, {"0.wav": encoded(clip(part)), "1.wav": b"noise"})
 
 
+def build_dialogues(source: Path, out: Path) -> None:
+    build_corpus(CORPORA["sharechatx"], source, out, Request(task="sqa"), settings())
+
+
 def test_archives_killed_in_the_middle_end_in_the_same_bytes_and_are_named_in_the_ledger(tmp_path: Path) -> None:
     put_dialogues(tmp_path / "ShareChatX")
-
-    def dialogues(out: Path) -> None:
-        build_corpus(CORPORA["sharechatx"], tmp_path, out, Request(task="sqa"), settings())
-
-    dialogues(tmp_path / "whole")
-    killed(lambda: dialogues(tmp_path / "out"), shards.build, "convert", 3)
-    killed(lambda: dialogues(tmp_path / "out"), shards.publish, "add_shard", 1)
+    out = tmp_path / "out"
+    build_dialogues(tmp_path, tmp_path / "whole")
+    killed(partial(build_dialogues, tmp_path, out), "shards.build", "convert", 3)
+    killed(partial(build_dialogues, tmp_path, out), "shards.publish", "add_shard", 1)
     (row,) = map(json.loads, (tmp_path / "whole" / "rejected.jsonl").open())
     assert row["id"] == "2-000004" and row["files"] == [str(tmp_path / "ShareChatX" / "2.tar.gz")]
-    dialogues(tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    build_dialogues(tmp_path, out)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_members_of_a_decompressed_archive_are_cleared_away(tmp_path: Path) -> None:
