@@ -1,1 +1,1 @@
-"""Corpus recipes: one package or file a corpus that turns public data into shards; built shards live in the cache."""
+"""Corpus recipes: a file or package a corpus turns public data into shards; what they build lies elsewhere."""

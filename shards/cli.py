@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from shards.build_cli import add_builders, positive
 from shards.dataset_cli import add_actions
 
 
@@ -21,14 +22,21 @@ def add_parser(subparsers: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser(
         "build",
-        help="build a corpus below $ECHOX_CACHE/data, or finish one that was interrupted",
+        help="build a corpus as shards, or finish one that was interrupted",
+        epilog="example: echox shards build manifest --source recordings.jsonl --out data/recordings",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    corpora = build.add_subparsers(dest="corpus", metavar="CORPUS", required=True)
+    demo = corpora.add_parser(
+        "demo",
+        help="the demo's corpus, made below $ECHOX_CACHE/data out of nothing but a text model and a voice",
         epilog="example: echox shards build demo --limit 20",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    build.add_argument("corpus", choices=["demo"], help="which corpus")
-    build.add_argument("--limit", type=_positive, help="at most so many samples a set, to try things out")
-    build.add_argument("--json", action="store_true", help="print the corpus description as JSON")
-    build.set_defaults(run=run_build)
+    demo.add_argument("--limit", type=positive, help="at most so many samples a set, to try things out")
+    demo.add_argument("--json", action="store_true", help="print the corpus description as JSON")
+    demo.set_defaults(run=run_build)
+    add_builders(corpora)
     encode = actions.add_parser(
         "encode",
         help="write the frozen speech encoder's output into the shards a recipe reads",
@@ -42,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Build the corpus and all that its recipes read; progress goes to stderr, the result to stdout."""
+    """Build the demo's corpus and all that its recipes read; progress goes to stderr, the result to stdout."""
     from echox.config.load import load_recipe
     from echox.config.paths import cache_dir
     from shards.demo.build import build
@@ -74,10 +82,3 @@ def run_encode(args: argparse.Namespace) -> int:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value

@@ -36,7 +36,7 @@ class QuestionEncoder:
         assert speech is not None
         encoder = load_whisper_encoder(speech.path, torch.float32)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._encoder = TrimmedWhisperEncoder(encoder).to(self.device)
+        self._encoder = TrimmedWhisperEncoder(encoder, model.layout).to(self.device)
         self._log_mel = LogMel(
             encoder.config.num_mel_bins,
             input_mode=speech.input,
@@ -52,7 +52,7 @@ class QuestionEncoder:
         found: dict[int, Tensor] = {}
         for batch in length_batches([len(clip) for clip in clips], _BATCH_S * SAMPLE_RATE):
             mel, frames = self._log_mel(*pad_audio([clips[index] for index in batch]))
-            features, lengths = self._encoder(mel.to(self.device), frames.to(self.device))
+            features, lengths = self._encoder(mel.to(self.device), frames.to(self.device), frames)
             for index, row, length in zip(batch, features.cpu(), lengths.tolist(), strict=True):
                 found[index] = row[:length].clone()
         return [found[index] for index in range(len(clips))]

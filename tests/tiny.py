@@ -20,10 +20,11 @@ WORDS = 12
 PREFIX, HEADER = [5, 6], [7, 8, 9]
 
 
-def model_config(**echo: Any) -> ModelConfig:
+def model_config(*, layout: str = "packed", **echo: Any) -> ModelConfig:
     """Recipe section of the tiny models: no dropout anywhere."""
     return ModelConfig.model_validate(
         {
+            "layout": layout,
             "llm": {
                 "path": "tiny",
                 "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
@@ -102,7 +103,7 @@ def t2c_decoder(config: ModelConfig | None = None, *, width: int = 32, seed: int
     torch.manual_seed(seed)
     table = torch.nn.Embedding(VOCABULARY, width)
     torch.nn.init.normal_(table.weight, std=1.0)
-    decoder = build_t2c(config.t2c, words=WORDS, text_table=table)
+    decoder = build_t2c(config.t2c, words=WORDS, text_table=table, layout=config.layout)
     for parameter in decoder.body.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -40,7 +40,9 @@ def read_audio(source: str | Path | bytes) -> Waveform:
             io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32", always_2d=True
         )
     except (soundfile.LibsndfileError, OSError) as error:
-        reason = str(error).rstrip(".").splitlines()[0]
+        # The whole message of libsndfile names bytes by their address in memory.
+        known = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+        reason = known.rstrip(".").splitlines()[0]
         raise DataError(f"Cannot decode {name}: {reason}", where=name, fix=fix) from error
     if len(samples) == 0:
         raise DataError(f"The audio of {name} is empty", where=name, fix="Give a recording with sound in it.")

@@ -1,1 +1,1 @@
-"""Benchmarks that `echox bench` runs on a laptop or a cluster node; they measure, and change nothing."""
+"""Benchmarks of steps and data that `echox bench` runs, on a laptop or on a GPU; they measure, and change nothing."""

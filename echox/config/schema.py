@@ -166,6 +166,10 @@ class ModelConfig(Section):
     shrink: ShrinkConfig = ShrinkConfig()
     t2c: T2cConfig | None = None
     echo: EchoConfig = EchoConfig()
+    layout: Literal["packed", "padded"] = Field(
+        "packed",
+        description="rows of a training forward: end to end, or each padded to the longest under a mask; same losses",
+    )
     random_init: bool = Field(False, description="true shapes, random weights: needs config.json and tokenizer only")
 
 
@@ -212,8 +216,8 @@ class DataConfig(Section):
     window_shards: PositiveInt = Field(16, description="shards whose samples are shuffled together and read ahead")
     pool: PositiveInt | None = Field(
         None,
-        description="optimizer steps whose samples are sorted by length together: more leave less padding, and steps of "
-        "more equal lengths; None is the whole window",
+        description="optimizer steps whose samples are sorted by length together: more leave less padding, and lengths "
+        "that differ less within a step; None is the whole window",
     )
     weight_by: Literal["samples", "seconds", "tokens"] = Field("samples", description="what weights are shares of")
     quarantine: QuarantineConfig = QuarantineConfig()

@@ -19,7 +19,8 @@ class Batch(Protocol):
 
     A batch may also have `stats() -> dict[str, float]` with host numbers that are added up over the step:
     `tokens` (positions that hold data), `positions` (with padding), `audio_s` (seconds of audio).
-    They feed `perf/tokens_per_s_per_gpu`, `perf/padding_share` and `perf/audio_s_per_s`.
+    They feed `perf/tokens_per_s_per_gpu`, `perf/audio_s_per_s` and, where the stage's metrics do not tell what it
+    computed on, `perf/padding_share`.
     """
 
     ids: list[str]

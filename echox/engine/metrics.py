@@ -43,7 +43,7 @@ def step_metrics(
     values["perf/zero_trace_invalidations"] = float(engine.invalidations.count)
     if totals.get("audio_s"):
         values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
-    if totals.get("positions"):
+    if totals.get("positions") and "perf/padding_share" not in values:
         values["perf/padding_share"] = 1 - tokens / totals["positions"]
     return values
 

@@ -141,7 +141,10 @@ def build_stage(
     if recipe.stage == "t2c":
         assert model.t2c is not None
         return build_t2c_stage(
-            build_t2c(model.t2c, words=text.words, text_table=table), table, text.prefix, text.header
+            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout),
+            table,
+            text.prefix,
+            text.header,
         )
 
     assert model.speech_encoder is not None
@@ -155,7 +158,7 @@ def build_stage(
         stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
     else:
         assert model.t2c is not None
-        decoders = [build_t2c(model.t2c, words=text.words, text_table=table) for _ in range(2)]
+        decoders = [build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout) for _ in range(2)]
         decoders[1].load_state_dict(decoders[0].state_dict())
         stage = build_echo_stage(
             model.echo,
@@ -222,7 +225,7 @@ def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
         margin_s=speech.margin_s,
         stack=recipe.model.alignment.stack,
     )
-    width = encoder_width(speech.path, random_init=recipe.model.random_init) if speech.precomputed else None
+    width = encoder_width(speech.path) if speech.precomputed else None
     return SpeechCollate(text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000), precomputed=width)
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echox.models.packed_attention import packed_attention
+from echox.models.packing import PackedRows, PaddedRows, Rows
+
 
 class Attention(nn.Module):
     """Scaled dot-product attention with separate query and key/value inputs.
@@ -30,20 +33,28 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, queries_BQh: Tensor, memory_BTh: Tensor, mask_BT: Tensor) -> Tensor:
-        """Attend from `queries_BQh` over the True positions of `memory_BTh`: [B, Q, h]."""
+    def forward(self, queries_BQh: Tensor, memory_BTh: Tensor, rows: Rows, memory_rows: Rows) -> Tensor:
+        """Attend from each row of `queries_BQh` over the real positions of that row of `memory_BTh`: [B, Q, h].
+
+        Both are in the layout that `rows` and `memory_rows` say; packed, B is 1.
+        """
 
         def split(x: Tensor) -> Tensor:
-            return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+            return x.view(*x.shape[:-1], self.heads, -1)
 
-        mixed = F.scaled_dot_product_attention(
-            split(self.query(queries_BQh)),
-            split(self.key(memory_BTh)),
-            split(self.value(memory_BTh)),
-            attn_mask=mask_BT[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        projected: Tensor = self.output(mixed.transpose(1, 2).flatten(2))
+        query, key, value = split(self.query(queries_BQh)), split(self.key(memory_BTh)), split(self.value(memory_BTh))
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(rows, PackedRows) and isinstance(memory_rows, PackedRows):
+            mixed = packed_attention(query[0], key[0], value[0], rows, memory_rows, causal=False, dropout=dropout)[None]
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query.transpose(1, 2),
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                attn_mask=memory_rows.real[:, None, None, :],
+                dropout_p=dropout,
+            ).transpose(1, 2)
+        projected: Tensor = self.output(mixed.flatten(2))
         return projected
 
 
@@ -58,15 +69,16 @@ class EncoderBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTh: Tensor, mask_BT: Tensor, *, frame_local: bool = False) -> Tensor:
-        """Encode the True frames; `frame_local` lets each frame attend to itself alone (released code's effect)."""
+    def forward(self, x_BTh: Tensor, rows: Rows, *, frame_local: bool = False) -> Tensor:
+        """Encode the real frames; `frame_local` lets each frame attend to itself alone (released code's effect)."""
         normed = self.attention_norm(x_BTh)
         if frame_local:
             batch, frames, width = normed.shape
             flat = normed.reshape(batch * frames, 1, width)
-            mixed = self.attention(flat, flat, mask_BT.new_ones(batch * frames, 1)).view(batch, frames, width)
+            alone = PaddedRows(rows.lengths_N.new_ones(batch * frames), 1)
+            mixed = self.attention(flat, flat, alone, alone).view(batch, frames, width)
         else:
-            mixed = self.attention(normed, normed, mask_BT)
+            mixed = self.attention(normed, normed, rows, rows)
         x_BTh = x_BTh + self.dropout(mixed)
         out: Tensor = x_BTh + self.dropout(self.ffn(self.ffn_norm(x_BTh)))
         return out

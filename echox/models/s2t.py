@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from echox.models.rows import JoinedRows, gather_rows, join_rows, positions
+from echox.models.packed_attention import use_packed_attention
+from echox.models.packing import Layout, Rows, join
+from echox.models.rows import join_rows, positions
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
 
 
@@ -15,14 +17,28 @@ class S2TOutput(NamedTuple):
     """One teacher-forced pass.
 
     Attributes:
-        hidden_BRh: final-norm state that predicts each response token (U5: the state one position before it).
-        logits_BRV: text logits of the response positions only, float32.
+        states: final-norm states that predict the response tokens.
+        logits: text logits of the response positions only, float32, in the layout of the response.
         speech: what the front end computed, with the CTC logits.
     """
 
-    hidden_BRh: Tensor
-    logits_BRV: Tensor
+    states: ResponseStates
+    logits: Tensor
     speech: SpeechOutput
+
+
+class ResponseStates(NamedTuple):
+    """States that predict each token of a response (U5: the state one position before it).
+
+    Attributes:
+        hidden: the states.
+        response: their layout.
+        rows: layout of the whole rows they were computed in.
+    """
+
+    hidden: Tensor
+    response: Rows
+    rows: Rows
 
 
 class Generated(NamedTuple):
@@ -40,13 +56,19 @@ class S2TModel(nn.Module):
         front_end: Whisper encoder and adapters.
         llm: a Hugging Face causal LM, possibly wrapped by PEFT.
         ctc_embedding: add to each speech vector the text embedding that the CTC head expects there.
+        layout: of the LLM's rows in a teacher-forced pass.
     """
 
-    def __init__(self, front_end: SpeechFrontEnd, llm: nn.Module, *, ctc_embedding: bool = False) -> None:
+    def __init__(
+        self, front_end: SpeechFrontEnd, llm: nn.Module, *, ctc_embedding: bool = False, layout: Layout = "packed"
+    ) -> None:
         super().__init__()
+        self.layout: Layout = layout
         self.ctc_embedding = ctc_embedding
         self.front_end = front_end
         self.llm = llm
+        if layout == "packed":
+            use_packed_attention(self.causal_lm)
 
     @property
     def causal_lm(self) -> Any:
@@ -69,31 +91,30 @@ class S2TModel(nn.Module):
         speech: SpeechOutput = self.front_end(*batch.audio)
         if not self.ctc_embedding:
             return speech
-        kept_BVC = gather_rows(speech.ctc_logits_BTC, speech.kept_BV).float().softmax(-1)
+        kept_BVC = speech.frames.take(speech.ctc_logits, speech.kept, speech.rows).float().softmax(-1)
         table_Ch = self.embed(self.front_end.ctc_head.tokens[1:])  # the blank stands for no word
         expected_BVh = kept_BVC[..., 1:].to(table_Ch.dtype) @ table_Ch
-        return speech._replace(speech_BVh=speech.speech_BVh + expected_BVh)
+        return speech._replace(speech=speech.speech + expected_BVh)
 
     def prompt(self, speech: SpeechOutput, before_BP: Tensor, after_BQ: Tensor, after_mask_BQ: Tensor) -> list[Any]:
         """Blocks and masks of the prompt: template, speech vectors, template."""
         before = self.embed(before_BP)
-        blocks = [before, speech.speech_BVh.to(before.dtype), self.embed(after_BQ)]
-        return [blocks, [torch.ones_like(before_BP, dtype=torch.bool), speech.mask_BV, after_mask_BQ]]
+        speech_BVh, mask_BV = speech.padded()
+        blocks = [before, speech_BVh.to(before.dtype), self.embed(after_BQ)]
+        return [blocks, [torch.ones_like(before_BP, dtype=torch.bool), mask_BV, after_mask_BQ]]
 
     def forward(self, batch: Any) -> S2TOutput:
         """Teacher-forced pass over a `SpeechBatch`."""
         speech = self.hear(batch)
-        hidden = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR)
-        return S2TOutput(hidden, self.head(hidden), speech)
+        states = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR)
+        return S2TOutput(states, self.head(states.hidden), speech)
 
-    def response_states(self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor) -> Tensor:
-        """States that predict each of `tokens_BR` after the spoken prompt: `[B, R, h]`."""
+    def response_states(self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor) -> ResponseStates:
+        """States that predict each of the right-padded `tokens_BR` after the spoken prompt."""
         blocks, masks = self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ)
-        row = join_rows([*blocks, self.embed(tokens_BR)], [*masks, mask_BR])
-        hidden = self.causal_lm.model(
-            inputs_embeds=row.values_BLh, attention_mask=row.mask_BL.long(), use_cache=False
-        ).last_hidden_state
-        return gather_rows(hidden, (row.columns[3] - 1).clamp(min=0))
+        row = join([*blocks, self.embed(tokens_BR)], [*masks, mask_BR], self.layout)
+        hidden = self.causal_lm.model(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
+        return ResponseStates(row.predicting(hidden), row.targets, row.rows)
 
     @torch.no_grad()
     def generate(self, batch: Any, end_token: int, max_new: int, *, early_stop: bool = True) -> Generated:
@@ -108,9 +129,7 @@ class S2TModel(nn.Module):
         from transformers import DynamicCache
 
         speech = self.hear(batch)
-        row = JoinedRows(
-            *join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
-        )
+        row = join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
         cache = DynamicCache(config=self.causal_lm.config)
         inputs, mask, places = row.values_BLh, row.mask_BL, positions(row.mask_BL)
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.models.attention import Attention, EncoderBlock
-from echox.models.rows import gather_rows, lengths_to_mask
+from echox.models.packed_attention import use_packed_attention
+from echox.models.packing import Layout, Rows, rows_of
+from echox.models.rows import lengths_to_mask
 
 
 class TrimmedWhisperEncoder(nn.Module):
@@ -20,57 +22,96 @@ class TrimmedWhisperEncoder(nn.Module):
 
     Only the first T rows of the position table are needed, so trimmed input costs in proportion to its length. Frames
     beyond a clip's own length are zeroed before each convolution and masked in attention: the features of a clip do not
-    depend on the other clips of its batch.
+    depend on the other clips of its batch. The convolutions are a few percent of the work and run padded.
     """
 
-    def __init__(self, encoder: Any) -> None:
+    def __init__(self, encoder: Any, layout: Layout = "packed") -> None:
         super().__init__()
         self.encoder = encoder
+        self.layout: Layout = layout
         self.width = int(encoder.config.d_model)
+        if layout == "packed":
+            use_packed_attention(encoder)
 
-    def forward(self, mel_BMT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B, mels, T]` with `frames_B` real mel frames each to features `[B, T/2, d]` and their real frames `[B]`."""
+    def forward(
+        self, mel_BMT: Tensor, frames_B: Tensor, frames_on_host_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`[B, mels, T]` with `frames_B` real mel frames each to features `[B, T/2, d]` and their real frames `[B]`.
+
+        `frames_on_host_B`: the same numbers on the CPU, so that packing need not wait for the device.
+        """
         encoder = self.encoder
         mel_BMT = mel_BMT.to(encoder.conv1.weight.dtype)
         mel_mask = lengths_to_mask(frames_B, mel_BMT.shape[2])[:, None, :]
         x = F.gelu(encoder.conv1(mel_BMT * mel_mask)) * mel_mask
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)
-        out_frames_B = (frames_B + 1) // 2
-        mask = lengths_to_mask(out_frames_B, x.shape[1])
+        out_frames_B = encoded_frames(frames_B)
+        rows = rows_of(
+            out_frames_B,
+            x.shape[1],
+            self.layout,
+            None if frames_on_host_B is None else encoded_frames(frames_on_host_B),
+        )
         positions = encoder.embed_positions(torch.arange(x.shape[1], device=x.device))
-        x = x + positions
-        bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, torch.finfo(x.dtype).min)
-        bias_B11T = bias[:, None, None, :].expand(-1, 1, x.shape[1], -1)
+        x = rows.enter(x + positions)
+        attention = rows.bidirectional(x.dtype)
         for layer in encoder.layers:
-            out = layer(x, bias_B11T)
+            out = layer(x, **attention)
             x = out[0] if isinstance(out, tuple) else out
-        features: Tensor = encoder.layer_norm(x)
+        features: Tensor = rows.leave(encoder.layer_norm(x))
         return features, out_frames_B
 
 
+def encoded_frames(frames_B: Tensor) -> Tensor:
+    """Frames that the encoder makes of this many mel frames."""
+    return (frames_B + 1) // 2
+
+
 class AlignmentAdapter(nn.Module):
-    """Stack frames, project to the LLM width, one encoder layer, LayerNorm: `[B, T, d]` to `[B, T/stack, h]`."""
+    """Stack frames, project to the LLM width, one encoder layer, LayerNorm: `[B, T, d]` to T/stack frames a row."""
 
     def __init__(
-        self, *, encoder_width: int, width: int, heads: int, ffn: int, stack: int, dropout: float, frame_local: bool
+        self,
+        *,
+        encoder_width: int,
+        width: int,
+        heads: int,
+        ffn: int,
+        stack: int,
+        dropout: float,
+        frame_local: bool,
+        layout: Layout = "packed",
     ) -> None:
         super().__init__()
+        self.layout: Layout = layout
         self.stack = stack
         self.frame_local = frame_local
         self.projection = nn.Linear(encoder_width * stack, width)
         self.block = EncoderBlock(width, heads, ffn, dropout)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, features_BTd: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return aligned frames `[B, T', h]` and how many of each row are real `[B]`; a last partial stack is kept."""
+    def forward(
+        self, features_BTd: Tensor, frames_B: Tensor, frames_on_host_B: Tensor | None = None
+    ) -> tuple[Tensor, Rows]:
+        """Return the aligned frames and their layout; a last partial stack is kept.
+
+        `frames_on_host_B`: the same numbers on the CPU, so that packing need not wait for the device.
+        """
         batch, frames, width = features_BTd.shape
         features_BTd = features_BTd * lengths_to_mask(frames_B, frames)[:, :, None]
         features_BTd = F.pad(features_BTd, (0, 0, 0, -frames % self.stack))
         stacked = features_BTd.reshape(batch, -1, width * self.stack)
-        aligned_B = (frames_B + self.stack - 1) // self.stack
-        mask = lengths_to_mask(aligned_B, stacked.shape[1])
-        aligned = self.norm(self.block(self.projection(stacked), mask, frame_local=self.frame_local))
-        return aligned, aligned_B
+        rows = rows_of(
+            self._stacks(frames_B),
+            stacked.shape[1],
+            self.layout,
+            None if frames_on_host_B is None else self._stacks(frames_on_host_B),
+        )
+        aligned = self.norm(self.block(self.projection(rows.enter(stacked)), rows, frame_local=self.frame_local))
+        return aligned, rows
+
+    def _stacks(self, frames_B: Tensor) -> Tensor:
+        return (frames_B + self.stack - 1) // self.stack
 
 
 LOGIT_STD = 3.0
@@ -112,17 +153,17 @@ class CtcHead(nn.Module):
         return table[tokens_BC]
 
     def forward(self, aligned_BTh: Tensor) -> Tensor:
-        """Class logits `[B, T, C]`."""
+        """Class logits `[B, T, C]`, in the layout of the frames."""
         logits: Tensor = self.linear(aligned_BTh)
         return logits
 
 
 class Shrunk(NamedTuple):
-    """Speech vectors `[B, v, h]`, their mask `[B, v]`, and the frame each was made of `[B, v]`."""
+    """Speech vectors, their layout, and the frame each was made of, counted in its row."""
 
-    speech_BVh: Tensor
-    mask_BV: Tensor
-    kept_BV: Tensor
+    speech: Tensor
+    rows: Rows
+    kept: Tensor
 
 
 class ShrinkAdapter(nn.Module):
@@ -144,25 +185,23 @@ class ShrinkAdapter(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, aligned_BTh: Tensor, frames_B: Tensor, labels_BT: Tensor) -> Shrunk:
-        """Shrink `[B, T, h]` with labels `[B, T]`, blank 0; v is the longest row (one host sync)."""
-        valid = lengths_to_mask(frames_B, aligned_BTh.shape[1])
-        keep = run_starts(labels_BT) & valid
+    def forward(self, aligned_BTh: Tensor, frames: Rows, labels_BT: Tensor) -> Shrunk:
+        """Shrink `[B, T, h]` with labels `[B, T]`, blank 0, both in the layout `frames` (one host sync)."""
+        keep = run_starts(labels_BT, frames)
         if self.drop_blanks:
             keep = keep & (labels_BT != 0)
-            keep[:, 0] |= ~keep.any(1)
-        longest = int(keep.sum(1).max())  # host sync
-        order = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :longest]
-        kept = gather_rows(aligned_BTh, order)
-        mask = keep.gather(1, order)
-        attended = self.look_back(kept, aligned_BTh, keep if self.kept_keys_only else valid)
-        return Shrunk(self.norm(kept + self.dropout(attended)), mask, order)
+            keep = keep | ((frames.places == 0) & frames.spread(frames.count(keep) == 0))
+        rows, places = frames.subset(keep)
+        kept = frames.take(aligned_BTh, places, rows)
+        memory = (kept, rows) if self.kept_keys_only else (aligned_BTh, frames)
+        attended = self.look_back(kept, memory[0], rows, memory[1])
+        return Shrunk(self.norm(kept + self.dropout(attended)), rows, places)
 
 
-def run_starts(labels_BT: Tensor) -> Tensor:
-    """True where a run of equal labels begins; the first frame always does: [B, T]."""
-    starts = torch.ones_like(labels_BT, dtype=torch.bool)
-    starts[:, 1:] = labels_BT[:, 1:] != labels_BT[:, :-1]
+def run_starts(labels_BT: Tensor, rows: Rows) -> Tensor:
+    """True where a run of equal labels begins; the first frame of a row always does: [B, T]."""
+    starts = rows.places == 0
+    starts[:, 1:] |= labels_BT[:, 1:] != labels_BT[:, :-1]
     return starts
 
 
@@ -170,16 +209,20 @@ class SpeechOutput(NamedTuple):
     """What the front end hands to the LLM and to the CTC loss.
 
     Attributes:
-        speech_BVh, mask_BV, kept_BV: see `Shrunk`.
-        ctc_logits_BTC: class logits of all frames.
-        frames_B: real frames of each row.
+        speech, rows, kept: see `Shrunk`.
+        ctc_logits: class logits of all frames.
+        frames: layout of the frames.
     """
 
-    speech_BVh: Tensor
-    mask_BV: Tensor
-    kept_BV: Tensor
-    ctc_logits_BTC: Tensor
-    frames_B: Tensor
+    speech: Tensor
+    rows: Rows
+    kept: Tensor
+    ctc_logits: Tensor
+    frames: Rows
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Speech vectors `[B, v, h]` and the mask of real ones."""
+        return self.rows.leave(self.speech), lengths_to_mask(self.rows.lengths_N, self.rows.size)
 
 
 class SpeechFrontEnd(nn.Module):
@@ -195,25 +238,37 @@ class SpeechFrontEnd(nn.Module):
         self.shrink = shrink
 
     def align(
-        self, mel_BMT: Tensor, frames_B: Tensor, features_BTd: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Aligned frames `[B, T, h]`, CTC logits `[B, T, C]` and real frames `[B]`; the encoder gets no gradient."""
+        self,
+        mel_BMT: Tensor,
+        frames_B: Tensor,
+        features_BTd: Tensor | None = None,
+        frames_on_host_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Rows]:
+        """Aligned frames, CTC logits, and the layout of both; the encoder gets no gradient."""
         if features_BTd is None:
             with torch.no_grad():
-                features, encoded_B = self.encoder(mel_BMT, frames_B)
+                features, encoded_B = self.encoder(mel_BMT, frames_B, frames_on_host_B)
         else:
-            features, encoded_B = features_BTd.to(self.alignment.projection.weight.dtype), (frames_B + 1) // 2
-        aligned, aligned_B = self.alignment(features, encoded_B)
-        return aligned, self.ctc_head(aligned), aligned_B
+            features, encoded_B = features_BTd.to(self.alignment.projection.weight.dtype), encoded_frames(frames_B)
+        encoded_on_host_B = None if frames_on_host_B is None else encoded_frames(frames_on_host_B)
+        aligned, frames = self.alignment(features, encoded_B, encoded_on_host_B)
+        return aligned, self.ctc_head(aligned), frames
 
-    def forward(self, mel_BMT: Tensor, frames_B: Tensor, features_BTd: Tensor | None = None) -> SpeechOutput:
+    def forward(
+        self,
+        mel_BMT: Tensor,
+        frames_B: Tensor,
+        features_BTd: Tensor | None = None,
+        frames_on_host_B: Tensor | None = None,
+    ) -> SpeechOutput:
         """Log-mel to speech vectors at the LLM width.
 
         Args:
             mel_BMT: log-mel `[B, mels, T]`; not read where `features_BTd` is given.
             frames_B: real mel frames of each row.
             features_BTd: the encoder's output for this input, `[B, T/2, d]`, where it was computed before.
+            frames_on_host_B: `frames_B` on the CPU, so that packing need not wait for the device.
         """
-        aligned, logits, aligned_B = self.align(mel_BMT, frames_B, features_BTd)
-        shrunk = self.shrink(aligned, aligned_B, logits.detach().argmax(-1))
-        return SpeechOutput(shrunk.speech_BVh, shrunk.mask_BV, shrunk.kept_BV, logits, aligned_B)
+        aligned, logits, frames = self.align(mel_BMT, frames_B, features_BTd, frames_on_host_B)
+        shrunk = self.shrink(aligned, frames, logits.detach().argmax(-1))
+        return SpeechOutput(shrunk.speech, shrunk.rows, shrunk.kept, logits, frames)

@@ -13,7 +13,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echox.models.packed_attention import use_packed_attention
+from echox.models.packing import Layout, Rows, join
 from echox.models.rows import JoinedRows, join_rows, positions
+
+
+class TextPart(NamedTuple):
+    """What comes before the units: blocks `[N, S_i, h]` and masks of their real positions, still to be joined."""
+
+    blocks: list[Tensor]
+    masks: list[Tensor]
+
+    def left_padded(self) -> JoinedRows:
+        """Joined so that the first unit of every row stands in the same column, as decoding needs it."""
+        return join_rows(self.blocks, self.masks, pad_left=True)
+
+
+class UnitLoss(NamedTuple):
+    """Sum of cross-entropies, over how many tokens, and the layout of the rows it was computed in."""
+
+    total: Tensor
+    tokens: Tensor
+    rows: Rows
 
 
 class DecodedUnits(NamedTuple):
@@ -36,6 +57,7 @@ class T2CDecoder(nn.Module):
         text_stride: None counts positions on from the text to its words. A number sets text token i at position
             `i * text_stride` and word m at position m: about that many words are spoken a token, so a word finds its
             text at a steady distance, which small data alone does not teach.
+        layout: of teacher-forced rows.
     """
 
     def __init__(
@@ -51,6 +73,7 @@ class T2CDecoder(nn.Module):
         dropout: float = 0.0,
         text_classes: int = 0,
         text_stride: float | None = None,
+        layout: Layout = "packed",
     ) -> None:
         from transformers import LlamaConfig, LlamaModel
 
@@ -60,6 +83,7 @@ class T2CDecoder(nn.Module):
         self.pad = words + 1
         self.text_classes = text_classes
         self.text_stride = text_stride
+        self.layout: Layout = layout
         self.max_positions = max_positions
         self.unit_embedding = nn.Embedding(words + 2, text_width)
         nn.init.normal_(self.unit_embedding.weight, std=0.02)
@@ -79,6 +103,8 @@ class T2CDecoder(nn.Module):
             )
         )
         self.body.embed_tokens = None  # type: ignore[assignment]  # inputs are always embeddings; an unused table would only weigh on checkpoints
+        if layout == "packed":
+            use_packed_attention(self.body)
         self.head = nn.Linear(width, text_classes + words + 2, bias=False)
 
     def scale_units(self, rms: float) -> None:
@@ -86,28 +112,42 @@ class T2CDecoder(nn.Module):
         with torch.no_grad():
             self.unit_embedding.weight.mul_(rms / 0.02)
 
-    def forward(self, text: JoinedRows, words_NM: Tensor, mask_NM: Tensor) -> Tensor:
+    def forward(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> Tensor:
         """Teacher-forced logits.
 
         Args:
-            text: text part, left-padded, `[N, T, h]`.
+            text: text part.
             words_NM: target words; the end token is predicted after them and needs no column.
-            mask_NM: True on words.
+            mask_NM: True on words, which come first in their row.
 
         Returns:
             `[N, M + 1, classes]` float32: column m predicts word m, the one after a row's last word the end.
         """
-        text_columns = text.values_BLh.shape[1]
-        inputs = torch.cat([text.values_BLh, self.unit_embedding(words_NM).to(text.values_BLh.dtype)], dim=1)
-        mask = torch.cat([text.mask_BL, mask_NM], dim=1)
+        logits, targets, _ = self._predict(text, words_NM, mask_NM)
+        return targets.leave(logits)
+
+    def loss(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> UnitLoss:
+        """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
+        logits, targets, rows = self._predict(text, words_NM, mask_NM)
+        words = targets.enter(F.pad(words_NM, (0, 1), value=self.end))
+        words = words.masked_fill(targets.places >= targets.spread(mask_NM.sum(1)), self.end)
+        counted = targets.real & targets.spread(weight_N > 0)
+        losses = F.cross_entropy(logits.flatten(0, 1), (words + self.text_classes).flatten(), reduction="none")
+        return UnitLoss((losses * counted.flatten()).sum(), counted.sum(), rows)
+
+    def _predict(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
+        """Logits of words and end tokens alone, their layout, and the layout of the whole rows."""
+        units = self.unit_embedding(words_NM).to(text.blocks[0].dtype)
+        row = join([*text.blocks, units], [*text.masks, mask_NM], self.layout, open_end=True)
+        where = row.rows.causal()
+        if self.text_stride is not None:
+            heard = row.rows.spread(row.rows.lengths_N - mask_NM.sum(1))
+            places = row.rows.places
+            where["position_ids"] = torch.where(places < heard, places * self.text_stride, (places - heard).float())
         hidden = self.body(
-            inputs_embeds=self.dropout(self.projection(inputs)),
-            attention_mask=mask.long(),
-            position_ids=self._positions(mask, text_columns),
-            use_cache=False,
+            inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
-        logits: Tensor = self.head(hidden[:, text_columns - 1 :])
-        return logits.float()
+        return self.head(row.predicting(hidden)).float(), row.targets, row.rows
 
     def _positions(self, mask_NL: Tensor, text_columns: int) -> Tensor:
         """Rotary positions `[N, L]` of a left-padded text part and the words after it."""
@@ -116,16 +156,6 @@ class T2CDecoder(nn.Module):
         text = positions(mask_NL[:, :text_columns]) * self.text_stride
         words = torch.arange(mask_NL.shape[1] - text_columns, device=mask_NL.device, dtype=text.dtype)
         return torch.cat([text, words.expand(len(mask_NL), -1)], dim=1)
-
-    def loss(self, text: JoinedRows, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
-        logits = self(text, words_NM, mask_NM)
-        lengths_N = mask_NM.sum(1)
-        columns = torch.arange(words_NM.shape[1] + 1, device=words_NM.device)[None, :]
-        targets = F.pad(words_NM, (0, 1), value=self.end).masked_fill(columns >= lengths_N[:, None], self.end)
-        counted = (columns <= lengths_N[:, None]) & (weight_N[:, None] > 0)
-        losses = F.cross_entropy(logits.flatten(0, 1), (targets + self.text_classes).flatten(), reduction="none")
-        return (losses * counted.flatten()).sum(), counted.sum()
 
     @torch.no_grad()
     def greedy(self, text: JoinedRows, limit_N: Tensor) -> DecodedUnits:
@@ -186,13 +216,13 @@ class Teacher(nn.Module):
         return self.decoder.greedy(JoinedRows(text_BLh, mask_BL, []), limit_N)
 
 
-def text_part(prefix_Ph: Tensor, words_NTh: Tensor, mask_NT: Tensor, header_Qh: Tensor) -> JoinedRows:
-    """`[prefix ; words ; unit header]` left-padded, so that the first unit of every row stands in the same column."""
+def text_part(prefix_Ph: Tensor, words_NTh: Tensor, mask_NT: Tensor, header_Qh: Tensor) -> TextPart:
+    """`[prefix ; words ; unit header]` of each row."""
     rows = len(words_NTh)
     prefix = prefix_Ph.expand(rows, -1, -1).to(words_NTh.dtype)
     header = header_Qh.expand(rows, -1, -1).to(words_NTh.dtype)
     real = mask_NT.new_ones(rows, prefix.shape[1]), mask_NT.new_ones(rows, header.shape[1])
-    return join_rows([prefix, words_NTh, header], [real[0], mask_NT, real[1]], pad_left=True)
+    return TextPart([prefix, words_NTh, header], [real[0], mask_NT, real[1]])
 
 
 def repeats(words_NM: Tensor, mask_NM: Tensor, *, longest_period: int = 4, times: int = 8) -> Tensor:

@@ -109,6 +109,6 @@ def mel_bins(ref: str, *, random_init: bool) -> int:
     return int(_config(ref).num_mel_bins)
 
 
-def encoder_width(ref: str, *, random_init: bool) -> int:
-    """Width of the Whisper encoder's output."""
+def encoder_width(ref: str) -> int:
+    """Width of the Whisper model's features."""
     return int(_config(ref).d_model)

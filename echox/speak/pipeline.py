@@ -117,7 +117,8 @@ class SpeechToSpeech:
         prefix, header = stage.s2t.embed(stage.prefix_P), stage.s2t.embed(stage.header_Q)
         adapted = rows.scatter(stage.denoising(own.hidden_BRh))
         limit_N = rows.mask_NT.sum(1) * stage.units_per_token + 32
-        decoded = stage.echo.greedy(text_part(prefix, adapted, rows.mask_NT, header), limit_N)
+        text = text_part(prefix, adapted, rows.mask_NT, header).left_padded()
+        decoded = stage.echo.greedy(text, limit_N)
         pieces: list[list[NDArray[np.uint16]]] = [[] for _ in clips]
         for owner, words, mask in zip(
             rows.owner_N.tolist(), decoded.words_NM.cpu().numpy(), decoded.mask_NM.cpu().numpy(), strict=True

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from echox.config.schema import EchoConfig, ModelConfig, T2cConfig
 from echox.models.echo import DenoisingAdapter, TriggerRule
+from echox.models.packing import Layout
 from echox.models.s2t import S2TModel
 from echox.models.speech import AlignmentAdapter, CtcHead, ShrinkAdapter, SpeechFrontEnd, TrimmedWhisperEncoder
 from echox.models.t2c import T2CDecoder
@@ -22,7 +23,7 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
     config = causal_lm.config
     width, heads = config.hidden_size, config.num_attention_heads
     table = causal_lm.get_input_embeddings().weight
-    whisper = TrimmedWhisperEncoder(encoder)
+    whisper = TrimmedWhisperEncoder(encoder, model.layout)
     alignment = AlignmentAdapter(
         encoder_width=whisper.width,
         width=width,
@@ -31,6 +32,7 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
         stack=model.alignment.stack,
         dropout=model.alignment.dropout,
         frame_local=model.alignment.attention == "frame_local",
+        layout=model.layout,
     )
     ctc_head = CtcHead(width, ctc_tokens, len(table))
     shrink = ShrinkAdapter(
@@ -46,10 +48,10 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
         # Speech vectors start at the scale of text ones; beside CTC's embeddings, which have it already, at nothing.
         nn.init.constant_(shrink.norm.weight, 0.0 if model.shrink.ctc_embedding else float(rms(table)))
     front_end = SpeechFrontEnd(whisper, alignment, ctc_head, shrink).to(table.dtype)
-    return S2TModel(front_end, llm, ctc_embedding=model.shrink.ctc_embedding)
+    return S2TModel(front_end, llm, ctc_embedding=model.shrink.ctc_embedding, layout=model.layout)
 
 
-def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding) -> T2CDecoder:
+def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding, layout: Layout = "packed") -> T2CDecoder:
     """A T2C or Echo decoder for `words` unit-language words on the LLM's text table."""
     table = text_table.weight
     decoder = T2CDecoder(
@@ -63,6 +65,7 @@ def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding) -> T2C
         dropout=config.dropout,
         text_classes=len(table) if config.head == "full_vocab" else 0,
         text_stride=config.text_stride,
+        layout=layout,
     )
     if table.device.type != "meta":
         decoder.scale_units(float(rms(table)))

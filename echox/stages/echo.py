@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from echox.models.echo import DenoisingAdapter, TriggerRule, segment_rows, trigger_scores, trigger_segments
-from echox.models.s2t import S2TModel
+from echox.models.packing import padding_share
+from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
 from echox.models.t2c import T2CDecoder, Teacher, repeats, text_part
-from echox.stages.s2t import speech_parameter_groups
-from echox.stages.terms import LossTerm, denoising_loss, text_loss
+from echox.stages.s2t import response_loss, speech_parameter_groups
+from echox.stages.terms import LossTerm, denoising_loss
 from echox.stream.batch import SpeechBatch
 
 PseudoText = Literal["argmax_teacher_forced", "reference", "free_run"]
@@ -98,41 +99,41 @@ class EchoStage(nn.Module):
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `s2t`, `echo`, `denoising`."""
         out = self.s2t(batch)
-        counted_BR = batch.response_mask_BR & (batch.weight_B[:, None] > 0)
-        terms = {"s2t": text_loss(out.logits_BRV, batch.response_BR, counted_BR)}
+        terms = {"s2t": response_loss(out, batch)}
 
-        hidden, text_BR, spoken_BR = self._own_text(batch, out.hidden_BRh, out.logits_BRV)
-        rows = segment_rows(self.segments(hidden, spoken_BR), spoken_BR)
+        states, text_BR, spoken_BR = self._own_text(batch, out)
+        rows = segment_rows(self.segments(states.response.leave(states.hidden), spoken_BR), spoken_BR)
         weight_N = batch.weight_B[rows.owner_N] * rows.mask_NT.any(1)
         prefix, header, text_BRh = self._embeddings(text_BR)
 
-        asked = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header)
+        asked = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
         limit_N = rows.mask_NT.sum(1) * self.units_per_token + 32
         pseudo = self.teacher(asked.values_BLh, asked.mask_BL, limit_N)
         usable_N = pseudo.ended_N & ~repeats(pseudo.words_NM, pseudo.mask_NM)
 
-        adapted_BRh = self.denoising(hidden)
+        adapted_BRh = states.response.leave(self.denoising(states.hidden))
         heard = text_part(prefix, rows.scatter(adapted_BRh), rows.mask_NT, header)
-        terms["echo"] = LossTerm(*self.echo.loss(heard, pseudo.words_NM, pseudo.mask_NM, weight_N * usable_N))
+        loss = self.echo.loss(heard, pseudo.words_NM, pseudo.mask_NM, weight_N * usable_N)
+        terms["echo"] = LossTerm(loss.total, loss.tokens)
         terms["denoising"] = denoising_loss(adapted_BRh, text_BRh, spoken_BR & (batch.weight_B[:, None] > 0))
         self._last = {
             "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
             "teacher/words_per_segment": pseudo.mask_NM.sum() / weight_N.sum().clamp(min=1),
             "teacher/segments_per_sample": weight_N.sum() / batch.weight_B.sum().clamp(min=1),
+            "perf/padding_share": padding_share(out.speech.frames, states.rows, loss.rows),
         }
         return terms
 
-    def _own_text(self, batch: SpeechBatch, hidden: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _own_text(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
         """H, X' and the mask of spoken positions: before the end token, one state for each token."""
         if self.pseudo_text == "free_run":
             own = self.s2t.generate(batch, self.end_token, self.free_run_tokens, early_stop=False)
-            speech = self.s2t.hear(batch)
-            hidden = self.s2t.response_states(speech, batch, own.tokens_BR, own.mask_BR)
-            return hidden, own.tokens_BR, own.mask_BR
+            states = self.s2t.response_states(self.s2t.hear(batch), batch, own.tokens_BR, own.mask_BR)
+            return states, own.tokens_BR, own.mask_BR
         is_own = self.pseudo_text == "argmax_teacher_forced"
-        text_BR = logits.detach().argmax(-1) if is_own else batch.response_BR
+        text_BR = out.states.response.leave(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
         spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
-        return hidden, text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool()
+        return out.states, text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool()
 
     @torch.no_grad()
     def segments(self, hidden_BRh: Tensor, spoken_BR: Tensor) -> Tensor:

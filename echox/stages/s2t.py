@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from echox.models.s2t import S2TModel
+from echox.models.packing import Rows, padding_share
+from echox.models.s2t import S2TModel, S2TOutput
 from echox.stages.terms import LossTerm, ctc_loss, text_loss
 from echox.stream.batch import SpeechBatch
 
@@ -23,6 +24,7 @@ class S2TStage(nn.Module):
         self.s2t = s2t
         self.ctc_weight = ctc_weight
         self.align_steps = align_steps
+        self._last: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> S2TStage:
         """Switch the mode; the frozen encoder stays in eval."""
@@ -33,18 +35,19 @@ class S2TStage(nn.Module):
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
         if 0 <= batch.step < self.align_steps:
-            _, logits, frames_B = self.s2t.front_end.align(*batch.audio)
-            return {"ctc": self._ctc(logits, frames_B, batch)}
+            _, logits, frames = self.s2t.front_end.align(*batch.audio)
+            self._last = {"perf/padding_share": padding_share(frames)}
+            return {"ctc": self._ctc(logits, frames, batch)}
         out = self.s2t(batch)
-        mask = batch.response_mask_BR & (batch.weight_B[:, None] > 0)
+        self._last = {"perf/padding_share": padding_share(out.speech.frames, out.states.rows)}
         return {
-            "s2t": text_loss(out.logits_BRV, batch.response_BR, mask),
-            "ctc": self._ctc(out.speech.ctc_logits_BTC, out.speech.frames_B, batch),
+            "s2t": response_loss(out, batch),
+            "ctc": self._ctc(out.speech.ctc_logits, out.speech.frames, batch),
         }
 
-    def _ctc(self, logits: Tensor, frames_B: Tensor, batch: SpeechBatch) -> LossTerm:
+    def _ctc(self, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
         classes = self.s2t.front_end.ctc_head.classes(batch.transcript_BC)
-        return ctc_loss(logits, frames_B, classes, batch.transcript_lengths_B, batch.weight_B)
+        return ctc_loss(frames.leave(logits), frames.lengths_N, classes, batch.transcript_lengths_B, batch.weight_B)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """CTC counts in full while it is the only loss."""
@@ -62,8 +65,15 @@ class S2TStage(nn.Module):
         return speech_parameter_groups(self)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Nothing beyond the losses."""
-        return {}
+        """Padding of the last forward."""
+        return self._last
+
+
+def response_loss(out: S2TOutput, batch: SpeechBatch) -> LossTerm:
+    """L_S2T of a teacher-forced pass over the batch."""
+    response = out.states.response
+    counted = response.real & response.spread(batch.weight_B > 0)
+    return text_loss(out.logits, response.enter(batch.response_BR), counted)
 
 
 def speech_parameter_groups(stage: nn.Module) -> dict[str, list[str]]:

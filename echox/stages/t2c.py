@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echox.models.rows import JoinedRows
-from echox.models.t2c import T2CDecoder, text_part
+from echox.models.packing import padding_share
+from echox.models.t2c import T2CDecoder, TextPart, text_part
 from echox.stages.terms import LossTerm
 from echox.stream.batch import UnitBatch
 
@@ -29,9 +29,10 @@ class T2CStage(nn.Module):
         self.text_table = text_table
         self.register_buffer("prefix_P", prefix_P, persistent=False)
         self.register_buffer("header_Q", header_Q, persistent=False)
+        self._last: dict[str, Tensor] = {}
 
-    def text(self, text_BT: Tensor, mask_BT: Tensor) -> JoinedRows:
-        """Left-padded text part of the sequence."""
+    def text(self, text_BT: Tensor, mask_BT: Tensor) -> TextPart:
+        """Text part of the sequence."""
         # One look-up for all three: under ZeRO-3 each call of the table gathers it.
         ids = torch.cat([self.prefix_P, self.header_Q, text_BT.flatten()])
         prefix, header, words = self.text_table(ids).split([len(self.prefix_P), len(self.header_Q), text_BT.numel()])
@@ -40,7 +41,9 @@ class T2CStage(nn.Module):
     def forward(self, batch: UnitBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `t2c`."""
         text = self.text(batch.text_BT, batch.text_mask_BT)
-        return {"t2c": LossTerm(*self.t2c.loss(text, batch.words_BM, batch.words_mask_BM, batch.weight_B))}
+        loss = self.t2c.loss(text, batch.words_BM, batch.words_mask_BM, batch.weight_B)
+        self._last = {"perf/padding_share": padding_share(loss.rows)}
+        return {"t2c": LossTerm(loss.total, loss.tokens)}
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """One loss, weight one."""
@@ -55,5 +58,5 @@ class T2CStage(nn.Module):
         return {"t2c": [name for name, parameter in self.named_parameters() if parameter.requires_grad]}
 
     def metrics(self) -> dict[str, Tensor]:
-        """Nothing beyond the loss."""
-        return {}
+        """Padding of the last forward."""
+        return self._last

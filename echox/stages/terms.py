@@ -22,7 +22,7 @@ class LossTerm:
 
 
 def text_loss(logits_BRV: Tensor, targets_BR: Tensor, mask_BR: Tensor) -> LossTerm:
-    """Summed cross-entropy on the response positions (L_S2T)."""
+    """Summed cross-entropy on the response positions (L_S2T), padded or packed."""
     losses = F.cross_entropy(logits_BRV.flatten(0, 1), targets_BR.flatten(), reduction="none")
     return LossTerm((losses * mask_BR.flatten()).sum(), mask_BR.sum())
 

@@ -43,6 +43,7 @@ class SpeechBatch(Batch):
         mel_BMT, frames_B: log-mel and its real frames (margin included); the log-mel has no column where the encoder's
             output was precomputed.
         features_BTd: the precomputed output, two mel frames a column.
+        frames_on_host_B: `frames_B` on the CPU once the batch is on a device, which need not be asked for it then.
         before_BP: prompt tokens before the audio, the same for every row.
         after_BQ, after_mask_BQ: prompt tokens after the audio.
         response_BR, response_mask_BR: target text with its end token.
@@ -59,11 +60,17 @@ class SpeechBatch(Batch):
     transcript_BC: Tensor
     transcript_lengths_B: Tensor
     features_BTd: Tensor | None = None
+    frames_on_host_B: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on `device`, and the number of frames here too."""
+        host = self.frames_B if self.frames_on_host_B is None else self.frames_on_host_B
+        return replace(super().to(device), frames_on_host_B=host)
 
     @property
-    def audio(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def audio(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """What the speech front end takes."""
-        return self.mel_BMT, self.frames_B, self.features_BTd
+        return self.mel_BMT, self.frames_B, self.features_BTd, self.frames_on_host_B
 
     def stats(self) -> dict[str, float]:
         """Real and padded mel frames, and seconds of audio (100 mel frames a second)."""

@@ -94,16 +94,17 @@ class KMeans:
                 f"Frames of shape {list(frames_ND.shape)} do not fit centroids of width {self.centroids_KD.shape[1]}",
                 fix="Use the features the units were fitted on.",
             )
-        centroids_KD = torch.from_numpy(self.centroids_KD)
-        mean_D, scale_D = torch.from_numpy(self.mean_D), torch.from_numpy(self.scale_D)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        centroids_KD = torch.from_numpy(self.centroids_KD).to(device)
+        mean_D, scale_D = torch.from_numpy(self.mean_D).to(device), torch.from_numpy(self.scale_D).to(device)
         # |x - c|^2 without the term |x|^2, which is the same for every centroid.
         half_norm_K = centroids_KD.square().sum(1) / 2
         labels_N = np.zeros(len(frames_ND), dtype=np.uint16)
         for start in range(0, len(frames_ND), PREDICT_BATCH):
             part_ND = torch.from_numpy(np.ascontiguousarray(frames_ND[start : start + PREDICT_BATCH], np.float32))
-            part_ND = (part_ND - mean_D) / scale_D
+            part_ND = (part_ND.to(device) - mean_D) / scale_D
             nearest = torch.addmm(half_norm_K, part_ND, centroids_KD.T, alpha=-1).argmin(1)
-            labels_N[start : start + PREDICT_BATCH] = nearest.numpy()
+            labels_N[start : start + PREDICT_BATCH] = nearest.cpu().numpy()
         return labels_N
 
     def save(self, path: str | Path, **extra: str) -> None:

@@ -80,38 +80,6 @@ ASR_COUNTRY_CARRIERS: tuple[str, ...] = (
 )
 """Sentences to transcribe that name a country."""
 
-TTS_COUNTRY_CARRIERS: tuple[str, ...] = (
-    "The capital of {country} is a large city.",
-    "{country} is in the news today.",
-    "The official language of {country} is not easy.",
-    "He came back from {country} on Monday.",
-)
-"""Sentences to speak that name a country, with the beginnings of the answers."""
-
-TTS_VALUE_CARRIERS: dict[Relation, tuple[str, ...]] = {
-    "capital": (
-        "The name of this city is {value}.",
-        "They spent a week in {value}.",
-        "The train to {value} leaves at nine, and {value} is far away.",
-        "My favorite city is {value}.",
-    ),
-    "continent": (
-        "The ship is in {value}.",
-        "He has traveled all over {value}.",
-        "There are many countries in {value}.",
-        "Winter in {value} can be cold.",
-        "My cousin is in {value}.",
-        "The largest market is in {value}.",
-    ),
-    "language": (
-        "The language of this book is {value}.",
-        "She is learning {value} at school.",
-        "My favorite language is {value}.",
-        "Do you speak {value}, or only a little {value}?",
-    ),
-}
-"""Sentences to speak that name an answer, with the ends of the answers."""
-
 
 def sentence(text: str) -> str:
     """With a capital first letter, so that "the Netherlands" may begin it."""
@@ -123,6 +91,11 @@ def question(template: str, country: Country) -> str:
     return sentence(template.format(country=country.name))
 
 
+def swapped_text(country: Country, relation: Relation, value: str) -> str:
+    """The answer sentence with any value, true or not: "The capital of France is Lima."."""
+    return sentence(ANSWERS[relation].format(country=country.name, answer=value))
+
+
 def answer_text(country: Country, relation: Relation) -> str:
     """The canonical answer sentence of a fact, such as "The capital of France is Paris."."""
-    return sentence(ANSWERS[relation].format(country=country.name, answer=country.answer(relation)))
+    return swapped_text(country, relation, country.answer(relation))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -13,11 +13,10 @@ from shards.demo.phrasing import (
     ASR_COUNTRY_CARRIERS,
     HELDOUT_QUESTIONS,
     TRAIN_QUESTIONS,
-    TTS_COUNTRY_CARRIERS,
-    TTS_VALUE_CARRIERS,
     answer_text,
     question,
     sentence,
+    swapped_text,
 )
 from shards.demo.speech import ANSWER_VOICE, HELDOUT_VOICES, TRAIN_RENDERINGS, Utterance, Voice
 
@@ -29,8 +28,8 @@ Fact = tuple[str, Relation]
 HELDOUT_COUNTRIES = 12
 SQA_RENDERINGS = 500
 """Questions Piper speaks for training; each is heard in two voices."""
-TTS_CARRIERS_TRAINED = 2
-"""Carriers of each name that are spoken in training; the next one may be held out."""
+TTS_SWAPS = 600
+"""Answers with another country's value that are spoken for training."""
 HELDOUT_PHRASING = 60
 HELDOUT_ANSWERS = 60
 
@@ -165,33 +164,44 @@ def _asr_train(countries: list[Country], heldout: Collection[str]) -> list[Item]
     return items
 
 
-def _tts_carriers(countries: list[Country], heldout: Collection[str]) -> tuple[list[Item], list[Item]]:
-    """(training, spare) carriers; those of held-out countries all train, so that every word is spoken somewhere."""
+def _deal(turns: Sequence[Country], relation: Relation) -> Iterator[str | None]:
+    """For each turn a value that is not that country's and that it has not had, if one is left; all come evenly."""
+    values = sorted({country.answer(relation) for country in turns})
+    unfit = {country.name: set(accepted(country, relation)) for country in turns}
+    shuffled = random.Random(f"swaps {relation}")
+    deck: list[str] = []
+    for country in turns:
+        fitting = [value for value in values if value not in unfit[country.name]]
+        if not fitting:
+            yield None
+            continue
+        while not (found := [card for card in deck if card in fitting]):
+            deck += shuffled.sample(values, len(values))
+        deck.remove(found[0])
+        unfit[country.name].add(found[0])
+        yield found[0]
+
+
+def _swapped_answers(facts: list[tuple[Country, Relation]], heldout: Collection[str]) -> tuple[list[Item], list[Item]]:
+    """(training, spare) answers with another country's value.
+
+    Among true answers alone a name always has the same neighbours, and a decoder learns them by heart; among these it
+    can only read its text. Held-out countries are in the training ones, so that their names are spoken somewhere.
+    """
     train: list[Item] = []
     spare: list[Item] = []
-
-    def share(item: Item, place: int, always: bool) -> None:
-        if always or place < TTS_CARRIERS_TRAINED:
-            train.append(item)
-        elif place == TTS_CARRIERS_TRAINED:
-            spare.append(item)
-
-    for number, country in enumerate(countries):
-        for index, template in enumerate(TTS_COUNTRY_CARRIERS):
-            item = _spoken(f"{slug(country.name)}-c{index}", sentence(template.format(country=country.name)))
-            share(item, (index + number) % len(TTS_COUNTRY_CARRIERS), country.name in heldout)
+    each = max(2, round(TTS_SWAPS / max(1, len(facts))))
     for relation in RELATIONS:
-        needed = {country.answer(relation) for country in countries if country.name in heldout}
-        for number, value in enumerate(_values(countries, relation)):
-            templates = TTS_VALUE_CARRIERS[relation]
-            for index, template in enumerate(templates):
-                item = _spoken(f"{slug(value)}-{relation}-v{index}", sentence(template.format(value=value)))
-                share(item, (index + number) % len(templates), value in needed)
+        countries = [country for country, asked in facts if asked == relation]
+        trained = len(countries) * each
+        turns = countries * each + [country for country in countries if country.name not in heldout]
+        for turn, (country, value) in enumerate(zip(turns, _deal(turns, relation), strict=True)):
+            if value is None:
+                continue
+            stem = f"{slug(country.name)}-{relation}-{slug(value)}"
+            item = _spoken(stem, swapped_text(country, relation, value))
+            (train if turn < trained else spare).append(item)
     return train, spare
-
-
-def _values(countries: list[Country], relation: Relation) -> list[str]:
-    return sorted({country.answer(relation) for country in countries})
 
 
 def _spread(items: list[T], count: int) -> list[T]:
@@ -231,7 +241,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
         for index in (0, 1) if relation == "capital" else (0,):
             voices = _voices(number, 1)
             knowledge.append(_question(country, relation, TRAIN_QUESTIONS[relation][index], f"p{index}", voices))
-    carriers, spare = _tts_carriers(countries, heldout)
+    swapped, spare = _swapped_answers(facts, heldout)
 
     def answer(country: Country, relation: Relation) -> Item:
         stem = f"{slug(country.name)}-{relation}-answer"
@@ -240,7 +250,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     answers = [answer(*fact) for fact in train]
     kept_answers = [answer(*fact) for fact in kept]
     sets = {
-        "tts-train": answers + carriers,
+        "tts-train": answers + swapped,
         "tts-answers": answers,
         "tts-heldout": kept_answers + _spread(spare, max(0, HELDOUT_ANSWERS - len(kept_answers))),
         "sqa-train": _sqa_train(train),

@@ -3,12 +3,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from echox.models.rows import JoinedRows
-from echox.models.t2c import repeats, text_part
+from echox.models.t2c import TextPart, repeats, text_part
 from tests import tiny
 
 
-def _text(rows: int = 6) -> JoinedRows:
+def _text(rows: int = 6) -> TextPart:
     torch.manual_seed(7)
     mask = torch.arange(5)[None, :] < torch.tensor([[1], [5], [3], [2], [4], [5]])[:rows]
     return text_part(torch.randn(2, 32), torch.randn(rows, 5, 32), mask, torch.randn(3, 32))
@@ -33,7 +32,7 @@ def test_batched_greedy_equals_hugging_face_generate_one_by_one() -> None:
     ended = 0
     for seed in range(4):
         decoder = tiny.t2c_decoder(seed=seed)
-        stock, text = _as_hugging_face(decoder), _text()
+        stock, text = _as_hugging_face(decoder), _text().left_padded()
         ours = decoder.greedy(text, torch.full((6,), 20))
         for row in range(6):
             prompt = decoder.projection(text.values_BLh[row][text.mask_BL[row]])[None]
@@ -54,13 +53,13 @@ def test_batched_loss_equals_one_row_at_a_time() -> None:
     lengths = torch.tensor([7, 0, 3, 5, 1, 7])
     mask = torch.arange(7)[None, :] < lengths[:, None]
     weight = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 1.0])
-    total, count = decoder.loss(text, words.masked_fill(~mask, 0), mask, weight)
-    expected, tokens = torch.zeros(()), 0
+    total, count, _ = decoder.loss(text, words.masked_fill(~mask, 0), mask, weight)
+    expected, tokens, joined = torch.zeros(()), 0, text.left_padded()
     for row in range(6):
         if not weight[row]:
             continue
         target = words[row, : lengths[row]]
-        inputs = torch.cat([text.values_BLh[row][text.mask_BL[row]], decoder.unit_embedding(target)])
+        inputs = torch.cat([joined.values_BLh[row][joined.mask_BL[row]], decoder.unit_embedding(target)])
         hidden = decoder.body(inputs_embeds=decoder.projection(inputs)[None]).last_hidden_state[0]
         logits = decoder.head(hidden[-len(target) - 1 :])
         expected = expected + F.cross_entropy(logits, F.pad(target, (0, 1), value=decoder.end), reduction="sum")
@@ -74,20 +73,20 @@ def test_a_text_stride_sets_words_beside_their_text_in_training_and_in_decoding(
     decoder.text_stride = 2.5
     padded = torch.tensor([[False, True, True, True, True, True]])
     assert decoder._positions(padded, 4).tolist() == [[0, 0, 2.5, 5, 0, 1]]
-    own = decoder.greedy(text, torch.full((6,), 20))
+    own = decoder.greedy(text.left_padded(), torch.full((6,), 20))
     logits = decoder(text, own.words_NM, own.mask_NM)
     logits[..., decoder.pad] = -torch.inf
     for row, length in enumerate(own.mask_NM.sum(1).tolist()):
         said = own.words_NM[row, :length].tolist() + ([decoder.end] if own.ended_N[row] else [])
         assert logits[row, : len(said)].argmax(-1).tolist() == said
     decoder.text_stride = None
-    assert not torch.equal(decoder.greedy(text, torch.full((6,), 20)).words_NM, own.words_NM)
+    assert not torch.equal(decoder.greedy(text.left_padded(), torch.full((6,), 20)).words_NM, own.words_NM)
 
 
 def test_limits_are_kept_row_by_row() -> None:
     decoder, text = tiny.t2c_decoder(), _text()
     limits = torch.tensor([1, 2, 3, 4, 5, 6])
-    decoded = decoder.greedy(text, limits)
+    decoded = decoder.greedy(text.left_padded(), limits)
     assert bool((decoded.mask_NM.sum(1) <= limits).all())
 
 

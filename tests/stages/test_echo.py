@@ -38,7 +38,8 @@ def test_adapter_that_returns_the_embedding_makes_the_echo_decoder_repeat_the_te
     text, mask = batch.response_BR, batch.response_mask_BR & (batch.response_BR != tiny.END)
     prefix, header, embedded = stage._embeddings(text)
     part = text_part(prefix, embedded, mask, header)
-    pseudo = stage.teacher(part.values_BLh, part.mask_BL, torch.full((6,), 30))
+    asked = part.left_padded()
+    pseudo = stage.teacher(asked.values_BLh, asked.mask_BL, torch.full((6,), 30))
     logits = stage.echo(part, pseudo.words_NM, pseudo.mask_NM)[:, :-1]
     logits[..., stage.echo.pad] = -torch.inf
     assert torch.equal(logits.argmax(-1)[pseudo.mask_NM], pseudo.words_NM[pseudo.mask_NM])

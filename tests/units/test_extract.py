@@ -66,20 +66,29 @@ def test_frames_of_a_clip_do_not_depend_on_the_batch(whisper: Path, kind: str) -
         np.testing.assert_allclose(frames, alone, atol=2e-4)
 
 
-def test_hubert_layer_is_that_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("norm", "stable"), [("group", False), ("layer", True)])
+def test_hubert_layer_in_a_batch_is_that_of_transformers_clip_by_clip(tmp_path: Path, norm: str, stable: bool) -> None:
     torch.manual_seed(0)
     config = HubertConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         conv_dim=(8, 8, 8, 8, 8, 8, 8), num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+        feat_extract_norm=norm, conv_bias=stable, do_stable_layer_norm=stable,
     )  # fmt: skip
     model = HubertModel(config).eval()
+    if norm == "group":
+        # Fresh norms are all alike; trained ones are not.
+        torch.nn.init.normal_(model.feature_extractor.conv_layers[0].layer_norm.weight, 1.0, 0.3)
+        torch.nn.init.normal_(model.feature_extractor.conv_layers[0].layer_norm.bias, 0.0, 0.3)
     model.save_pretrained(tmp_path)
-    clip = tone(1.0)
-    (frames_TD,) = load_features(FeatureConfig(kind="hubert", model=str(tmp_path), layer=1))([clip])
-    with torch.no_grad():
-        expected = model(torch.from_numpy(clip)[None], output_hidden_states=True).hidden_states[1][0]
-    np.testing.assert_allclose(frames_TD, expected.numpy(), atol=1e-5)
-    assert len(frames_TD) == 49
+    clips = [tone(1.0, 1), tone(2.37, 2), tone(0.5, 3), tone(0.02, 4), tone(31.0, 5)]
+    features = load_features(FeatureConfig(kind="hubert", model=str(tmp_path), layer=1))
+    found = features(clips)
+    assert [len(frames_TD) for frames_TD in found] == [49, 118, 24, 1, 1549]
+    for clip, frames_TD in zip(clips, found, strict=True):
+        padded = np.pad(clip, (0, max(0, 400 - len(clip))))
+        with torch.no_grad():
+            expected = model(torch.from_numpy(padded)[None], output_hidden_states=True).hidden_states[1][0]
+        np.testing.assert_allclose(frames_TD, expected.numpy(), atol=2e-5)
 
 
 def test_units_from_a_saved_folder(whisper: Path, tmp_path: Path) -> None:

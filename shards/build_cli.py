@@ -1,0 +1,107 @@
+"""`echox shards build CORPUS`: one command a recipe, all with the same options."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from shards.corpora import CORPORA
+from shards.corpus import Corpus
+
+
+def add_builders(corpora: Any) -> None:
+    """Register a command for every recipe."""
+    for corpus in CORPORA.values():
+        _add(corpora, corpus)
+
+
+def _add(corpora: Any, corpus: Corpus) -> None:
+    parser = corpora.add_parser(
+        corpus.name,
+        help=corpus.summary,
+        description=f"{corpus.summary}\n\npage:    {corpus.page}\nlicence: {corpus.licence}",
+        epilog=f"what --source holds:\n\n{corpus.layout}\n\nexample: {corpus.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", type=Path, required=True, help="where the corpus lies; it is only read")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the shards; appears when they are complete")
+    parser.add_argument("--limit", type=positive, help="take the first so many utterances only, to try things out")
+    parser.add_argument("--workers", type=positive, help="processes (default: as many as there are processors)")
+    if len(corpus.tasks) > 1:
+        default = corpus.tasks[0] or "by the fields of each line"
+        named = [task for task in corpus.tasks if task]
+        parser.add_argument("--task", choices=named, default=corpus.tasks[0], help=f"what for (default: {default})")
+    if corpus.has_splits:
+        parser.add_argument("--split", default="train", help="train, dev, test or one part (default: %(default)s)")
+    if corpus.tasks != ("asr",):
+        parser.add_argument("--units", type=Path, help="folder of kmeans.npz: turn spoken answers into units of it")
+        parser.add_argument("--keep-answer-audio", action="store_true", help="keep answer.flac beside the units")
+    parser.add_argument("--per-shard", type=positive, default=256, help="utterances a shard (default: %(default)s)")
+    parser.add_argument(
+        "--max-seconds", type=float, default=120.0, help="longer audio is rejected (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--max-rejected",
+        type=_share,
+        default=0.02,
+        help="share of bad utterances above which the build fails (default: %(default)g)",
+    )
+    parser.add_argument("--replace", action="store_true", help="replace shards that were built differently")
+    parser.add_argument("--json", action="store_true", help="print the description of the shards as JSON")
+    parser.set_defaults(run=run_build, corpus=corpus.name, units=None, keep_answer_audio=False, split="train")
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Build the corpus; progress goes to stderr, the result to stdout."""
+    from shards.answer_units import add_answer_units, finish_interrupted
+    from shards.build import Settings, build_corpus
+    from shards.corpus import Request
+
+    corpus = CORPORA[args.corpus]
+    workers = args.workers or len(os.sched_getaffinity(0))
+    request = Request(
+        task=getattr(args, "task", corpus.tasks[0]),
+        split=args.split,
+        answers=args.units is not None or args.keep_answer_audio,
+    )
+    settings = Settings(
+        limit=args.limit,
+        per_shard=args.per_shard,
+        workers=workers,
+        longest_s=args.max_seconds,
+        max_rejected=args.max_rejected,
+        replace=args.replace,
+    )
+    finish_interrupted(args.out)
+    described = build_corpus(corpus, args.source, args.out, request, settings, _say)
+    if args.units is not None:
+        add_answer_units(args.out, args.units, _say, keep_audio=args.keep_answer_audio, workers=workers)
+        described = json.loads((args.out / "dataset.json").read_text())
+    if args.json:
+        print(json.dumps(described, indent=2))
+    else:
+        print(f"corpus {corpus.name}: {args.out}")
+    return 0
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 and 1")
+    return value
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

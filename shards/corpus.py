@@ -1,0 +1,224 @@
+"""What a corpus recipe says: utterances in a fixed order, and where the sound of each one lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from echox.errors import DataError
+
+
+@dataclass(frozen=True)
+class FileAudio:
+    """A file of its own.
+
+    Attributes:
+        path: the file.
+    """
+
+    path: Path
+
+    def read(self) -> bytes:
+        """Its bytes, whatever libsndfile decodes."""
+        return self.path.read_bytes()
+
+    def stands_in(self) -> Path:
+        """The file whose change means that the audio may have changed."""
+        return self.path
+
+
+@dataclass(frozen=True)
+class SpanAudio:
+    """Bytes within a larger file, such as a member of an uncompressed tar.
+
+    Attributes:
+        path: the file.
+        offset: where the audio starts, bytes.
+        size: its length, bytes.
+        origin: the file of the corpus that this one was made from, or is.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    origin: Path
+
+    def read(self) -> bytes:
+        """The bytes of the span."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def stands_in(self) -> Path:
+        """The file whose change means that the audio may have changed."""
+        return self.origin
+
+
+@dataclass(frozen=True)
+class MemberAudio:
+    """A member of a tar or tar.gz; `Archives` finds its span before anything reads it.
+
+    Attributes:
+        archive: the tar.
+        name: the member's name, without a leading `./`.
+    """
+
+    archive: Path
+    name: str
+
+    def read(self) -> bytes:
+        """Not readable before it was located."""
+        raise FileNotFoundError(f"{self.archive.name} has no member {self.name}")
+
+    def stands_in(self) -> Path:
+        """The file whose change means that the audio may have changed."""
+        return self.archive
+
+
+@dataclass(frozen=True)
+class ParquetAudio:
+    """A cell of a parquet file, as Hugging Face stores audio: a struct with a field `bytes`.
+
+    Attributes:
+        path: the parquet file.
+        group: row group.
+        row: row within the group.
+        column: name of the struct.
+    """
+
+    path: Path
+    group: int
+    row: int
+    column: str = "audio"
+
+    def read(self) -> bytes:
+        """The bytes of the cell."""
+        cell = _row_group(self.path, self.group, self.column)[self.row].as_py()
+        if not cell or not cell["bytes"]:
+            raise FileNotFoundError(f"row {self.row} of row group {self.group} of {self.path.name} has no audio bytes")
+        return bytes(cell["bytes"])
+
+    def stands_in(self) -> Path:
+        """The file whose change means that the audio may have changed."""
+        return self.path
+
+
+@lru_cache(maxsize=1)
+def _row_group(path: Path, group: int, column: str) -> Any:
+    # Utterances of a shard lie side by side, so that the row group last read serves the next ones too.
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path).read_row_group(group, columns=[f"{column}.bytes"])[column]
+    except ValueError as error:
+        raise DataError(f"row group {group} of {path.name} is damaged: {error}") from error
+
+
+Audio = FileAudio | SpanAudio | MemberAudio | ParquetAudio
+
+
+@dataclass(frozen=True, kw_only=True)
+class Utterance:
+    """One sample to be.
+
+    Attributes:
+        id: name within the corpus.
+        task: "asr", "sqa" or "tts".
+        source: corpus it comes from.
+        split: train, dev or test, or the corpus's own finer name.
+        question: the spoken question, or the recording to transcribe.
+        question_text: its transcript.
+        answer: the spoken answer.
+        answer_text: the answer as text.
+        units: the answer's units, where the corpus has them instead of sound.
+        turns: the dialogue before the question, `{"role", "text"}` each; empty for a first or only turn.
+        extra: further fields of the json member.
+        problem: why it cannot be used, where the recipe has found that out already.
+    """
+
+    id: str
+    task: str
+    source: str
+    split: str = "train"
+    question: Audio | None = None
+    question_text: str | None = None
+    answer: Audio | None = None
+    answer_text: str | None = None
+    units: tuple[int, ...] | None = None
+    turns: tuple[Mapping[str, str], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is wanted of a corpus.
+
+    Attributes:
+        task: "asr", "sqa" or "tts", or "" to let a manifest's fields decide.
+        split: "train", "dev" or "test", or a finer name the corpus has.
+        answers: spoken answers are wanted besides spoken questions.
+    """
+
+    task: str
+    split: str = "train"
+    answers: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A recipe.
+
+    Attributes:
+        name: on the command line.
+        summary: one line of what it is.
+        page: where its owners publish it.
+        licence: as they state it.
+        layout: the files that are expected below the source.
+        tasks: tasks it can serve, the default first.
+        discover: utterances below a source, always in the same order; a wrong source raises `DataError`.
+        has_splits: whether `--split` chooses among its parts.
+        example: a command line.
+    """
+
+    name: str
+    summary: str
+    page: str
+    licence: str
+    layout: str
+    tasks: tuple[str, ...]
+    discover: Callable[[Path, Request], Iterator[Utterance]]
+    has_splits: bool = False
+    example: str = ""
+
+
+def wrong_source(corpus: str, source: Path, looked_for: str) -> DataError:
+    """The error of a folder that is not the corpus, naming what was looked for."""
+    state = "there is no such file or folder" if not source.exists() else f"no {looked_for} is there"
+    return DataError(
+        f"Cannot find {corpus}: {state}",
+        where=str(source),
+        fix=f"Name the place that holds {looked_for}; `echox shards build {corpus} --help` shows the layout.",
+    )
+
+
+def clean(text: Any) -> str | None:
+    """A text without the white space around it; None for what is no text or nothing but white space.
+
+    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark.
+    """
+    return text.encode("utf-8", "replace").decode().strip() or None if isinstance(text, str) else None
+
+
+def in_split(part: str, split: str) -> bool:
+    """Whether the corpus's part, such as `train-clean-100` or `partial-train.100`, belongs to a split or is it."""
+    name = part.removeprefix("partial-").replace(".", "-").lower()
+    return name == split or name.startswith(f"{split}-")
+
+
+def sorted_paths(paths: Iterable[Path]) -> list[Path]:
+    """Paths in an order that does not depend on the file system or the locale."""
+    return sorted(paths, key=lambda path: path.as_posix())

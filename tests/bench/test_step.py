@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from echox.bench import step
+from echox.config.load import load_recipe
+from echox.stages.build import build_s2t_stage, build_t2c_stage
+from echox.stream.collate import PromptTokens
+from tests import tiny
+
+LOAD = step.Load(rows=6, question_s=0.5, response=5, words=8)
+
+
+def _tiny(recipe: Any, *_: Any, **__: Any) -> nn.Module:
+    config = tiny.model_config()
+    if recipe.stage == "t2c":
+        return build_t2c_stage(tiny.t2c_decoder(), nn.Embedding(tiny.VOCABULARY, 32), tiny.PREFIX, tiny.HEADER)
+    return build_s2t_stage(config, tiny.s2t_model(config))
+
+
+@pytest.mark.parametrize("name", ["t2c", "s2t", "s2t-encoder"])
+def test_both_layouts_are_timed_on_the_same_weights_and_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SimpleNamespace(
+        tokenizer=range(tiny.VOCABULARY), words=tiny.WORDS, prompt=PromptTokens([1], [2, 3], [4, 3], tiny.END)
+    )
+    monkeypatch.setattr(step.TextTools, "load", lambda recipe: text)
+    monkeypatch.setattr(step, "build_stage", _tiny)
+    monkeypatch.setattr(step, "encoder_width", lambda ref: 16)
+    monkeypatch.setattr(step, "mel_bins", lambda ref, *, random_init: 8)
+    stage, _, encoder = name.partition("-")
+    overrides = ["engine.precision=fp32", *(["model.speech_encoder.precomputed=false"] if encoder else [])]
+    result = step.run(load_recipe(f"demo/{stage}", overrides), LOAD, repeats=2)
+    assert 0.1 < result.padding_share < 0.8
+    assert result.loss_gap < 1e-5
+    assert len(result.speedups) == 2 and all(ratio > 0 for ratio in result.speedups)
+    assert set(result.ms) == {"packed", "padded"}
+
+
+def test_the_table_has_a_line_for_each_result() -> None:
+    result = step.StepResult(
+        name="demo-t2c", padding_share=0.3, ms={"packed": 10.0, "padded": 15.0}, speedups=[1.4, 1.5, 1.9], loss_gap=2e-7
+    )
+    lines = step.table([result, replace(result, name="demo-s2t")]).splitlines()
+    assert lines[2] == "| demo-t2c | 30% | 10 | 15 | 1.50× (1.40 to 1.90) | 2e-07 |"
+    assert len({len(re.findall(r"\|", line)) for line in lines}) == 1 and len(lines) == 4

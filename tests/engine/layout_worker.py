@@ -1,0 +1,78 @@
+"""A process of the layout test: a few Stage III steps of the tiny model in each layout; `layout_worker.py PLAN`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from toy import toy_recipe
+
+from echox.config.schema import Recipe
+from echox.engine.context import TorchrunContext
+from echox.engine.interfaces import StageSetup
+from echox.engine.train import train
+from echox.stream.batch import SpeechBatch
+from tests import tiny
+
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Two micro-batches a step, of other lengths on each rank."""
+
+    rank: int
+
+    def step(self, step: int) -> list[SpeechBatch]:
+        return [
+            tiny.speech_batch(3 + self.rank, seed=100 * step + 10 * micro + self.rank, step=step) for micro in (0, 1)
+        ]
+
+
+@dataclass(frozen=True)
+class Build:
+    """The injected build function."""
+
+    layout: str
+    frozen: Path
+
+    def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
+        cuts = {"mode": "fixed", "fixed_tokens": 3}
+        stage = tiny.echo_stage(layout=self.layout, segmentation=cuts, units_per_token=1)
+        return StageSetup(
+            module=stage,
+            train_loader=Loader(rank),
+            valid_loaders={},
+            frozen_models={"tower": self.frozen},
+            samples_per_epoch=100,
+            data={"fingerprint": "tiny"},
+        )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    outcomes = {}
+    with TorchrunContext(plan["storage"]) as context:
+        for layout, placement in plan["runs"]:
+            name = f"{layout}-{placement}"
+            recipe = toy_recipe(
+                name,
+                Path(plan["deepspeed"]),
+                optim__steps=STEPS,
+                optim__eps=1.0,  # Adam with so large an epsilon follows the gradient, not its sign
+                optim__lr={"lora": 1.0, "echo": 1.0, "denoising": 1.0},
+                engine__frozen_placement=placement,
+                engine__validate_every=0,
+            )
+            result = train(recipe, context, Build(layout, Path(plan["frozen"])))
+            outcomes[name] = {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
+    if context.rank == 0:
+        Path(plan["out"]).write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()
