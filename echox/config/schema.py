@@ -187,12 +187,12 @@ class SourceConfig(Section):
 class BudgetConfig(Section):
     """What a micro-batch may cost, in place of a fixed number of samples (U9).
 
-    A sample's tokens are estimated from its lengths: 25 speech vectors a second and a quarter of its characters, or its
-    units and those.
+    The cost is the sum of the samples' lengths, or rows times the longest where `model.layout` is padded. A sample's
+    tokens are estimated: 25 speech vectors a second and a quarter of its characters, or its units and those.
     """
 
     by: Literal["seconds", "tokens"]
-    size: PositiveFloat = Field(description="most that rows times the longest may be, in one forward on one rank")
+    size: PositiveFloat = Field(description="most that one forward on one rank may cost; a longer sample goes alone")
     micro_batches: PositiveInt = Field(
         description="micro-batches in one optimizer step, over all ranks; any number of ranks that divides it will do"
     )

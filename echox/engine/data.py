@@ -18,7 +18,7 @@ from echox.stream.store import ShardStore
 from echox.stream.validation import ValidReader
 
 if TYPE_CHECKING:
-    from echox.config.schema import DataConfig, Recipe, SourceConfig
+    from echox.config.schema import Recipe, SourceConfig
     from echox.stream.collate import Collate
 
 
@@ -40,10 +40,12 @@ def open_sources(configs: Iterable[SourceConfig]) -> list[Source]:
     ]
 
 
-def budget_of(data: DataConfig) -> Budget:
-    """How much goes into a micro-batch."""
+def budget_of(recipe: Recipe) -> Budget:
+    """How much goes into a micro-batch; padding costs where rows are padded."""
+    data = recipe.data
     if data.budget is not None:
-        return CostBudget(by=data.budget.by, size=data.budget.size, micro_batches=data.budget.micro_batches)
+        size, padded = data.budget.size, recipe.model.layout == "padded"
+        return CostBudget(by=data.budget.by, size=size, micro_batches=data.budget.micro_batches, padded=padded)
     return SampleBudget(step=data.global_batch, micro_batches=data.global_batch // data.micro_batch)
 
 
@@ -53,7 +55,7 @@ def build_plan(recipe: Recipe, sources: list[Source]) -> Plan:
     return Plan(
         sources,
         seed=recipe.seed,
-        budget=budget_of(data),
+        budget=budget_of(recipe),
         window_shards=data.window_shards,
         pool=data.pool,
         weight_by=data.weight_by,
@@ -87,7 +89,7 @@ def valid_readers(
             source,
             ShardStore(source.catalogue),
             collate,
-            budget_of(data),
+            budget_of(recipe),
             by_tokens=data.budget is not None and data.budget.by == "tokens",
             rank=rank,
             world_size=world_size,

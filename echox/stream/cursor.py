@@ -14,7 +14,10 @@ from echox.stream.blend import Blend, BlendVersion
 from echox.stream.plan import Place, Plan
 
 VERSION = 1
-_KEYS = {"by": "budget.by", "size": "budget.size", "micro_batches": "budget.micro_batches", "padded": "budget.padded"}
+_FIELDS = {
+    **{name: f"data.budget.{name}" for name in ("by", "size", "micro_batches")},
+    "padded": "padding under data.budget (model.layout)",
+}
 
 
 def record(plan: Plan, place: Place, accounts: Accounts) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def differences(plan: Plan, saved: Mapping[str, Any]) -> list[str]:
     for name in sorted(parameters.keys() | saved["plan"].keys()):
         values = parameters.get(name), saved["plan"].get(name)
         if values[0] != values[1]:
-            found.append(f"data.{_KEYS.get(name, name)} is {values[0]} and was {values[1]}")
+            found.append(f"{_FIELDS.get(name, f'data.{name}')} is {values[0]} and was {values[1]}")
     return found
 
 

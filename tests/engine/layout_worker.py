@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from toy import toy_recipe
+from toy import UncountedLoader, toy_recipe
 
 from echox.config.schema import Recipe
 from echox.engine.context import TorchrunContext
@@ -20,8 +20,8 @@ from tests import tiny
 STEPS = 4
 
 
-@dataclass(frozen=True)
-class Loader:
+@dataclass
+class Loader(UncountedLoader):
     """Two micro-batches a step, of other lengths on each rank."""
 
     rank: int
@@ -47,8 +47,6 @@ class Build:
             train_loader=Loader(rank),
             valid_loaders={},
             frozen_models={"tower": self.frozen},
-            samples_per_epoch=100,
-            data={"fingerprint": "tiny"},
         )
 
 

@@ -85,6 +85,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             {"name": "halves", "recipe": EVERY_5, "options": DROPOUT, "die_at": 5},
             {"name": "damaged", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "wrong", "recipe": {"optim__steps": 3}, "options": {"dead": True, "leak": True}},
+            {"name": "grown", "recipe": {"optim__steps": 2}},
             {"name": "nan", "recipe": {"optim__steps": 4, "engine__checkpoint_every": 2}, "options": {"nan_at": 2}},
         ],
     )
@@ -102,8 +103,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             {"name": "halves", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "damaged", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "two", "recipe": {**CLIP, **EVERY_5}},
-            {"name": "two", "label": "seed", "recipe": {"optim__steps": 12, "seed": 3}},
-            {"name": "two", "label": "data", "recipe": {"optim__steps": 12}, "data": "other"},
+            {"name": "grown", "label": "refused", "recipe": {"optim__steps": 3}, "data": "other"},
+            {"name": "grown", "recipe": {"optim__steps": 3}, "data": "other", "accept": True},
         ],
     )
     return Launched(folder, first, alone, second)
@@ -208,9 +209,11 @@ def test_a_finished_run_does_nothing(launched: Launched) -> None:
     assert len(launched.events("two", "start")) == 1
 
 
-def test_other_seed_or_data_is_refused(launched: Launched) -> None:
-    assert "seed is 3 and was 17" in launched.second["seed"]["text"]
-    assert "the training data is not what the checkpoint was trained on" in launched.second["data"]["text"]
+def test_other_data_is_refused_unless_accepted(launched: Launched) -> None:
+    assert launched.second["refused"]["text"] == "the data are other and were toy"
+    assert launched.second["grown"]["step"] == 3
+    (accepted,) = launched.events("grown", "new_data")
+    assert (accepted["step"], accepted["what"]) == (2, "the data are other and were toy")
 
 
 def test_prefetch_trace_is_stable_from_step_three(launched: Launched) -> None:
@@ -259,6 +262,8 @@ def test_metrics_and_progress_files(launched: Launched) -> None:
     speed = {"step_ms", "samples_per_s", "tokens_per_s_per_gpu", "data_wait_share", "peak_gib"}
     assert losses | {f"perf/{name}" for name in speed} <= records[0].keys()
     assert records[0]["stage/answer"] == 42
+    assert [record["data/samples"] for record in records] == [8 * step for step in range(1, 11)]
+    assert {record["data/indices"] for record in records} == {sum(range(8))}
     assert launched.first["two"]["metrics"]["valid/loss/s2t"] == pytest.approx(
         launched.alone["one"]["metrics"]["valid/loss/s2t"], rel=1e-5
     )
@@ -269,12 +274,7 @@ def test_metrics_and_progress_files(launched: Launched) -> None:
 
 def test_manifest_names_what_the_run_stood_on(launched: Launched) -> None:
     manifest = json.loads((launched.checkpoint("two", 10) / "manifest.json").read_text())
-    assert manifest["cursor"] == {
-        "step": 10,
-        "samples": 80,
-        "epoch": 0.8,
-        "data": {"fingerprint": "toy", "parts": [1, 2]},
-    }
+    assert manifest["cursor"] == {"step": 10, "stream": {"data": "toy", "seen": 80.0, "committed": 10}}
     assert manifest["frozen"]["tower"]["files"].keys() == {"model.safetensors"}
     assert manifest["world_size"] == 2
     assert manifest["recipe"]["optim"]["steps"] == 10

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from echox.config.schema import Recipe
 from echox.engine.interfaces import StageSetup
+from echox.errors import CheckpointError
 
 FEATURES, WIDTH, CLASSES, POSITIONS = 8, 16, 5, 6
 
@@ -29,6 +31,7 @@ class ToyBatch:
     labels_BT: Tensor
     mask_BT: Tensor
     ctc_B: Tensor
+    account: np.ndarray | None = None
 
     def to(self, device: torch.device) -> ToyBatch:
         moved = {name: getattr(self, name).to(device) for name in ("x_BTD", "labels_BT", "mask_BT", "ctc_B")}
@@ -133,19 +136,82 @@ def collate(samples: list[ToyBatch]) -> ToyBatch:
     )
 
 
-@dataclass(frozen=True)
-class ToyLoader:
-    """Micro-batch m of rank r holds samples (m * world + r) * micro onwards of the global batch."""
+class UncountedLoader:
+    """What a loader has beside `step`, for one whose data need no account."""
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def start(
+        self, *, step: int, run_folder: Path, saved: Mapping[str, Any] | None, accept_new_data: bool = False
+    ) -> list[str]:
+        return []
+
+    def commit(self) -> None:
+        pass
+
+    def settle(self, account: Sequence[float]) -> dict[str, float]:
+        return {}
+
+    def record(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class ToyLoader(UncountedLoader):
+    """Micro-batch m of rank r holds samples (m * world + r) * micro onwards of the global batch.
+
+    The account of a batch is [samples, sum of their indices].
+    """
 
     recipe: Recipe
     rank: int
     world: int
     options: ToyOptions
+    data: str = "toy"
+    seen: float = 0.0
+    committed: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"data": self.data}
+
+    def start(
+        self, *, step: int, run_folder: Path, saved: Mapping[str, Any] | None, accept_new_data: bool = False
+    ) -> list[str]:
+        self.committed = step
+        if saved is None:
+            return []
+        self.seen = saved["seen"]
+        if saved["data"] == self.data:
+            return []
+        clause = f"the data are {self.data} and were {saved['data']}"
+        if not accept_new_data:
+            raise CheckpointError(clause)
+        return [clause]
 
     def step(self, step: int) -> list[ToyBatch]:
+        assert step == self.committed
         micro, data = self.recipe.data.micro_batch, self.recipe.data
         starts = range(self.rank * micro, data.global_batch, self.world * micro)
-        return [collate([sample(step, index, self.options) for index in range(s, s + micro)]) for s in starts]
+        batches = []
+        for start in starts:
+            indices = range(start, start + micro)
+            batches.append(collate([sample(step, index, self.options) for index in indices]))
+            batches[-1].account = np.array([micro, sum(indices)], dtype=np.float64)
+        return batches
+
+    def commit(self) -> None:
+        self.committed += 1
+
+    def settle(self, account: Sequence[float]) -> dict[str, float]:
+        self.seen += account[0]
+        return {"data/samples": self.seen, "data/indices": account[1]}
+
+    def record(self) -> dict[str, Any]:
+        return {"data": self.data, "seen": self.seen, "committed": self.committed}
 
 
 @dataclass(frozen=True)
@@ -169,11 +235,9 @@ class ToyBuild:
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         return StageSetup(
             module=ToyStage(self.options),
-            train_loader=ToyLoader(recipe, rank, world_size, self.options),
+            train_loader=ToyLoader(recipe, rank, world_size, self.options, self.data),
             valid_loaders={"held": ToyValidation(rank, world_size)},
             frozen_models={"tower": self.frozen_folder},
-            samples_per_epoch=100,
-            data={"fingerprint": self.data, "parts": (1, 2)},
         )
 
 

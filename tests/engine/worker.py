@@ -45,7 +45,8 @@ def run(plan: dict[str, Any], context: LocalContext | TorchrunContext, scenario:
     options = ToyOptions(**scenario.get("options", {}))
     build = ToyBuild(options, Path(plan["frozen"]), scenario.get("data", "toy"))
     try:
-        result = train(recipe, Scenario(context, scenario.get("die_at")), build)
+        accept = scenario.get("accept", False)
+        result = train(recipe, Scenario(context, scenario.get("die_at")), build, accept_new_data=accept)
     except Killed:
         return {"killed": True}
     except EchoXError as error:

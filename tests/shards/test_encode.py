@@ -14,7 +14,7 @@ from echox.config.schema import ModelConfig
 from echox.errors import DataError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate
 from echox.stream.encoded import check_encoded, encoding_identity
-from echox.stream.index import ShardFolder
+from echox.stream.store import read_folder
 from echox.stream.writer import write_shards
 from shards import encode
 from tests import tiny
@@ -48,17 +48,17 @@ def folder(tmp_path: Path) -> Path:
 def collate(model: ModelConfig, *, precomputed: bool) -> SpeechCollate:
     log_mel = LogMel(8, stack=model.alignment.stack)
     prompt = PromptTokens(before=[1], after=[2], after_asr=[3], end=4)
-    return SpeechCollate(lambda text: [5], prompt, log_mel, 480_000, precomputed=precomputed)
+    return SpeechCollate(lambda text: [5], prompt, log_mel, 480_000, precomputed=16 if precomputed else None)
 
 
 def test_a_batch_from_encoded_shards_is_the_encoder_on_its_audio(folder: Path, model: ModelConfig) -> None:
-    before = ShardFolder.open(folder)
+    before = list(read_folder(folder))
     lines: list[str] = []
     assert encode.encode_folder(folder, model, lines.append) and lines
-    after = ShardFolder.open(folder)
-    assert [s.meta for s in after.samples] == [s.meta for s in before.samples]
+    after = list(read_folder(folder))
+    assert [s.meta for s in after] == [s.meta for s in before]
     assert (folder / "inputs.json").read_text() == '"made of"'
-    items = [Item(after.samples[number], "sqa") for number in (3, 0, 6)]
+    items = [Item(after[number], "sqa") for number in (3, 0, 6)]
     stored, heard = collate(model, precomputed=True)(items, 0), collate(model, precomputed=False)(items, 0)
     assert stored.frames_B.tolist() == heard.frames_B.tolist() and stored.mel_BMT.shape[2] == 0
     front_end = tiny.s2t_model(model).eval().front_end
