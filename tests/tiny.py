@@ -10,8 +10,9 @@ from echox.config.schema import LoraConfig, ModelConfig
 from echox.models.s2t import S2TModel
 from echox.models.t2c import T2CDecoder
 from echox.release.pretrained import add_lora
-from echox.stages.build import build_echo_stage, build_s2t, build_t2c
+from echox.stages.build import build_echo_stage, build_s2t, build_t2c, build_t2c_stage
 from echox.stages.echo import EchoStage
+from echox.stages.t2c import T2CStage
 from echox.stream.batch import SpeechBatch
 
 VOCABULARY = 48
@@ -109,6 +110,12 @@ def t2c_decoder(config: ModelConfig | None = None, *, width: int = 32, seed: int
             torch.nn.init.normal_(parameter, std=0.5)
     torch.nn.init.normal_(decoder.head.weight, std=0.5)
     return decoder.eval()
+
+
+def t2c_stage(config: ModelConfig | None = None) -> T2CStage:
+    """A tiny Stage II."""
+    torch.manual_seed(6)
+    return build_t2c_stage(t2c_decoder(config), torch.nn.Embedding(VOCABULARY, 32), PREFIX, HEADER)
 
 
 def echo_stage(**echo: Any) -> EchoStage:
