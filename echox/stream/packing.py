@@ -96,15 +96,17 @@ class CostBudget:
 
     def pools(self, lengths_N: NDArray[np.float64], pool: int | None) -> list[int]:
         """Edges of equally many samples, by the steps that their summed length would fill."""
+        if pool is None:
+            return [0, len(lengths_N)]
         steps = -(-float(lengths_N.sum()) // (self.size * self.micro_batches))
-        return _even(len(lengths_N), 1 if pool is None else max(1, int(steps) // pool))
+        return _even(len(lengths_N), min(max(1, int(steps) // pool), len(lengths_N)))
 
     def cut(self, lengths_N: NDArray[np.float64]) -> list[list[slice]]:
         """Fill up greedily, under the smallest budget that needs no more steps than the full one."""
         lengths, group = lengths_N.tolist(), self.micro_batches
         edges = self._fill(lengths, self.size)
         wanted = -(-(len(edges) - 1) // group) * group
-        low, high = sum(lengths) / wanted, self.size
+        low, high = min(sum(lengths) / wanted, self.size), self.size
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             tried = self._fill(lengths, middle)
