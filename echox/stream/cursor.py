@@ -17,6 +17,9 @@ VERSION = 1
 _FIELDS = {
     **{name: f"data.budget.{name}" for name in ("by", "size", "micro_batches")},
     "padded": "padding under data.budget (model.layout)",
+    "repeat": "repeat in data.train",
+    "blend": "blending by weight in data.train",
+    "format": "the version of the plan",
 }
 
 
