@@ -10,9 +10,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from echox.config.load import fingerprint
-from echox.config.paths import resolve_data
 from echox.config.schema import Recipe
-from echox.errors import EchoXError
+from echox.engine.data import listings
 
 State = Literal["none", "partial", "done", "stale"]
 
@@ -46,13 +45,9 @@ def run_state(recipe: Recipe) -> tuple[State, str]:
         upstream = newest_manifest(Path(source)) if source else None
         if upstream is not None and upstream.stat().st_mtime > made:
             return "stale", f"{Path(source or '').name} was trained again"
-    for data in recipe.data.train:
-        try:
-            index = resolve_data(data.path) / "dataset.json"
-        except EchoXError:
-            continue
-        if index.is_file() and index.stat().st_mtime > made:
-            return "stale", f"{data.path} was built again"
+    for name, listing in listings(recipe.data.train).items():
+        if listing.stat().st_mtime > made:
+            return "stale", f"{name} was built again"
     if int(manifest.get("step", 0)) < recipe.optim.steps:
         return "partial", f"continues at step {manifest['step']} of {recipe.optim.steps}"
     return "done", f"{recipe.name} has its {recipe.optim.steps} steps"

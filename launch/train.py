@@ -252,19 +252,15 @@ def _artifacts(recipe: Recipe, tracker: MlflowTracker) -> None:
     """The resolved recipe, the DeepSpeed JSON and the fingerprints of the data, as files of the run."""
     import yaml
 
-    from echox.config.paths import resolve_data, resolve_file
+    from echox.config.paths import resolve_file
+    from echox.engine.data import listings
 
     resolved_file = tracker.handle.run_folder / "recipe.resolved.yaml"
     resolved_file.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
     tracker.artifact(resolved_file, "config")
     tracker.artifact(resolve_file(recipe.engine.deepspeed), "config")
-    for source in {source.path for source in (*recipe.data.train, *recipe.data.valid)}:
-        try:
-            index = resolve_data(source) / "dataset.json"
-        except EchoXError:
-            continue  # the worker reports a missing corpus, with its own words
-        if index.is_file():
-            tracker.artifact(index, f"data/{source.strip('/').replace('/', '-')}")
+    for name, index in listings((*recipe.data.train, *recipe.data.valid)).items():
+        tracker.artifact(index, f"data/{name.strip('/').replace('/', '-')}")
 
 
 def _unwrapped(error: BaseException) -> BaseException:

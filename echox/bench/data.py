@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -23,9 +25,17 @@ import webdataset
 
 from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
 from echox.bench.table import Row
+from echox.stream import cursor
+from echox.stream.accounting import Accounts
 from echox.stream.catalogue import CATALOGUE_NAME, Catalogue
+from echox.stream.collate import Item
 from echox.stream.indexing import CatalogueBuilder, index_folder
+from echox.stream.packing import CostBudget, SampleBudget
+from echox.stream.plan import Place, Plan
+from echox.stream.quarantine import Allowance
+from echox.stream.reader import StreamReader
 from echox.stream.scan import ShardTable, scan_shard
+from echox.stream.source import Source
 from echox.stream.store import ShardStore
 from echox.stream.walk import walk
 from echox.stream.writer import write_shards
@@ -174,6 +184,34 @@ def first_sample(bench: DataBench) -> list[Row]:
     ]
 
 
+def resuming(bench: DataBench) -> list[Row]:
+    """From a checkpoint's record to the first micro-batch, near the start and near the end of an epoch."""
+    source = Source(path="set", task="sqa", catalogue=Catalogue.open(bench.dataset))
+    plan = Plan([source], seed=1, budget=SampleBudget(step=8, micro_batches=2), window_shards=1)
+    windows = plan.order.windows(0) or 1
+    places = [Place(0, share * windows // 100, 0) for share in (5, 95)]
+    saved = [cursor.record(plan, place, Accounts([source.name])) for place in places]
+
+    def resume(record: dict[str, Any]) -> None:
+        reader = StreamReader(
+            plan, [ShardStore(source.catalogue)], _Bytes(), rank=0, world_size=1, threads=2, prefetch=2,
+            allowance=Allowance(0, 0.0),
+        )  # fmt: skip
+        reader.start(step=0, run_folder=bench.folder, saved=record)
+        reader.step(0)
+        reader.close()
+
+    def skip() -> None:
+        _consume(islice(webdataset.WebDataset(bench.shards, shardshuffle=False), 95 * bench.samples // 100))
+
+    skipped, early, late = bench.best([skip, lambda: resume(saved[0]), lambda: resume(saved[1])])
+    return [
+        Row("webdataset, skip to 95 % of an epoch", skipped * 1e3, "ms"),
+        Row("resume at 5 % of an epoch", early * 1e3, "ms"),
+        Row("resume at 95 % of an epoch", late * 1e3, "ms", late / early, "at 5 %", "< 50 ms"),
+    ]
+
+
 def large_catalogue(bench: DataBench) -> list[Row]:
     """Opening the catalogue of a large dataset, and what it takes."""
     folder = bench.folder / "large"
@@ -191,6 +229,7 @@ def large_catalogue(bench: DataBench) -> list[Row]:
                 file.truncate(table.bytes)
         samples = builder.finish()["samples"]
     (taken,) = bench.best([lambda: Catalogue.open(folder)])
+    early, late = _planning(bench, folder)
     before = _private_bytes()
     catalogue = Catalogue.open(folder)
     total = float(catalogue.records["question_s"].sum())
@@ -202,9 +241,18 @@ def large_catalogue(bench: DataBench) -> list[Row]:
     title = f"catalogue of {samples / 1e6:g} M samples"
     return [
         Row(f"open the {title}", taken * 1e3, "ms", aim="< 100 ms a million"),
+        Row("plan a window of 16 shards at 95 % of an epoch", late * 1e3, "ms", late / early, "the first window"),
         Row("catalogue on disk, mapped and shared", size / samples, "MB a million samples"),
         Row("private memory of an open one", private / samples, "MB a million samples"),
     ]
+
+
+def _planning(bench: DataBench, folder: Path) -> list[float]:
+    """Seconds to plan the first window of an epoch, and one at 95 %."""
+    source = Source(path="large", task="sqa", catalogue=Catalogue.open(folder))
+    plan = Plan([source], seed=1, budget=CostBudget(by="seconds", size=80.0, micro_batches=16))
+    late = 95 * (plan.order.windows(0) or 1) // 100
+    return bench.best([lambda: plan.window(0, 0), lambda: plan.window(0, late)])
 
 
 def indexing(bench: DataBench) -> list[Row]:
@@ -232,8 +280,34 @@ def indexing(bench: DataBench) -> list[Row]:
     ]
 
 
-MEASURES: tuple[Callable[[DataBench], list[Row]], ...] = (reading, decoding, first_sample, large_catalogue, indexing)
+MEASURES: tuple[Callable[[DataBench], list[Row]], ...] = (
+    reading,
+    decoding,
+    first_sample,
+    resuming,
+    large_catalogue,
+    indexing,
+)
 """Groups of rows, in the order of the table."""
+
+
+class _Batch:
+    account: Any = None
+
+
+class _Bytes:
+    """Members as they are, so that what is timed is the stream and not a decoder."""
+
+    members = frozenset({QUESTION})
+
+    def decode(self, item: Item) -> bytes:
+        return item.sample[QUESTION]
+
+    def join(self, rows: Sequence[bytes], step: int) -> _Batch:
+        return _Batch()
+
+    def blank(self, step: int) -> _Batch:
+        return _Batch()
 
 
 def _consume(samples: Iterable[object]) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import resolve_data
-from echox.stream.catalogue import Catalogue
+from echox.errors import EchoXError
+from echox.stream.catalogue import DATASET_NAME, Catalogue
 from echox.stream.packing import Budget, CostBudget, SampleBudget
 from echox.stream.plan import Plan
 from echox.stream.quarantine import Allowance
@@ -38,6 +39,21 @@ def open_sources(configs: Iterable[SourceConfig]) -> list[Source]:
         )
         for config in configs
     ]
+
+
+def listings(configs: Iterable[SourceConfig]) -> dict[str, Path]:
+    """`dataset.json` of each dataset that lies in a folder here, by the recipe's name of it."""
+    found: dict[str, Path] = {}
+    for config in configs:
+        if is_remote(config.path):
+            continue
+        try:
+            listing = resolve_data(config.path) / DATASET_NAME
+        except EchoXError:
+            continue  # who opens it says so in its own words
+        if listing.is_file():
+            found[config.path] = listing
+    return found
 
 
 def budget_of(recipe: Recipe) -> Budget:
