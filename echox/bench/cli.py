@@ -1,4 +1,4 @@
-"""`echox bench`: measure the data layer."""
+"""`echox bench`: measure the data layer, or a training step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="measure speed against known limits",
-        epilog="example: echox bench data",
+        epilog="examples: echox bench data\n          echox bench step demo/t2c demo/s2t",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    data = kinds.add_parser(
+    data = _kind(
+        kinds,
         "data",
-        help="reading, decoding, indexing and opening datasets, against plain webdataset and the page cache",
-        epilog="example: echox bench data --samples 1000 --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "reading, decoding, resuming, indexing and opening datasets, against plain webdataset and the page cache",
+        "echox bench data --samples 1000 --json",
     )
     data.add_argument(
         "--samples", type=int, default=800, help="samples of the synthetic dataset (default: %(default)s)"
@@ -31,10 +31,28 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument(
         "--catalogue", type=int, default=1_000_000, help="samples of the large catalogue (default: %(default)s)"
     )
-    data.add_argument("--repeats", type=int, default=5, help="best of so many (default: %(default)s)")
     data.add_argument("--folder", type=Path, help="where its files go and are deleted again (default: a temporary one)")
-    data.add_argument("--json", action="store_true", help="print JSON")
     data.set_defaults(run=run_data)
+    step = _kind(
+        kinds,
+        "step",
+        "forward and backward on packed rows against padded ones, with random weights at a recipe's true shapes",
+        "echox bench step 3b/s2t --rows 8 --question-s 4",
+    )
+    step.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML file, or a short name such as demo/t2c")
+    step.add_argument("--rows", type=int, default=12, help="samples of a micro-batch (default: %(default)s)")
+    step.add_argument("--question-s", type=float, default=1.4, help="median seconds of a question")
+    step.add_argument("--response", type=int, default=20, help="median tokens of a response")
+    step.add_argument("--words", type=int, default=70, help="median words of the unit language")
+    step.add_argument("--sigma", type=float, default=0.4, help="deviation of the logarithm of lengths")
+    step.set_defaults(run=run_step)
+
+
+def _kind(kinds: Any, name: str, text: str, example: str) -> Any:
+    kind = kinds.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+    kind.add_argument("--repeats", type=int, default=5, help="times each is measured (default: %(default)s)")
+    kind.add_argument("--json", action="store_true", help="print JSON")
+    return kind
 
 
 def run_data(args: argparse.Namespace) -> int:
@@ -47,4 +65,15 @@ def run_data(args: argparse.Namespace) -> int:
         bench = DataBench(Path(folder), samples=args.samples, large=args.catalogue, repeats=args.repeats)
         rows = measure_data(bench, Progress())
     print(json.dumps([asdict(row) for row in rows]) if args.json else table(rows))
+    return 0
+
+
+def run_step(args: argparse.Namespace) -> int:
+    """Measure each recipe's stage and print one table."""
+    from echox.bench.step import Load, run, table
+    from echox.config.load import load_recipe
+
+    load = Load(rows=args.rows, question_s=args.question_s, response=args.response, words=args.words, sigma=args.sigma)
+    results = [run(load_recipe(recipe), load, repeats=args.repeats) for recipe in args.recipes]
+    print(json.dumps([asdict(result) for result in results]) if args.json else table(results))
     return 0

@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from echox.bench import step
+from echox.cli import main
 from echox.config.load import load_recipe
 from echox.stages.build import build_s2t_stage, build_t2c_stage
 from echox.stream.collate import PromptTokens
@@ -40,6 +41,23 @@ def test_both_layouts_are_timed_on_the_same_weights_and_agree(name: str, monkeyp
     assert result.loss_gap < 1e-5
     assert len(result.speedups) == 2 and all(ratio > 0 for ratio in result.speedups)
     assert set(result.ms) == {"packed", "padded"}
+
+
+def test_the_command_measures_each_recipe_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, step.Load, int]] = []
+
+    def run(recipe: Any, load: step.Load, *, repeats: int) -> step.StepResult:
+        asked.append((recipe.name, load, repeats))
+        return step.StepResult(
+            name=recipe.name, padding_share=0.3, ms={"packed": 1.0, "padded": 2.0}, speedups=[2.0], loss_gap=0.0
+        )
+
+    monkeypatch.setattr(step, "run", run)
+    assert main(["bench", "step", "demo/t2c", "demo/s2t", "--rows", "4", "--repeats", "2"]) == 0
+    assert asked == [(name, step.Load(rows=4), 2) for name in ("demo-t2c", "demo-s2t")]
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_the_table_has_a_line_for_each_result() -> None:
