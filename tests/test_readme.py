@@ -10,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 
 from echox import cli, errors
 from echox.config.load import load_recipe
+from echox.config.schema import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +56,12 @@ def test_a_command_exists_and_is_accepted(command: str) -> None:
 
 def test_the_blocks_are_found() -> None:
     assert len(commands()) >= 15
+
+
+def test_the_example_of_a_data_section_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(data:.*?)```", TEXT, flags=re.DOTALL)
+    data = DataConfig.model_validate(yaml.safe_load(block)["data"])
+    assert [source.weight for source in data.train] == [1, 3] and data.budget is not None
 
 
 def test_the_example_of_mistakes_is_what_the_program_prints() -> None:

@@ -113,6 +113,8 @@ def test_a_key_in_the_wrong_section_is_told_where_it_belongs() -> None:
         ("optim.lr.lora=[", 'optim.lr.lora: override value "[" is not valid YAML'),
         ("scaling.gpus_per_worker=0.5", "scaling.gpus_per_worker=0.5, but a worker is one rank"),
         ("data.train.1={path: demo/sqa-train, task: sqa}", "data.train.1 repeats data.train.0"),
+        ("data.train.0.weight=2", "data.train mixes weight with repeat"),
+        ("data.budget={by: tokens, size: 9, micro_batches: 3}", "data.budget.micro_batches=3 is not a multiple of"),
         ("model.speech_encoder=null", "stage=s2t hears speech"),
         ("model.ctc.align_steps=750", "model.ctc.align_steps=750 leaves no step for the text loss"),
         ("data.train.0.task=tts", "data.train.0.task=tts does not fit stage=s2t; use asr or sqa"),
