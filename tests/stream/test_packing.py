@@ -55,6 +55,24 @@ def micro_lengths(lengths_N: NDArray[np.float64], steps: list[list[Places]]) -> 
     return [[float(lengths_N[place]) for place in micro] for step in steps for micro in step if len(micro)]
 
 
+def members_of(steps: list[list[Places]]) -> list[list[int]]:
+    """Which samples share a step, whatever their order in it."""
+    return [sorted(np.concatenate(step).tolist()) for step in steps]
+
+
+def useful_share(lengths_N: NDArray[np.float64], steps: list[list[Places]]) -> float:
+    """Filled over all cells of the padded rectangles, summed one by one."""
+    micro = micro_lengths(lengths_N, steps)
+    return sum(sum(lengths) for lengths in micro) / sum(len(lengths) * max(lengths) for lengths in micro)
+
+
+def shuffled(lengths_N: NDArray[np.float64], *, micro_batches: int, step: int) -> list[list[Places]]:
+    """Steps of equally many samples in no order."""
+    order = np.random.default_rng(0).permutation(len(lengths_N))
+    whole = order[: len(order) // step * step].reshape(-1, micro_batches, step // micro_batches)
+    return [list(groups) for groups in whole]
+
+
 def test_no_sample_is_lost_or_doubled_and_every_step_has_its_micro_batches() -> None:
     for case, (lengths, budget, pool) in enumerate(all_cases(150)):
         steps = pack(lengths, budget, pool=pool, key=(case,))
@@ -141,14 +159,16 @@ def test_the_pool_is_what_is_sorted_together() -> None:
 
 
 def test_a_pool_of_one_step_takes_one_step_of_samples() -> None:
-    whole = permutation_of(pack(lognormal(50), SampleBudget(10, 1), pool=1, key=(8,)))
-    other = permutation_of(pack(lognormal(50, seed=1), SampleBudget(10, 1), pool=1, key=(8,)))
+    whole = members_of(pack(lognormal(50), SampleBudget(10, 1), pool=1, key=(8,)))
+    other = members_of(pack(lognormal(50, seed=1), SampleBudget(10, 1), pool=1, key=(8,)))
     assert whole == other
 
 
-def permutation_of(steps: list[list[Places]]) -> list[list[int]]:
-    """Which samples share a step, whatever their order in it."""
-    return [sorted(np.concatenate(step).tolist()) for step in steps]
+def test_steps_come_in_no_order_of_length() -> None:
+    lengths = lognormal(1200)
+    for budget in (SampleBudget(30, 6), CostBudget("seconds", 20.0, 6)):
+        means = [lengths[np.concatenate(step)].mean() for step in pack(lengths, budget, pool=None, key=(13,))]
+        assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5
 
 
 def test_neighbours_differ_from_epoch_to_epoch() -> None:
@@ -164,12 +184,6 @@ def test_a_padded_budget_leaves_less_than_a_twentieth_to_padding(size: float) ->
     steps = pack(lengths, CostBudget("seconds", size, 8), pool=None, key=(10,))
     assert padded_share(lengths, steps) < 0.03
     assert 1 - padded_share(lengths, steps) == pytest.approx(useful_share(lengths, steps))
-
-
-def useful_share(lengths_N: NDArray[np.float64], steps: list[list[Places]]) -> float:
-    """Filled over all cells of the padded rectangles, summed one by one."""
-    micro = micro_lengths(lengths_N, steps)
-    return sum(sum(lengths) for lengths in micro) / sum(len(lengths) * max(lengths) for lengths in micro)
 
 
 @pytest.mark.parametrize("size", [200.0, 400.0])
@@ -188,13 +202,6 @@ def test_ranks_run_like_lengths_at_once(ranks: int, padded: bool) -> None:
     unsorted = shuffled(lengths, micro_batches=24, step=24 * 16)
     assert straggler(lengths, steps, ranks) < 1.06
     assert straggler(lengths, steps, ranks) < straggler(lengths, unsorted, ranks) - 0.1
-
-
-def shuffled(lengths_N: NDArray[np.float64], *, micro_batches: int, step: int) -> list[list[Places]]:
-    """Steps of equally many samples in no order."""
-    order = np.random.default_rng(0).permutation(len(lengths_N))
-    whole = order[: len(order) // step * step].reshape(-1, micro_batches, step // micro_batches)
-    return [list(groups) for groups in whole]
 
 
 def test_the_straggler_is_the_slowest_rank_over_the_mean() -> None:
