@@ -126,16 +126,23 @@ def test_each_source_wraps_alone_and_each_of_its_epochs_holds_every_sample_once(
     assert wraps == [13, 11, 39]
 
 
-def test_the_epochs_of_a_source_have_different_orders() -> None:
-    numbers, _ = streams_of(blend(three()), 20, 3)[0]
-    orders = [tuple(numbers[start : start + 18]) for start in range(0, len(numbers) - 17, 18)]
-    assert len(set(orders)) == len(orders) > 5
+def orders_of(seed: int, epoch: int, turn: int) -> tuple[list[int], list[list[int]]]:
+    """Order of the shards of a source of eight shards by five samples, and of the samples in each shard by number."""
+    alone = [sized([5] * 8, name="d", weight=1.0)]
+    numbers = blend(alone, window_samples=40, seed=seed).pick(epoch, turn).number_N.reshape(8, 5)
+    shards = (numbers[:, 0] // 5).tolist()
+    return shards, [(numbers[shards.index(shard)] % 5).tolist() for shard in range(8)]
 
 
-def test_another_seed_or_epoch_of_the_run_gives_another_order() -> None:
-    sources = three()
-    orders = {tuple(blend(sources, seed=seed).pick(epoch, 0).number_N.tolist()) for seed in (1, 2) for epoch in (0, 1)}
-    assert len(orders) == 4
+def test_another_seed_epoch_of_the_run_or_turn_of_the_source_gives_another_order_of_shards_and_of_samples() -> None:
+    orders = [orders_of(seed, epoch, turn) for seed in (1, 2) for epoch in (0, 1) for turn in (0, 1)]
+    for part in (0, 1):
+        assert len({str(order[part]) for order in orders}) == len(orders) == 8
+
+
+def test_each_shard_has_an_order_of_its_own() -> None:
+    _, within = orders_of(0, 0, 0)
+    assert len({tuple(order) for order in within}) > 4
 
 
 def test_shards_are_read_one_after_the_other() -> None:

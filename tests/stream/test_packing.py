@@ -158,10 +158,13 @@ def test_the_pool_is_what_is_sorted_together() -> None:
     assert all(abs(np.mean(lengths[np.concatenate(step)]) - lengths.mean()) < 1.2 for step in one)
 
 
-def test_a_pool_of_one_step_takes_one_step_of_samples() -> None:
-    whole = members_of(pack(lognormal(50), SampleBudget(10, 1), pool=1, key=(8,)))
-    other = members_of(pack(lognormal(50, seed=1), SampleBudget(10, 1), pool=1, key=(8,)))
-    assert whole == other
+def test_who_shares_a_pool_is_drawn_and_does_not_depend_on_lengths() -> None:
+    drawn = [
+        members_of(pack(lognormal(50, seed), SampleBudget(10, 1), pool=1, key=key))
+        for seed, key in ((0, (8,)), (1, (8,)), (0, (9,)))
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert all(max(step) - min(step) > 20 for step in drawn[0])
 
 
 def test_steps_come_in_no_order_of_length() -> None:
