@@ -279,6 +279,13 @@ def test_a_reweighted_stream_resumes_as_the_one_that_never_stopped() -> None:
     assert cursor.record(last, finished, resumed) == cursor.record(plan, end, accounts)
 
 
+def test_the_same_weights_of_something_else_are_new_weights() -> None:
+    equal = sources((1.0, 1.0, 1.0))
+    plan = plan_of(equal, weight_by="tokens")
+    _, (new,) = go_on(plan, saved_after(plan_of(equal), 5))
+    assert new.startswith("weights by tokens are [1.0, 1.0, 1.0] from window")
+
+
 def test_new_weights_may_not_starve_a_source() -> None:
     saved = saved_after(plan_of(sources((1.0, 1.0, 1.0))), 5)
     with pytest.raises(DataError, match="the weight of c is less than one sample"):
