@@ -286,11 +286,11 @@ class UnitCollate:
         """Encode the units into words, and tokenise.
 
         Raises:
-            CorruptSampleError: no units, or not a whole number of them, or no text.
+            CorruptSampleError: no units, or not a whole number of them, or unknown ones, or no text.
         """
-        units = decoded(item.sample, UNITS, lambda data: np.frombuffer(data, dtype="<u2"))
+        words = decoded(item.sample, UNITS, lambda data: self.encode(np.frombuffer(data, dtype="<u2")))
         text = self.tokenize(text_of(item.sample, "answer_text"))
-        return UnitRow(id_of(item.sample), item.weight, text, list(self.encode(units)))
+        return UnitRow(id_of(item.sample), item.weight, text, list(words))
 
     def join(self, rows: Sequence[UnitRow], step: int) -> UnitBatch:
         """Pad."""
