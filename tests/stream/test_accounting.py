@@ -1,0 +1,100 @@
+"""Exactly-once accounting: what is trained, summed over ranks, is what was planned, or the run ends."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from echox.errors import DataError
+from echox.stream.accounting import Accounts, join64, micro_batch_account, split64, sum64
+from echox.stream.packing import SampleBudget
+from echox.stream.plan import Plan, Window
+from tests.stream.datasets import sized
+
+PLAN = Plan([sized([9, 4], name="a"), sized([6], name="b")], seed=3, budget=SampleBudget(8, 4), window_shards=3)
+NAMES = [source.name for source in PLAN.sources]
+
+
+def vector(window: Window, places: np.ndarray, hashes: np.ndarray | None = None, **dropped: str) -> np.ndarray:
+    hashes = window.hash_N[places] if hashes is None else hashes
+    gone = {int(place): kind for place, kind in dropped.items()}
+    return micro_batch_account(window, places, hashes, gone, len(NAMES))
+
+
+def test_numbers_of_each_source_are_those_counted_one_by_one() -> None:
+    window, books = PLAN.window(0, 0), Accounts(NAMES)
+    total = np.zeros(0)
+    padded = dict.fromkeys(NAMES, 0.0)
+    for places in window.steps[0]:
+        account = vector(window, places)
+        total = account if not len(total) else total + account
+        for place in places:
+            padded[NAMES[window.source_N[place]]] += window.length_N[places].max()
+    books.expect(window, 0)
+    metrics = books.settle(total.tolist())
+    trained = window.samples(0)
+    assert metrics["data/samples"] == len(trained) and metrics["data/quarantined"] == 0
+    for index, name in enumerate(NAMES):
+        mine = [place for place in trained if window.source_N[place] == index]
+        assert metrics[f"data/{name}/samples"] == len(mine)
+        assert metrics[f"data/{name}/seconds"] == pytest.approx(sum(window.seconds_N[place] for place in mine))
+        assert metrics[f"data/{name}/tokens"] == pytest.approx(sum(window.tokens_N[place] for place in mine))
+        if mine:
+            useful = sum(window.length_N[place] for place in mine)
+            assert metrics[f"data/{name}/padding_share"] == pytest.approx(1 - useful / padded[name])
+
+
+@pytest.mark.parametrize("fault", ["lost", "twice", "swapped", "foreign", "of another epoch"])
+def test_a_sample_that_is_not_the_planned_one_ends_the_run(fault: str) -> None:
+    window, books = PLAN.window(0, 0), Accounts(NAMES)
+    places = window.samples(0)
+    outside = np.setdiff1d(np.arange(len(window.hash_N)), places)
+    other = PLAN.window(1, 0)
+    trained = {
+        "lost": places[:-1],
+        "twice": np.append(places, places[0]),
+        "swapped": np.append(places[:-1], outside[0]),
+        "foreign": places,
+        "of another epoch": places,
+    }[fault]
+    hashes = window.hash_N[trained].copy()
+    if fault == "foreign":
+        hashes[2] += np.uint64(1)
+    if fault == "of another epoch":
+        hashes[2] = other.hash_N[2]
+    books.expect(window, 0)
+    with pytest.raises(DataError, match="are not those of the plan"):
+        books.settle(vector(window, trained, hashes).tolist())
+    assert books.seen == 0
+
+
+def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
+    window, books = PLAN.window(0, 0), Accounts(NAMES)
+    places = window.samples(0)
+    books.expect(window, 0)
+    metrics = books.settle(vector(window, places[1:], **{str(places[0]): "checksum"}).tolist())
+    assert (metrics["data/samples"], metrics["data/quarantined"], metrics["data/quarantined/checksum"]) == (len(places), 1, 1)
+    assert books.quarantined_multiset == int(window.hash_N[places[0]])
+    assert books.multiset == sum(window.hash_N[places].tolist()) % 2**64
+    unknown = Accounts(NAMES)
+    unknown.expect(window, 0)
+    assert unknown.settle(vector(window, places[1:], **{str(places[0]): "smudge"}).tolist())["data/quarantined/other"]
+
+
+def test_the_books_go_on_from_their_json() -> None:
+    window, books, again = PLAN.window(0, 0), Accounts(NAMES), Accounts(NAMES)
+    books.expect(window, 0)
+    books.settle(vector(window, window.samples(0)).tolist())
+    again.load(json.loads(json.dumps(books.to_json())))
+    assert again.to_json() == books.to_json() and again.seen == len(window.samples(0))
+
+
+def test_sums_over_thousands_of_ranks_are_exact_in_floating_point() -> None:
+    hashes = np.random.default_rng(0).integers(0, 2**64, 50_000, dtype=np.uint64)
+    total = np.zeros(3)
+    for value in hashes.tolist():
+        total += split64(value)
+    assert join64(total) == sum(hashes.tolist()) % 2**64 == sum64(hashes)
+    assert join64(np.array(split64(2**64 - 1)) * 4096) == (2**64 - 1) * 4096 % 2**64
