@@ -81,7 +81,7 @@ def merge(run_folder: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue  # A line cut short by a crash: its step was not committed and is done again.
             visits[tuple(entry[name] for name in ("source", "sample", "epoch", "turn"))] = entry
-    entries = sorted(visits.values(), key=lambda entry: (entry["step"], entry["source"], entry["sample"]))
+    entries = [visits[visit] for visit in sorted(visits, key=lambda visit: (visits[visit]["step"], visit))]
     if entries:
         merged = run_folder / FOLDER / MERGED
         scratch = merged.with_name(f".{MERGED}.part")
