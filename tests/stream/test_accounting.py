@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from echox.errors import DataError
 from echox.stream.accounting import Accounts, join64, micro_batch_account, split64, sum64
 from echox.stream.packing import SampleBudget
 from echox.stream.plan import Plan, Window
-from tests.stream.datasets import sized
+from echox.stream.store import Sample, ShardStore
+from tests.stream.datasets import make_dataset, sized
+from tests.stream.streaming import Run, Setting
 
 PLAN = Plan([sized([9, 4], name="a"), sized([6], name="b")], seed=3, budget=SampleBudget(8, 4), window_shards=3)
 NAMES = [source.name for source in PLAN.sources]
@@ -70,12 +74,74 @@ def test_a_sample_that_is_not_the_planned_one_ends_the_run(fault: str) -> None:
     assert books.seen == 0
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("sets") / "set", 40, per_shard=7)
+
+
+@pytest.mark.parametrize("rank", range(4))
+@pytest.mark.parametrize("fault", ["lost", "twice", "of the step before", "of the next rank"])
+def test_a_micro_batch_out_of_place_on_any_rank_ends_the_run_on_all(
+    folder: Path, tmp_path: Path, fault: str, rank: int
+) -> None:
+    with Run([folder], tmp_path, Setting(world_size=4)) as run:
+        before = [batch for batches in run.batches() for batch in batches]
+        run.settle(before)
+        batches = [batch for batches in run.batches() for batch in batches]
+        trained = {
+            "lost": [batch for batch in batches if batch is not batches[rank]],
+            "twice": [*batches, batches[rank]],
+            "of the step before": [*batches[:rank], before[rank], *batches[rank + 1 :]],
+            "of the next rank": [*batches[:rank], batches[(rank + 1) % 4], *batches[rank + 1 :]],
+        }[fault]
+        account = np.sum([batch.account for batch in trained], axis=0).tolist()
+        for reader in run.ranks:
+            reader.commit()
+            with pytest.raises(DataError, match="are not those of the plan"):
+                reader.settle(account)
+
+
+def test_a_store_that_gives_another_sample_than_was_asked_for_ends_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = ShardStore.read
+
+    def confused(store: ShardStore, sample: int, members: Collection[str] | None = None) -> Sample:
+        return real(store, 0 if sample == 1 else sample, members)
+
+    monkeypatch.setattr(ShardStore, "read", confused)
+    with Run([folder], tmp_path, Setting(world_size=2)) as run, pytest.raises(DataError, match="or others in their"):
+        for _ in range(4):
+            run.train()
+
+
+def test_many_steps_are_settled_at_once(folder: Path, tmp_path: Path) -> None:
+    with Run([folder], tmp_path) as often, Run([folder], tmp_path) as seldom:
+        total, accounts = 0, []
+        for _ in range(5):
+            metrics = often.settle(batch for batches in often.batches() for batch in batches)
+            for reader in seldom.ranks:
+                batches = reader.step(seldom.done)
+                accounts += [batch.account for batch in batches]
+                total += sum(len(batch.ids) for batch in batches)
+                reader.commit()
+            seldom.done += 1
+        (late,) = (reader.settle(np.sum(accounts, axis=0).tolist()) for reader in seldom.ranks)
+        assert late["data/samples"] == total == metrics[0]["data/samples"]
+        assert late["data/epoch"] == total / 40
+        assert seldom.ranks[0].record()["multiset"] == often.ranks[0].record()["multiset"]
+
+
 def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
     window, books = PLAN.window(0, 0), Accounts(NAMES)
     places = window.samples(0)
     books.expect(window, 0)
     metrics = books.settle(vector(window, places[1:], **{str(places[0]): "checksum"}).tolist())
-    assert (metrics["data/samples"], metrics["data/quarantined"], metrics["data/quarantined/checksum"]) == (len(places), 1, 1)
+    assert (metrics["data/samples"], metrics["data/quarantined"], metrics["data/quarantined/checksum"]) == (
+        len(places),
+        1,
+        1,
+    )
     assert books.quarantined_multiset == int(window.hash_N[places[0]])
     assert books.multiset == sum(window.hash_N[places].tolist()) % 2**64
     unknown = Accounts(NAMES)

@@ -12,8 +12,9 @@ import torch
 
 from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
-from echox.errors import CorruptSampleError
+from echox.errors import CorruptSampleError, DataError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate, UnitCollate
+from echox.stream.encoded import pack
 from echox.stream.store import Sample, read_folder
 from echox.stream.writer import write_shards
 
@@ -38,6 +39,17 @@ def speech() -> SpeechCollate:
 
 def units() -> UnitCollate:
     return UnitCollate(letters, lambda found: (found + 100).tolist())
+
+
+def known_units() -> UnitCollate:
+    """As with a unit language that knows unit 0 alone."""
+
+    def encode(found: np.ndarray) -> list[int]:
+        if found.max() > 0:
+            raise DataError(f"Unit {found.max()} is outside 0 to 0")
+        return [0]
+
+    return UnitCollate(letters, encode)
 
 
 def test_speech_is_padded_and_masked() -> None:
@@ -73,6 +85,36 @@ def test_units_become_words() -> None:
 
 
 @pytest.mark.parametrize("collate", [speech, units])
+def test_a_blank_batch_counts_nothing_and_has_the_tensors_of_a_real_one(collate: Callable[[], Any]) -> None:
+    blank, real = collate().blank(5), collate()([Item(sample(1), "sqa")], 5)
+    assert blank.ids == [] and blank.step == 5 and blank.weight_B.tolist() == [0.0]
+    for name, value in vars(real).items():
+        if isinstance(value, torch.Tensor):
+            other = getattr(blank, name)
+            assert (other.dtype, other.ndim, len(other)) == (value.dtype, value.ndim, 1)
+
+
+def test_a_blank_batch_of_encoded_questions_has_features() -> None:
+    collate = SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000, precomputed=6)
+    blank = collate.blank(0)
+    assert blank.features_BTd is not None and blank.features_BTd.shape[2] == 6
+    assert blank.ids == [] and blank.weight_B.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (6,)])
+def test_encoded_questions_of_another_width_are_named(shape: tuple[int, ...]) -> None:
+    collate = SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000, precomputed=6)
+    encoded = Sample("k", 0, {"question.encoded.npy": pack(torch.zeros(shape))}, {})
+    with pytest.raises(CorruptSampleError, match=r"question.encoded.npy has shape .*, not \[frames, 6\]") as caught:
+        collate.decode(Item(encoded, "sqa"))
+    assert caught.value.kind == "schema"
+    whole = Sample("k", 0, {"question.encoded.npy": pack(torch.ones(4, 6))}, {})
+    batch = collate([Item(whole, "sqa")], 0)
+    assert batch.features_BTd is not None and batch.features_BTd.tolist() == torch.ones(1, 4, 6).tolist()
+    assert batch.frames_B.tolist() == [8] and batch.mel_BMT.shape[2] == 0
+
+
+@pytest.mark.parametrize("collate", [speech, units])
 def test_only_the_members_asked_for_are_needed(collate: Callable[[], Any], tmp_path: Path) -> None:
     whole = sample(1)
     (wanted,) = collate().members
@@ -92,6 +134,7 @@ def test_only_the_members_asked_for_are_needed(collate: Callable[[], Any], tmp_p
         (speech, {"members": {"question.flac": b"fLaC"}}, "decode", "question.flac cannot be decoded"),
         (speech, {"question_text": 7}, "schema", "question_text is a int, not text"),
         (units, {"members": {"answer.units": b"\1"}}, "decode", "answer.units cannot be decoded"),
+        (known_units, {}, "decode", "answer.units cannot be decoded: Unit 1 is outside"),
         (units, {"answer_text": ["a"]}, "schema", "answer_text is a list, not text"),
     ],
 )

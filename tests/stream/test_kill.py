@@ -19,8 +19,8 @@ from tests.stream.datasets import make_dataset, source
 from tests.stream.streaming import Moment, Run, Setting, in_plan_order, train_until
 from tests.stream.tars import flip
 
-STEPS, TRIALS = 18, 24
-DAMAGED = {0: (3, 17), 1: (5,)}
+STEPS, TRIALS = 12, 20
+DAMAGED = {0: (3, 16), 1: (2,)}
 """Numbers of the samples of each dataset that cannot be used."""
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.stream.streaming", "echox.stream.collate"])
@@ -38,7 +38,7 @@ class Straight:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("sets")
-    made = [make_dataset(folder / "a", 29, per_shard=6, seed=3), make_dataset(folder / "b", 8, per_shard=2, seed=4)]
+    made = [make_dataset(folder / "a", 17, per_shard=6, seed=3), make_dataset(folder / "b", 5, per_shard=2, seed=4)]
     for index, numbers in DAMAGED.items():
         catalogue = source(made[index]).catalogue
         for number in numbers:
@@ -88,7 +88,7 @@ def test_killed_at_random_moments_and_resumed_in_random_worlds_it_trains_the_sam
 ) -> None:
     rng = np.random.default_rng(trial)
     every = int(rng.integers(1, 6))
-    for step in sorted(rng.choice(np.arange(1, STEPS), size=int(rng.integers(1, 4)), replace=False).tolist()):
+    for step in sorted(rng.choice(np.arange(1, STEPS), size=int(rng.integers(1, 3)), replace=False).tolist()):
         saves = (step + 1) % every == 0 or step + 1 == STEPS
         moments: list[Moment] = ["delivered", "committed", *(["half saved"] if saves else [])]  # type: ignore[list-item]
         death = step, moments[rng.integers(len(moments))]

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from echox.errors import RecipeError
-from echox.stream.packing import SampleBudget
+from echox.stream.collate import Item
+from echox.stream.packing import Budget, CostBudget, SampleBudget
 from echox.stream.plan import Plan
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
 from echox.stream.store import Sample, ShardStore
 from tests.stream.datasets import make_dataset, source
-from tests.stream.streaming import STEP, Collate, Run, Setting, plan_of
+from tests.stream.streaming import Collate, Run, Setting, plan_of
 
 STEPS = 9
 
@@ -51,19 +52,21 @@ def planned(folders: list[Path], steps: int) -> list[list[list[str]]]:
     return found[:steps]
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        Setting(),
-        Setting(threads=1, prefetch=1),
-        Setting(threads=8, prefetch=7),
-        Setting(world_size=2),
-        Setting(world_size=4, threads=1),
-    ],
-    ids=str,
-)
-def test_the_stream_is_the_plan_whatever_reads_it(folders: list[Path], tmp_path: Path, setting: Setting) -> None:
-    with Run(folders, tmp_path, setting) as run:
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("prefetch", range(1, 8))
+def test_the_stream_is_the_plan_however_many_threads_read_however_far_ahead(
+    folders: list[Path], tmp_path: Path, threads: int, prefetch: int
+) -> None:
+    with Run(folders, tmp_path, Setting(threads=threads, prefetch=prefetch)) as run:
+        assert [run.train() for _ in range(STEPS)] == planned(folders, STEPS)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_slots_of_all_ranks_together_are_the_step(
+    folders: list[Path], tmp_path: Path, world_size: int, threads: int
+) -> None:
+    with Run(folders, tmp_path, Setting(world_size, threads=threads)) as run:
         assert [run.train() for _ in range(STEPS)] == planned(folders, STEPS)
 
 
@@ -85,45 +88,46 @@ def test_an_epoch_is_every_sample_as_often_as_it_is_repeated(folders: list[Path]
             while seen.total() < expected.total():
                 seen.update(name for micro in run.train() for name in micro)
             assert seen == expected
-        assert run.accounts.seen == 2 * expected.total()
+        assert run.ranks[0].accounts.seen == 2 * expected.total()
 
 
 class Backwards(ShardStore):
-    """A store whose first read ends after the second one has."""
+    """A store whose very first read ends when all others of its step have."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, others: int) -> None:
         super().__init__(source(folder).catalogue)
-        self.second = threading.Event()
-        self.order: list[int] = []
+        self.others = threading.Semaphore(0)
+        self.waits_for = others
+        self.ended: list[str] = []
         self.lock = threading.Lock()
-        self.started = 0
+        self.held = False
 
     def read(self, sample: int, members: Collection[str] | None = None) -> Sample:
         with self.lock:
-            self.started += 1
-            mine = self.started
-        if mine == 1:
-            assert self.second.wait(60)
+            first, self.held = not self.held, True
+        if first:
+            for _ in range(self.waits_for):
+                assert self.others.acquire(timeout=60)
         read = super().read(sample, members)
-        with self.lock:
-            self.order.append(mine)
-        if mine > 1:
-            self.second.set()
+        self.ended.append(read.key)
+        self.others.release()
         return read
 
 
 def test_batches_come_in_order_though_reads_end_in_another(folders: list[Path], tmp_path: Path) -> None:
-    store = Backwards(folders[0])
-    plan = Plan([source(folders[0])], seed=7, budget=SampleBudget(STEP, 4), window_shards=3)
+    plan = plan_of(folders[:1])
+    window = plan.window(0, 0)
+    (step, *_), catalogue = window.steps, plan.sources[0].catalogue
+    expected = [[catalogue.key(int(number)) for number in window.number_N[places]] for places in step]
+    store = Backwards(folders[0], others=sum(map(len, expected[1:])))
     reader = StreamReader(
-        plan, [store], Collate(), rank=0, world_size=1, threads=2, prefetch=3, allowance=Allowance(None, 1.0)
+        plan, [store], Collate(), rank=0, world_size=1, threads=2, prefetch=1, allowance=Allowance(None, 1.0)
     )
     reader.start(step=0, run_folder=tmp_path, saved=None)
-    window = plan.window(0, 0)
-    expected = [[plan.sources[0].catalogue.key(int(window.number_N[p])) for p in places] for places in window.steps[0]]
     assert [batch.ids for batch in reader.step(0)] == expected
     reader.close()
-    assert store.order[0] != 1
+    late = expected[0][0]
+    assert all(store.ended.index(name) < store.ended.index(late) for micro in expected[1:] for name in micro)
 
 
 def test_only_a_commit_moves_the_cursor(folders: list[Path], tmp_path: Path) -> None:
@@ -157,6 +161,52 @@ def test_no_thread_outlives_the_reader(folders: list[Path], tmp_path: Path) -> N
         run.train()
         assert set(threading.enumerate()) > before
     assert set(threading.enumerate()) == before
+
+
+def test_a_failing_rank_leaves_no_thread_either(folders: list[Path], tmp_path: Path) -> None:
+    class Broken(Collate):
+        def decode(self, item: Item) -> str:
+            raise RuntimeError("out of order")
+
+    before = set(threading.enumerate())
+    with pytest.raises(RuntimeError, match="out of order"), Run(folders, tmp_path, collate=Broken()) as run:
+        run.train()
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("stop", range(STEPS))
+def test_what_was_read_ahead_when_a_run_stopped_comes_again(folders: list[Path], tmp_path: Path, stop: int) -> None:
+    with Run(folders, tmp_path, Setting(prefetch=16)) as run:
+        for _ in range(stop):
+            run.train()
+        run.batches()  # delivered, never trained
+        saved = run.ranks[0].record()
+    with Run(folders, tmp_path, Setting(world_size=2), saved, stop) as run:
+        assert [run.train() for _ in range(STEPS - stop)] == planned(folders, STEPS)[stop:]
+
+
+BUDGETS: list[Budget] = [
+    SampleBudget(7, 4),
+    CostBudget("seconds", 30.0, 4),
+    CostBudget("tokens", 400.0, 4, padded=False),
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_uneven_shards_give_every_rank_as_many_micro_batches_in_every_step(
+    folders: list[Path], tmp_path: Path, budget: Budget
+) -> None:
+    """And the last samples of an epoch, too few for a step of their own, are all there."""
+    plan = Plan([source(folder) for folder in folders], seed=2, budget=budget, window_shards=2)
+    epoch = Counter(s.catalogue.key(number) for s in plan.sources for number in range(s.catalogue.samples))
+    seen: Counter[str] = Counter()
+    with Run(folders, tmp_path, Setting(world_size=4), plan=plan) as run:
+        while seen.total() < epoch.total():
+            ranks = run.batches()
+            run.settle(batch for rank in ranks for batch in rank)
+            assert [len(rank) for rank in ranks] == [1, 1, 1, 1]
+            seen.update(name for rank in ranks for batch in rank for name in batch.ids)
+    assert seen == epoch
 
 
 def test_fewer_samples_than_a_step_and_fewer_shards_than_ranks(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -47,6 +48,31 @@ def test_every_sample_comes_once_whatever_the_world(folder: Path, budget: Budget
 
 def test_the_order_does_not_depend_on_threads_and_a_pass_can_be_repeated(folder: Path) -> None:
     assert read(folder, BUDGETS[0], threads=1) == read(folder, BUDGETS[0], threads=5)
+
+
+@pytest.mark.parametrize("by", ["seconds", "tokens"])
+def test_samples_come_from_short_to_long_within_the_budget(folder: Path, by: str) -> None:
+    held = source(folder)
+    every = slice(0, held.catalogue.samples)
+    lengths = held.seconds(every) if by == "seconds" else held.tokens(every)
+    length = {held.catalogue.key(number): float(lengths[number]) for number in range(held.catalogue.samples)}
+    size = 3 * float(lengths.mean())
+    batches = read(folder, CostBudget(by, size, 2))
+    stream = [length[name] for batch in batches for name in batch]
+    assert stream == sorted(stream)
+    assert all(len(batch) == 1 or len(batch) * max(map(length.__getitem__, batch)) <= size for batch in batches)
+
+
+def test_a_pass_that_is_given_up_leaves_no_thread(folder: Path) -> None:
+    before, held = set(threading.enumerate()), source(folder)
+    store = ShardStore(held.catalogue)
+    passing = iter(
+        ValidReader(held, store, Collate(), BUDGETS[0], by_tokens=False, rank=0, world_size=1, threads=3, prefetch=2)
+    )
+    next(passing)
+    assert set(threading.enumerate()) > before
+    del passing
+    assert set(threading.enumerate()) == before
 
 
 def test_a_damaged_sample_is_an_error(tmp_path: Path) -> None:
