@@ -163,6 +163,17 @@ def test_no_thread_outlives_the_reader(folders: list[Path], tmp_path: Path) -> N
     assert set(threading.enumerate()) == before
 
 
+def test_closing_lets_go_of_the_shards_of_all_sources(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[ShardStore] = []
+    monkeypatch.setattr(ShardStore, "close", lambda store: closed.append(store))
+    with Run(folders, tmp_path) as run:
+        run.train()
+        assert not closed
+    assert [store.catalogue.location for store in closed] == [str(folder) for folder in folders]
+
+
 def test_a_failing_rank_leaves_no_thread_either(folders: list[Path], tmp_path: Path) -> None:
     class Broken(Collate):
         def decode(self, item: Item) -> str:
