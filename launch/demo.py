@@ -40,7 +40,7 @@ QUICK = {
     # One worker each: most of a quick stage is the start of its processes.
     "s2t": ("optim.steps=3", "model.ctc.align_steps=1", "scaling.workers=1"),
     "t2c": ("optim.steps=3", "scaling.workers=1"),
-    "echo": ("optim.steps=2", "model.echo.units_per_token=2"),
+    "echo": ("optim.steps=3", "model.echo.denoising.align_steps=1", "model.echo.units_per_token=2"),
 }
 QUICK_ALWAYS = ("optim.warmup_steps=1", "data.global_batch=4", "data.micro_batch=2")
 QUICK_LIMIT = 12

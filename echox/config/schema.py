@@ -129,6 +129,12 @@ class DenoisingConfig(Section):
     weighting: Literal["dynamic_cap", "fixed"] = Field("dynamic_cap", description="U1: how lambda of Eq. 4 is set")
     cap: PositiveFloat = Field(0.2, description="dynamic_cap: its share of the echo loss may not exceed this")
     weight: float = Field(0.1, ge=0, description="fixed: lambda itself")
+    align_steps: int = Field(
+        0,
+        ge=0,
+        description="first steps that train only this adapter, forward through the LLM and without the teacher: the "
+        "Echo decoder then starts on inputs it knows (0 in the paper)",
+    )
 
 
 class SegmentationConfig(Section):
@@ -242,7 +248,9 @@ class LrConfig(Section):
     denoising: PositiveFloat = 2e-4
     echo: PositiveFloat = 2e-4
     align: PositiveFloat | None = Field(
-        None, description="adapters in the alignment phase, which then has a cycle of its own; None: one cycle a run"
+        None,
+        description="what the alignment phase trains (Stage I: adapters, Stage III: Denoising Adapter), which then is "
+        "a cycle of its own; None: one cycle a run",
     )
 
 
@@ -316,6 +324,12 @@ class Recipe(Section):
     engine: EngineConfig
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def align_steps(self) -> int:
+        """First steps of the stage that train a single part, and not yet what the stage is for."""
+        steps = {"s2t": self.model.ctc.align_steps, "echo": self.model.echo.denoising.align_steps}
+        return steps.get(self.stage, 0)
 
     @model_validator(mode="after")
     def _parts_of_the_stage(self, info: ValidationInfo) -> Recipe:
@@ -397,7 +411,7 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
 
 def _schedule_rules(recipe: Recipe) -> list[Breach]:
     found: list[Breach] = []
-    optim, align = recipe.optim, recipe.model.ctc.align_steps
+    optim = recipe.optim
     if optim.warmup_steps >= optim.steps:
         found.append(
             Breach(
@@ -406,11 +420,15 @@ def _schedule_rules(recipe: Recipe) -> list[Breach]:
                 f"keep it below optim.steps={optim.steps}",
             )
         )
-    if recipe.stage == "s2t" and align >= optim.steps:
+    if recipe.align_steps >= optim.steps:
+        key, loss = {
+            "s2t": ("model.ctc.align_steps", "text"),
+            "echo": ("model.echo.denoising.align_steps", "echo"),
+        }[recipe.stage]
         found.append(
             Breach(
-                ("model.ctc.align_steps", "optim.steps", "stage"),
-                f"model.ctc.align_steps={align} leaves no step for the text loss",
+                (key, "optim.steps", "stage"),
+                f"{key}={recipe.align_steps} leaves no step for the {loss} loss",
                 f"keep it below optim.steps={optim.steps}",
             )
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
 
+ALIGNED = {"s2t": "adapters", "echo": "denoising"}
+"""The parameter group that learns in a stage's alignment phase."""
 ALIGN_HELD = 0.7
 """Share of the alignment phase at its peak rate; CTC learns words late and wants the rate for most of it."""
 
@@ -28,13 +30,13 @@ def lr_at(step: int, *, peak: float, warmup_steps: int, steps: int, final_ratio:
 def rate_at(recipe: Recipe, group: str, step: int) -> float:
     """Learning rate of a parameter group at optimizer step `step` (from 0).
 
-    Where the recipe gives the alignment phase a rate, that phase is a cycle of its own, in which nothing but the
-    adapters learns, and the joint phase after it is another.
+    Where the recipe gives the alignment phase a rate, that phase is a cycle of its own, in which nothing but what it
+    aligns learns, and the joint phase after it is another.
     """
     optim = recipe.optim
-    align = recipe.model.ctc.align_steps if recipe.stage == "s2t" and optim.lr.align is not None else 0
+    align = recipe.align_steps if optim.lr.align is not None else 0
     if step < align:
-        peak = optim.lr.align if group == "adapters" and optim.lr.align else 0.0
+        peak = optim.lr.align if group == ALIGNED.get(recipe.stage) and optim.lr.align else 0.0
         warmup, held = optim.warmup_steps, int(ALIGN_HELD * align)
         return lr_at(step, peak=peak, warmup_steps=warmup, hold_steps=held - warmup, steps=align, final_ratio=0.0)
     return lr_at(

@@ -124,6 +124,7 @@ def build_echo_stage(
         s2t_weight=config.s2t_weight,
         units_per_token=config.units_per_token,
         free_run_tokens=config.free_run_tokens,
+        align_steps=config.denoising.align_steps,
     )
 
 

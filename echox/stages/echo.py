@@ -36,6 +36,7 @@ class EchoStage(nn.Module):
         s2t_weight: weight of L_S2T (U4).
         units_per_token: the teacher stops after `units_per_token * T + 32` words (U20).
         free_run_tokens: tokens generated when X' is free-running.
+        align_steps: first optimizer steps, in which the Denoising Adapter alone learns and no teacher is asked.
     """
 
     prefix_P: Tensor
@@ -62,6 +63,7 @@ class EchoStage(nn.Module):
         s2t_weight: float = 1.0,
         units_per_token: int = 12,
         free_run_tokens: int = 64,
+        align_steps: int = 0,
     ) -> None:
         super().__init__()
         self.s2t = s2t
@@ -81,6 +83,7 @@ class EchoStage(nn.Module):
         self.s2t_weight = s2t_weight
         self.units_per_token = units_per_token
         self.free_run_tokens = free_run_tokens
+        self.align_steps = align_steps
         self._adapters_train = any(p.requires_grad for p in s2t.front_end.parameters())
         self._last: dict[str, Tensor] = {}
 
@@ -97,7 +100,9 @@ class EchoStage(nn.Module):
         return [self.teacher]
 
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
-        """Named losses of one micro-batch: `s2t`, `echo`, `denoising`."""
+        """Named losses of one micro-batch: `s2t`, `echo`, `denoising`; the last alone while it is aligned."""
+        if self._aligns(batch.step):
+            return self._align(batch)
         out = self.s2t(batch)
         terms = {"s2t": response_loss(out, batch)}
 
@@ -123,6 +128,18 @@ class EchoStage(nn.Module):
             "perf/padding_share": padding_share(out.speech.frames, states.rows, loss.rows),
         }
         return terms
+
+    def _aligns(self, step: int) -> bool:
+        return 0 <= step < self.align_steps
+
+    def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
+        with torch.no_grad():
+            states, text_BR, spoken_BR = self._own_text(batch, self.s2t(batch))
+            text_BRh = self.s2t.embed(text_BR)
+        adapted_BRh = states.response.leave(self.denoising(states.hidden))
+        self._last = {}
+        counted = spoken_BR & (batch.weight_B[:, None] > 0)
+        return {"denoising": denoising_loss(adapted_BRh, text_BRh, counted)}
 
     def _own_text(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
         """H, X' and the mask of spoken positions: before the end token, one state for each token."""
@@ -152,6 +169,8 @@ class EchoStage(nn.Module):
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""
+        if self._aligns(step):
+            return {"denoising": 1.0}
         if self.cap is None:
             return {"s2t": self.s2t_weight, "echo": 1.0, "denoising": self.fixed_weight}
         ceiling = self.cap * means["echo"]
@@ -161,6 +180,8 @@ class EchoStage(nn.Module):
 
     def known_counts(self, batch: SpeechBatch) -> dict[str, int]:
         """Only the text loss: how much is spoken is known after the teacher decoded."""
+        if self._aligns(batch.step):
+            return {}
         return {"s2t": int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())}
 
     def parameter_groups(self) -> dict[str, list[str]]:

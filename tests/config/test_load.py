@@ -135,6 +135,7 @@ def test_each_wrong_value_gives_exactly_one_sentence(override: str, expected: st
         ("init.s2t=null", "stage=echo starts from a trained s2t stage"),
         ("model.t2c=null", "stage=echo speaks units"),
         ("model.t2c.width=100", "model.t2c.width=100 does not split into 4 heads"),
+        ("model.echo.denoising.align_steps=900", "model.echo.denoising.align_steps=900 leaves no step for the echo"),
         ("model.echo.segmentation.min_tokens=60", "model.echo.segmentation.min_tokens=60 is above max_wait=50"),
         ("model.echo.pseudo_text=argmax", 'model.echo.pseudo_text="argmax": must be one of'),
     ],

@@ -61,6 +61,22 @@ def test_alignment_with_a_rate_is_a_cycle_of_its_own_for_the_adapters_alone(tmp_
         assert [rate_at(two, group, step) for step in range(10, 30)] == [rate_at(one, group, s) for s in range(20)]
 
 
+def test_the_alignment_of_stage_three_is_a_cycle_of_the_denoising_adapter(tmp_path: Path) -> None:
+    recipe = toy_recipe(
+        "echo",
+        tmp_path,
+        stage="echo",
+        optim__steps=30,
+        optim__lr__align=5.0,
+        model__random_init=True,
+        model__t2c={"prefix": "p", "unit_header": "h", "unit_language": "u"},
+        model__echo__denoising={"align_steps": 10},
+    )
+    assert [rate_at(recipe, "denoising", step) for step in range(4)] == [2.5, 5.0, 5.0, 5.0]
+    assert {rate_at(recipe, group, step) for group in ("echo", "lora") for step in range(10)} == {0.0}
+    assert rate_at(recipe, "echo", 11) == recipe.optim.lr.echo
+
+
 def test_auto_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for flags, expected in (({"avx2"}, "fp32"), ({"avx2", "avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16")):

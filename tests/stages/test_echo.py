@@ -32,6 +32,24 @@ def test_echo_loss_alone_reaches_lora_and_nothing_frozen(pseudo_text: str) -> No
     assert float(grads["echo.unit_embedding.weight"].abs().sum()) > 0
 
 
+def test_alignment_steps_train_the_denoising_adapter_alone_and_ask_no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = tiny.echo_stage(denoising={"dropout": 0.0, "ffn": 24, "align_steps": 3}).train()
+    batch = tiny.speech_batch(6)
+    whole = stage(batch)["denoising"]
+    monkeypatch.setattr(stage.teacher, "forward", lambda *_: pytest.fail("the teacher was asked"))
+    batch = dataclasses.replace(batch, step=2)
+    terms = stage(batch)
+    assert list(terms) == ["denoising"] and stage.known_counts(batch) == {}
+    assert stage.loss_weights({"denoising": torch.tensor(1.0)}, 2) == {"denoising": 1.0}
+    assert terms["denoising"].count == whole.count
+    torch.testing.assert_close(terms["denoising"].total, whole.total)
+    terms["denoising"].total.backward()
+    moved = {name.split(".")[0] for name, p in stage.named_parameters() if p.grad is not None}
+    assert moved == {"denoising"}
+    monkeypatch.undo()
+    assert set(stage(dataclasses.replace(batch, step=3))) == {"s2t", "echo", "denoising"}
+
+
 def test_adapter_that_returns_the_embedding_makes_the_echo_decoder_repeat_the_teacher() -> None:
     stage = tiny.echo_stage().eval()
     batch = tiny.speech_batch(6)
