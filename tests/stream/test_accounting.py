@@ -11,7 +11,7 @@ import pytest
 
 from echox.errors import DataError
 from echox.stream.accounting import Accounts, join64, micro_batch_account, split64, sum64
-from echox.stream.packing import SampleBudget
+from echox.stream.packing import Budget, CostBudget, SampleBudget
 from echox.stream.plan import Plan, Window
 from echox.stream.store import Sample, ShardStore
 from tests.stream.datasets import make_dataset, sized
@@ -27,8 +27,10 @@ def vector(window: Window, places: np.ndarray, hashes: np.ndarray | None = None,
     return micro_batch_account(window, places, hashes, gone, len(NAMES))
 
 
-def test_numbers_of_each_source_are_those_counted_one_by_one() -> None:
-    window, books = PLAN.window(0, 0), Accounts(NAMES)
+@pytest.mark.parametrize("budget", [SampleBudget(13, 4), CostBudget("tokens", 500.0, 4)], ids=str)
+def test_numbers_of_each_source_are_those_counted_one_by_one(budget: Budget) -> None:
+    window = Plan(PLAN.sources, seed=3, budget=budget, window_shards=3).window(0, 0)
+    books = Accounts(NAMES)
     total = np.zeros(0)
     padded = dict.fromkeys(NAMES, 0.0)
     for places in window.steps[0]:
@@ -152,7 +154,8 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
 def test_the_books_go_on_from_their_json() -> None:
     window, books, again = PLAN.window(0, 0), Accounts(NAMES), Accounts(NAMES)
     books.expect(window, 0)
-    books.settle(vector(window, window.samples(0)).tolist())
+    places = window.samples(0)
+    books.settle(vector(window, places[2:], **{str(places[0]): "decode", str(places[1]): "decode"}).tolist())
     again.load(json.loads(json.dumps(books.to_json())))
     assert again.to_json() == books.to_json() and again.seen == len(window.samples(0))
 
