@@ -31,7 +31,7 @@ Moment = Literal["delivered", "committed", "half saved"]
 class Batch:
     ids: list[str]
     step: int
-    account: np.ndarray | None = None
+    account: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class Collate:

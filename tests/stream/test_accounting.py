@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,11 @@ PLAN = Plan([sized([9, 4], name="a"), sized([6], name="b")], seed=3, budget=Samp
 NAMES = [source.name for source in PLAN.sources]
 
 
-def vector(window: Window, places: np.ndarray, hashes: np.ndarray | None = None, **dropped: str) -> np.ndarray:
+def vector(
+    window: Window, places: np.ndarray, hashes: np.ndarray | None = None, dropped: Mapping[int, str] | None = None
+) -> np.ndarray:
     hashes = window.hash_N[places] if hashes is None else hashes
-    gone = {int(place): kind for place, kind in dropped.items()}
-    return micro_batch_account(window, places, hashes, gone, len(NAMES))
+    return micro_batch_account(window, places, hashes, dropped or {}, len(NAMES))
 
 
 @pytest.mark.parametrize("budget", [SampleBudget(13, 4), CostBudget("tokens", 500.0, 4)], ids=str)
@@ -138,7 +139,7 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
     window, books = PLAN.window(0, 0), Accounts(NAMES)
     places = window.samples(0)
     books.expect(window, 0)
-    metrics = books.settle(vector(window, places[1:], **{str(places[0]): "checksum"}).tolist())
+    metrics = books.settle(vector(window, places[1:], dropped={places[0]: "checksum"}).tolist())
     assert (metrics["data/samples"], metrics["data/quarantined"], metrics["data/quarantined/checksum"]) == (
         len(places),
         1,
@@ -148,14 +149,14 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
     assert books.multiset == sum(window.hash_N[places].tolist()) % 2**64
     unknown = Accounts(NAMES)
     unknown.expect(window, 0)
-    assert unknown.settle(vector(window, places[1:], **{str(places[0]): "smudge"}).tolist())["data/quarantined/other"]
+    assert unknown.settle(vector(window, places[1:], dropped={places[0]: "smudge"}).tolist())["data/quarantined/other"]
 
 
 def test_the_books_go_on_from_their_json() -> None:
     window, books, again = PLAN.window(0, 0), Accounts(NAMES), Accounts(NAMES)
     books.expect(window, 0)
     places = window.samples(0)
-    books.settle(vector(window, places[2:], **{str(places[0]): "decode", str(places[1]): "decode"}).tolist())
+    books.settle(vector(window, places[2:], dropped=dict.fromkeys(places[:2], "decode")).tolist())
     again.load(json.loads(json.dumps(books.to_json())))
     assert again.to_json() == books.to_json() and again.seen == len(window.samples(0))
 
