@@ -34,7 +34,7 @@ _WRAP = (1 << 64) - 1
 def micro_batch_account(
     window: Window, trained: NDArray[np.int64], hashes_N: NDArray[np.uint64], dropped: Mapping[int, str], sources: int
 ) -> NDArray[np.float64]:
-    """The vector of one micro-batch; every number in it may be added up in float64 without loss.
+    """The vector of one micro-batch; counts and hashes in it may be added up in float64 without loss.
 
     Args:
         window: that it belongs to.

@@ -20,8 +20,8 @@ class FakeJobs:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def submit(self, recipe: str, overrides: list[str]) -> str:
-        self.calls.append((recipe, overrides))
+    def submit(self, recipe: str, overrides: list[str], *, extra_arguments: list[str]) -> str:
+        self.calls.append((recipe, overrides, *extra_arguments))
         return "demo-s2t-a1"
 
     def list(self, run: str | None = None) -> list[dict[str, Any]]:
@@ -66,6 +66,11 @@ def test_submit_passes_the_recipe_on(jobs: FakeJobs, capsys: pytest.CaptureFixtu
     assert run("submit", "demo/s2t", "optim.steps=3", "name=x", "--json") == 0
     assert jobs.calls == [("demo/s2t", ["optim.steps=3", "name=x"])]
     assert json.loads(capsys.readouterr().out) == {"id": "demo-s2t-a1", "address": "http://head:8265"}
+
+
+def test_submit_passes_on_that_new_data_are_accepted(jobs: FakeJobs) -> None:
+    assert run("submit", "demo/s2t", "--accept-new-data") == 0
+    assert jobs.calls == [("demo/s2t", [], "--accept-new-data")]
 
 
 @pytest.mark.parametrize(("final", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("STOPPED", 1)])
