@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -89,6 +90,7 @@ def test_an_interrupt_stops_what_was_started_and_only_that(tmp_path: Path, numbe
         text=True,
         env={**os.environ, "ECHOX_CACHE": str(tmp_path / "cache")},
     )
+    pids: list[int] = []
     try:
         assert running.stdout is not None
         lines = []
@@ -108,6 +110,9 @@ def test_an_interrupt_stops_what_was_started_and_only_that(tmp_path: Path, numbe
         assert result["failed"] == {"phase": "s2t", "error": "KeyboardInterrupt"}
         assert result["peak_memory_gib"] > 0
     finally:
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
         running.kill()
         bystander.kill()
         bystander.wait()
