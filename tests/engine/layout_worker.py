@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
+from launching import Context, work
 from toy import UncountedLoader, toy_recipe
 
 from echox.config.schema import Recipe
-from echox.engine.context import TorchrunContext
 from echox.engine.interfaces import StageSetup
 from echox.engine.train import train
 from echox.stream.batch import SpeechBatch
@@ -50,27 +48,19 @@ class Build:
         )
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    outcomes = {}
-    with TorchrunContext(plan["storage"]) as context:
-        for layout, placement in plan["runs"]:
-            name = f"{layout}-{placement}"
-            recipe = toy_recipe(
-                name,
-                Path(plan["deepspeed"]),
-                optim__steps=STEPS,
-                optim__eps=1.0,  # Adam with so large an epsilon follows the gradient, not its sign
-                optim__lr={"lora": 1.0, "echo": 1.0, "denoising": 1.0},
-                engine__frozen_placement=placement,
-                engine__validate_every=0,
-            )
-            result = train(recipe, context, Build(layout, Path(plan["frozen"])))
-            outcomes[name] = {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
-    if context.rank == 0:
-        Path(plan["out"]).write_text(json.dumps(outcomes))
+def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
+    recipe = toy_recipe(
+        scenario["name"],
+        Path(plan["deepspeed"]),
+        optim__steps=STEPS,
+        optim__eps=1.0,  # Adam with so large an epsilon follows the gradient, not its sign
+        optim__lr={"lora": 1.0, "echo": 1.0, "denoising": 1.0},
+        engine__frozen_placement=scenario["placement"],
+        engine__validate_every=0,
+    )
+    result = train(recipe, context, Build(scenario["layout"], Path(plan["frozen"])))
+    return {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
 
 
 if __name__ == "__main__":
-    main()
+    work(run)

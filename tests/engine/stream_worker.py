@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from launching import Context, work
 from toy import toy_recipe
 from worker import Killed, Scenario
 
 from echox.config.schema import Recipe
-from echox.engine.context import LocalContext, TorchrunContext
 from echox.engine.data import open_sources, train_reader, valid_readers
 from echox.engine.interfaces import StageSetup
 from echox.engine.train import train
@@ -39,7 +36,7 @@ class Build:
         )
 
 
-def run(plan: dict[str, Any], context: LocalContext | TorchrunContext, scenario: dict[str, Any]) -> dict[str, Any]:
+def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
     recipe = toy_recipe(scenario["name"], Path(plan["deepspeed"]), **scenario["recipe"])
     try:
         result = train(
@@ -55,17 +52,5 @@ def run(plan: dict[str, Any], context: LocalContext | TorchrunContext, scenario:
     return {"step": result.step, "metrics": dict(result.metrics)}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    kind = TorchrunContext if TorchrunContext.detected() else LocalContext
-    outcomes = {}
-    with kind(plan["storage"]) as context:
-        for scenario in plan["scenarios"]:
-            outcomes[scenario.get("label", scenario["name"])] = run(plan, context, scenario)
-    if context.rank == 0:
-        Path(plan["out"]).write_text(json.dumps(outcomes))
-
-
 if __name__ == "__main__":
-    main()
+    work(run)

@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launch, prepare
 from safetensors.torch import load_file
 
 from echox.engine.checkpoint import find_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+WORKER = Path(__file__).with_name("layout_worker.py")
 RUNS = [("packed", "replicate"), ("padded", "replicate"), ("packed", "shard")]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("layouts")
-    (folder / "frozen").mkdir()
-    (folder / "frozen" / "model.safetensors").write_bytes(b"frozen weights")
-    zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
-    paths = {"deepspeed": "ds.json", "frozen": "frozen", "storage": "runs", "out": "out.json"}
-    plan = {key: str(folder / name) for key, name in paths.items()}
-    (folder / "plan.json").write_text(json.dumps({**plan, "runs": RUNS}))
-    here = Path(__file__).parent
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(here / "layout_worker.py")]
-    ran = subprocess.run(
-        [sys.executable, *command, str(folder / "plan.json")],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={
-            **os.environ,
-            "ECHOX_CACHE": str(folder / "cache"),
-            "PYTHONPATH": str(here.parents[1]),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert ran.returncode == 0, ran.stderr[-6000:]
-    return folder / "runs", json.loads((folder / "out.json").read_text())
+    folder = prepare(tmp_path_factory.mktemp("layouts"))
+    scenarios = [
+        {"name": f"{layout}-{placement}", "layout": layout, "placement": placement} for layout, placement in RUNS
+    ]
+    return folder / "runs", launch(folder, WORKER, 2, scenarios)
 
 
 def _steps(runs: Path, name: str) -> list[dict[str, float]]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launching import launch, prepare
 from safetensors.torch import load_file
 
 from echox.engine.checkpoint import find_weights
@@ -44,37 +42,10 @@ def recipe(data: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def launch(folder: Path, processes: int, scenarios: list[dict[str, Any]]) -> dict[str, Any]:
-    paths = {"deepspeed": "ds.json", "frozen": "frozen", "storage": "runs", "out": "out.json"}
-    plan = {key: str(folder / name) for key, name in paths.items()}
-    (folder / "plan.json").write_text(json.dumps({**plan, "scenarios": scenarios}))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    ran = subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(folder / "plan.json")],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={
-            **os.environ,
-            "ECHOX_CACHE": str(folder / "cache"),
-            "PYTHONPATH": str(WORKER.parents[2]),
-            "OMP_NUM_THREADS": "1",
-        },
-    )
-    assert ran.returncode == 0, ran.stderr[-6000:]
-    outcomes: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    return outcomes
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of one, two and five samples, one sample damaged."""
-    folder = tmp_path_factory.mktemp("stream")
-    (folder / "frozen").mkdir()
-    (folder / "frozen" / "model.safetensors").write_bytes(b"frozen weights")
-    zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    folder = prepare(tmp_path_factory.mktemp("stream"))
     write_shards(folder / "train", map(sample, range(SAMPLES)), per_shard=5)
     write_shards(folder / "valid", map(sample, range(100, 103)), per_shard=1)
     catalogue = Catalogue.open(folder / "train")
@@ -97,11 +68,11 @@ def outcomes(folder: Path) -> dict[str, Any]:
         {"name": "tight", "recipe": tight},
         {"name": "budget", "recipe": recipe(folder, data__budget=budget)},
     ]
-    found = launch(folder, 2, first)
+    found = launch(folder, WORKER, 2, first)
     # The same run again, its step in other portions and with another number of threads.
     split = recipe(folder, data__micro_batch=1, data__reader_threads=1, data__prefetch=1)
-    found |= launch(folder, 2, [{"name": "halves", "recipe": split}])
-    return found | launch(folder, 1, [{"name": "alone", "recipe": whole}])
+    found |= launch(folder, WORKER, 2, [{"name": "halves", "recipe": split}])
+    return found | launch(folder, WORKER, 1, [{"name": "alone", "recipe": whole}])
 
 
 def records(folder: Path, run: str) -> list[dict[str, float]]:

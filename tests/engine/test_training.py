@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launch, prepare
 from safetensors.torch import load_file
 from toy import ToyOptions, ToyStage, collate, sample, toy_recipe
 
@@ -50,30 +48,12 @@ class Launched:
         return [record for record in map(json.loads, lines) if record["event"] == event]
 
 
-def launch(folder: Path, processes: int, scenarios: list[dict[str, Any]]) -> dict[str, Any]:
-    plan, out = folder / "plan.json", folder / "out.json"
-    paths = {"deepspeed": folder / "ds.json", "frozen": folder / "frozen", "storage": folder / "runs", "out": out}
-    plan.write_text(json.dumps({**{key: str(path) for key, path in paths.items()}, "scenarios": scenarios}))
-    out.unlink(missing_ok=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(plan)]
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "ECHOX_CACHE": str(folder / "cache"), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
-    assert ran.returncode == 0, ran.stderr[-6000:]
-    outcomes: dict[str, Any] = json.loads(out.read_text())
-    return outcomes
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
-    folder = tmp_path_factory.mktemp("engine")
-    (folder / "frozen").mkdir()
-    (folder / "frozen" / "model.safetensors").write_bytes(b"frozen weights")
-    zero = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
-    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+    folder = prepare(tmp_path_factory.mktemp("engine"))
     first = launch(
         folder,
+        WORKER,
         2,
         [
             {"name": "two", "recipe": {**CLIP, **EVERY_5}},
@@ -93,11 +73,13 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     newest.write_bytes(_flipped(newest.read_bytes()))
     alone = launch(
         folder,
+        WORKER,
         1,
         [{"name": "one", "recipe": {**CLIP, "data__micro_batch": 8}}, {"name": "halves", "recipe": EVERY_5}],
     )
     second = launch(
         folder,
+        WORKER,
         2,
         [
             {"name": "halves", "recipe": EVERY_5, "options": DROPOUT},

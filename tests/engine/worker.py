@@ -1,20 +1,17 @@
 """A process of the engine tests: runs a list of scenarios one after the other and writes what came out.
 
-Started plainly (a world of one) or by torchrun; `python worker.py PLAN`, where PLAN is a JSON file.
+Started plainly (a world of one) or by torchrun; `python worker.py PLAN`, see `launching`.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from launching import Context, work
 from toy import ToyBuild, ToyOptions, toy_recipe
 
-from echox.engine.context import LocalContext, TorchrunContext
 from echox.engine.train import train
 from echox.errors import EchoXError
 
@@ -26,7 +23,7 @@ class Killed(Exception):
 class Scenario:
     """A context that may 'crash' when told of a checkpoint."""
 
-    def __init__(self, inner: LocalContext | TorchrunContext, die_at: int | None) -> None:
+    def __init__(self, inner: Context, die_at: int | None) -> None:
         self.rank, self.world_size, self.local_rank = inner.rank, inner.world_size, inner.local_rank
         self.storage, self.checkpoint_in = inner.storage, None
         self.die_at = die_at
@@ -40,7 +37,7 @@ class Scenario:
             raise Killed
 
 
-def run(plan: dict[str, Any], context: LocalContext | TorchrunContext, scenario: dict[str, Any]) -> dict[str, Any]:
+def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
     recipe = toy_recipe(scenario["name"], Path(plan["deepspeed"]), **scenario.get("recipe", {}))
     options = ToyOptions(**scenario.get("options", {}))
     build = ToyBuild(options, Path(plan["frozen"]), scenario.get("data", "toy"))
@@ -61,17 +58,5 @@ def run(plan: dict[str, Any], context: LocalContext | TorchrunContext, scenario:
     }
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    kind = TorchrunContext if TorchrunContext.detected() else LocalContext
-    outcomes = {}
-    with kind(plan["storage"]) as context:
-        for scenario in plan["scenarios"]:
-            outcomes[scenario.get("label", scenario["name"])] = run(plan, context, scenario)
-    if context.rank == 0:
-        Path(plan["out"]).write_text(json.dumps(outcomes))
-
-
 if __name__ == "__main__":
-    main()
+    work(run)
