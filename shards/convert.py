@@ -90,13 +90,14 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
         folder: where they go.
 
     Returns:
-        The record: {"identity", "sha256", "bytes", "samples", "members", "rejected"}; members are counted by
-            their extension.
+        The record: {"identity", "sha256", "bytes", "samples", "members", "question_s", "answer_s", "rejected"};
+            members are counted by their extension.
 
     Raises:
         EchoXError: the folder cannot be written to.
     """
     record: dict[str, Any] = {"identity": identity, "samples": 0, "members": {}, "rejected": []}
+    record |= {"question_s": 0.0, "answer_s": 0.0}
     final = tar_path(folder, job.number)
     # A worker that outlives a killed build for a moment must not write into the file of the next one.
     partial = final.with_suffix(f".{os.getpid()}")
@@ -110,6 +111,8 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
                     record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
                     continue
                 record["samples"] += 1
+                for seconds in ("question_s", "answer_s"):
+                    record[seconds] += members["json"][seconds] or 0.0
                 count_members(record["members"], members)
                 write_sample(tar, key, members)
         record |= {"sha256": sha256_file(partial), "bytes": partial.stat().st_size}

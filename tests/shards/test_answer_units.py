@@ -121,7 +121,7 @@ def test_killed_in_its_last_step_the_next_build_finishes_it(
 ) -> None:
     words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 0
-    _killed(tmp_path / "out", units, "rmtree", 2, "shutil")
+    _killed(tmp_path / "out", units, "rmtree", 3, "shutil")
     # What it was killed in, done.
     shutil.rmtree(tmp_path / "out")
     capsys.readouterr()

@@ -66,9 +66,10 @@ def test_the_folder_is_what_its_description_says(source: Path, tmp_path: Path) -
     described = run(source, tmp_path / "out", lines.append)
     assert sorted(contents(tmp_path / "out")) == [
         "build.json",
+        "dataset.catalogue",
         "dataset.json",
         "rejected.jsonl",
-        *(f"shard-{number:06d}.tar" for number in range(5)),
+        *(f"shard-{number:06d}.tar{index}" for number in range(5) for index in ("", ".idx")),
     ]
     assert [shard["samples"] for shard in described["shards"]] == [3, 4, 3, 4, 4]
     assert described["hours"] == pytest.approx(18 * 0.3 / 3600, abs=1e-6)
@@ -150,7 +151,7 @@ def test_killed_between_its_last_two_steps_it_only_names_the_folder(source: Path
     run(source, tmp_path / "whole")
     out = tmp_path / "out"
     run(source, out, limit=3)
-    killed(partial(run, source, out, replace=True), "shutil", "rmtree", 2)
+    killed(partial(run, source, out, replace=True), "shutil", "rmtree", 3)
     assert (tmp_path / ".out.building" / "complete").is_dir()
     lines: list[str] = []
     run(source, out, lines.append)
