@@ -20,6 +20,7 @@ from echox.tracking.names import flatten, metric_name
 from echox.tracking.spool import Operation, Spool
 from echox.tracking.state import (
     SPOOL_FOLDER,
+    Process,
     announce_attempt,
     announced_attempt,
     end_state,
@@ -288,7 +289,7 @@ class MlflowTracker:
             else:
                 self._delivery.send_file(path)
         if last and self._owner:
-            settle(self._client, folder)
+            settle(self._client, folder, Process.current())
 
     def _deliver_own(self) -> None:
         """Send what is new in this process's journal, which goes on being written."""

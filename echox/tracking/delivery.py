@@ -112,11 +112,16 @@ class Delivery:
             sent += 1
         return sent
 
-    def end_attempts(self, status: str) -> None:
-        """End the children that are still RUNNING."""
-        for child in self._attempts().values():
+    def end_attempts(self, status: str, *, since: int) -> None:
+        """End the children that are still RUNNING: the last as `status`, if it is of number `since` or later.
+
+        Those before it died, or the next one would not have begun.
+        """
+        children = self._attempts()
+        for number, child in children.items():
             if child.info.status == "RUNNING":
-                self._client.set_terminated(child.info.run_id, status)
+                lives = number >= since and number == max(children)
+                self._client.set_terminated(child.info.run_id, status if lives else "FAILED")
 
     def _metrics(self, run_id: str, items: list[list[Any]]) -> None:
         from mlflow.entities import Metric
@@ -165,9 +170,17 @@ class Delivery:
                 self._client.set_terminated(child.info.run_id, "FAILED", end_time=operation["time"])
         if attempt not in children:
             self._children[attempt] = self._create(attempt, operation["tags"], operation["time"])
-        self._client.update_run(self._run_id, status="RUNNING")
+        self._reopen()
         step = operation["tags"].get("from_step", "0")
         self._tags(self._run_id, {"attempt": str(attempt), f"attempt.{attempt}.from_step": step})
+
+    def _reopen(self) -> None:
+        """A watcher that was at work when the run went on may have ended it a moment too late."""
+        stage = self._client.get_run(self._run_id)
+        parent_id = stage.data.tags.get("mlflow.parentRunId")
+        for run in (stage, *([] if parent_id is None else [self._client.get_run(parent_id)])):
+            if run.info.status != "RUNNING":
+                self._client.update_run(run.info.run_id, status="RUNNING")
 
     def _create(self, attempt: int, tags: Mapping[str, str], when: int | None = None) -> str:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER

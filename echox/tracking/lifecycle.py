@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from echox.tracking import spool
 from echox.tracking.delivery import Delivery
-from echox.tracking.state import SPOOL_FOLDER, fate, read_state, update_state
+from echox.tracking.state import SPOOL_FOLDER, Process, fate, read_state, update_state
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -57,7 +57,7 @@ def create_runs(client: MlflowClient, run_folder: Path) -> tuple[str, str]:
         stage = client.create_run(experiment_id, tags={**tags, **state["tags"]}, run_name=state["name"])
     else:
         # The owner before this one is gone, and its attempt with it.
-        Delivery(client, stage.info.run_id).end_attempts("FAILED")
+        Delivery(client, stage.info.run_id).end_attempts("FAILED", since=state["attempt"])
         client.update_run(stage.info.run_id, status="RUNNING")
         client.set_tag(stage.info.run_id, "attempt", state["tags"]["attempt"])
     run_id = str(stage.info.run_id)
@@ -65,25 +65,28 @@ def create_runs(client: MlflowClient, run_folder: Path) -> tuple[str, str]:
     return run_id, parent_id
 
 
-def settle(client: MlflowClient, run_folder: Path) -> str:
+def settle(client: MlflowClient, run_folder: Path, owner: Process | None) -> str | None:
     """Deliver what every process of a run has left, and end its runs; returns the status they end with.
 
     For the owner at its end, and for whoever finds that the owner is gone. A new owner that took the run over meanwhile
-    keeps it: then nothing is ended.
+    keeps it: then nothing is ended, and the answer is None.
     """
     state = read_state(run_folder)
+    if Process.of(state.get("owner")) != owner:
+        return None
     run_id, parent_id = state.get("run_id"), state.get("parent_id")
     if run_id is None or parent_id is None:
         run_id, parent_id = create_runs(client, run_folder)
     replay(client, run_folder, run_id)
     now = read_state(run_folder)
     status = fate(run_folder, now)
-    if now.get("owner") != state.get("owner"):
-        return status
-    Delivery(client, run_id).end_attempts(status)
+    if Process.of(now.get("owner")) != owner:
+        return None
+    Delivery(client, run_id).end_attempts(status, since=now["attempt"])
     client.set_terminated(run_id, status)
     _end_parent(client, parent_id)
-    update_state(run_folder, status=status, closed=True)
+    if Process.of(read_state(run_folder).get("owner")) == owner:
+        update_state(run_folder, status=status, closed=True)
     return status
 
 

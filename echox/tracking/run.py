@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("echox.tracking")
 
-CREATE_S = 20.0
+CREATE_S = 30.0
 """How long the start of a run waits for the server. It goes on without, and the runs are created when it answers."""
 SILENT_S = 900.0
 """A run of another machine that was not heard of for so long has lost its owner."""
@@ -119,7 +119,7 @@ def close_orphan(run_folder: Path, status: str = "KILLED") -> bool:
         return False
     if state["status"] == "RUNNING":
         end_state(run_folder, status)
-    settle(make_client(state["uri"]), run_folder)
+    settle(make_client(state["uri"]), run_folder, Process.of(state.get("owner")))
     return True
 
 
@@ -135,7 +135,7 @@ def repair(run_folder: Path) -> str | None:
     silent_s = time.time() - last_sign(run_folder)
     if silent_s < (3 * BEAT_S if owner.here() else SILENT_S):
         return None  # its watcher is at work, or it lives elsewhere
-    return settle(make_client(state["uri"], timeout_s=10), run_folder)
+    return settle(make_client(state["uri"], timeout_s=10), run_folder, owner)
 
 
 def record(run_folder: Path, *, metrics: Mapping[str, float], artifacts: Mapping[Path, str | None], step: int) -> bool:
@@ -174,7 +174,8 @@ def _refuse_if_owned(run_folder: Path, state: Mapping[str, Any]) -> None:
     owner = Process.of(state.get("owner"))
     if owner is None or state.get("status") != "RUNNING" or owner == Process.current():
         return
-    if owner.alive() or (time.time() - last_beat(run_folder) < 6 * BEAT_S and _beats(run_folder)):
+    elsewhere = not owner.here() and time.time() - last_beat(run_folder) < 6 * BEAT_S and _beats(run_folder)
+    if owner.alive() or elsewhere:
         raise LaunchError(
             f"run {run_folder.name} is being trained by process {owner.pid} on {owner.host}",
             where=str(run_folder),

@@ -33,23 +33,25 @@ class Process:
         host: name of the machine.
         pid: process id there.
         start: when it started, in clock ticks since the machine did.
+        space: the set of numbers `pid` is from; containers of one machine each have their own.
     """
 
     host: str
     pid: int
     start: int
+    space: str = ""
 
     @classmethod
     def current(cls) -> Self:
         """This process."""
-        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()) or 0)
+        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()) or 0, _space())
 
     @classmethod
     def of(cls, record: Mapping[str, Any] | None) -> Self | None:
         """The process of a record, or None where there is none."""
         try:
-            return cls(str(record["host"]), int(record["pid"]), int(record["start"])) if record else None
-        except (KeyError, TypeError, ValueError):
+            return cls(**record) if record else None
+        except TypeError:
             return None
 
     def record(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class Process:
 
     def here(self) -> bool:
         """Whether it is, or was, a process of this machine."""
-        return self.host == socket.gethostname()
+        return (self.host, self.space) == (socket.gethostname(), _space())
 
     def alive(self) -> bool:
         """Whether it runs on this machine; one that has died and was not yet reaped does not."""
@@ -151,6 +153,13 @@ def counted_attempts(run_folder: Path) -> int:
         return int((run_folder / "attempt").read_text())
     except (OSError, ValueError):
         return 0
+
+
+def _space() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _start_of(pid: int) -> int | None:

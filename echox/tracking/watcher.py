@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import echox
 from echox.tracking.lifecycle import make_client, settle
@@ -62,7 +63,7 @@ def start_watcher(handle: RunHandle, *, hours: float) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fork, watch, act."""
     folder, pid, start, hours = sys.argv[1:] if argv is None else argv
-    owner = Process(Process.current().host, int(pid), int(start))
+    owner = replace(Process.current(), pid=int(pid), start=int(start))
     if os.fork():
         os._exit(0)
     os.setsid()
@@ -99,11 +100,12 @@ def _act(run_folder: Path, owner: Process, *, deadline: float) -> None:
         if not _ours(state, owner):
             return
         try:
-            status = settle(make_client(state["uri"]), run_folder)
+            status = settle(make_client(state["uri"]), run_folder, owner)
         except Exception as error:
             _note(run_folder, f"the run could not be ended: {type(error).__name__}: {str(error)[:300]}")
         else:
-            _note(run_folder, f"process {owner.pid} on {owner.host} is gone; the run is {status}")
+            if status is not None:
+                _note(run_folder, f"process {owner.pid} on {owner.host} is gone; the run is {status}")
             return
         if time.monotonic() + delay > deadline:
             _note(run_folder, "no further attempt; `echox runs list` ends the run when the server is back")
@@ -112,10 +114,9 @@ def _act(run_folder: Path, owner: Process, *, deadline: float) -> None:
         delay = min(LONGEST_RETRY_S, 2 * delay)
 
 
-def _ours(state: dict[str, object], owner: Process) -> bool:
+def _ours(state: dict[str, Any], owner: Process) -> bool:
     """Whether the run is still this owner's and the server does not know its end yet."""
-    record = state.get("owner")
-    return unfinished(state) and isinstance(record, dict) and Process.of(record) == owner
+    return unfinished(state) and Process.of(state.get("owner")) == owner
 
 
 def _note(run_folder: Path, text: str) -> None:

@@ -15,14 +15,15 @@ from typing import Any
 
 from mlflow.tracking import MlflowClient
 
+from echox.tracking.spool import pending
+from echox.tracking.state import SPOOL_FOLDER
+
 ROOT = Path(__file__).resolve().parents[2]
 DEAD = "http://127.0.0.1:9"
 
 
 def recipe(name: str = "tiny-s2t", stage: str = "s2t", uri: str | None = None, hours: float = 0.1) -> Any:
-    tracking = SimpleNamespace(
-        uri=uri, experiment="tests", parent_run="tiny", system_metrics=True, deliver_hours=hours
-    )
+    tracking = SimpleNamespace(uri=uri, experiment="tests", parent_run="tiny", system_metrics=True, deliver_hours=hours)
     return SimpleNamespace(name=name, stage=stage, scale="tiny", tracking=tracking)
 
 
@@ -114,6 +115,7 @@ class Owner:
     def wait_ready(self) -> None:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n"
+        until(lambda: sum(path.read_text().count("loss/total") for path in pending(self.folder / SPOOL_FOLDER)) == 5)
 
     def kill(self) -> None:
         self.process.kill()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -159,11 +160,8 @@ def test_a_full_disk_neither_blocks_nor_grows_and_is_said(
 def test_a_second_start_of_a_living_run_is_refused(storage: Path) -> None:
     tracker = open_run(recipe(), {}, storage=storage)
     folder = tracker.handle.run_folder
-    init = state_module.Process.current().__class__("elsewhere", 1, 1)
-    state_module.update_state(folder, owner=init.record())
+    state_module.update_state(folder, owner=state_module.Process("elsewhere", 1, 1).record())
     state_module.beat(folder)
-    import threading
-
     stop = threading.Event()
 
     def beats() -> None:
