@@ -64,6 +64,7 @@ def test_a_server_killed_and_restarted_in_mid_run_gets_everything_once_and_in_or
     assert longest < 0.2, "a call waited for something"
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_up_after_the_start_gets_the_run_before_its_end(
     storage: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
