@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check clean
+.PHONY: help env demo test test-slow chaos check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test: env ## the default tests; the first run downloads the demo's models
 
 test-slow: env ## all tests, also those that need long minutes or much memory
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+chaos: env ## kill a rank of a training run 50 times, and compare with a run that nobody killed
+	$(BIN)/python tests/engine/chaos.py --kills 50
 
 check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from echox.engine import rng
-from echox.engine.manifest import Choice, checkpoints_folder, choose, list_checkpoints, step_name, sweep
+from echox.engine.manifest import Choice, checkpoints_folder, choose, list_checkpoints, step_name, sweep, verify
 from echox.engine.retention import Retention
 from echox.engine.save import Part, Whole, publish_whole, write_part
 from echox.engine.zero_state import SavedSlices
@@ -54,8 +54,8 @@ def found(run: Path) -> int:
         for kind in ("fp32", "exp_avg", "exp_avg_sq"):
             values = saved.read(f"{kind}/weight", 0, RANKS * ELEMENTS)
             assert torch.equal(values, torch.full_like(values, float(step))), f"a mixture under step {step}"
-    if choice.rejected:
-        raise CheckpointError(f"a published checkpoint is damaged: {choice.rejected}")
+    for published in list_checkpoints(run):
+        verify(published)
     return step
 
 

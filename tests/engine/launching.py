@@ -132,7 +132,7 @@ def _rank(worker: str, plan: str, environment: Mapping[str, str], log: str) -> N
         os.environ.pop(name, None)
     os.environ.update(environment)
     sys.argv = [worker, plan]
-    sys.path.insert(0, str(Path(worker).parent))
+    sys.path[:0] = [str(Path(worker).parent), str(Path(worker).parents[2])]
     spec = importlib.util.spec_from_file_location("__main__", worker)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
