@@ -6,6 +6,7 @@ of it: a process of its own that may be killed like any other.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -115,11 +117,23 @@ def work(run: Callable[[dict[str, Any], Context, Scenario], Any]) -> None:
         Path(plan["out"]).write_text(json.dumps(outcomes))
 
 
+@functools.cache
 def _server() -> Any:
+    """The server, started with one thread: what it does not start, a fork of it cannot miss."""
     context = multiprocessing.get_context("forkserver")
-    # One thread: what the server does not start, a fork of it cannot miss.
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    context.set_forkserver_preload(["warm"])
+    here = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(here), str(here.parents[1])])  # it finds modules to preload by PYTHONPATH alone
+    single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": paths}
+    before = {name: os.environ.get(name) for name in single}
+    os.environ.update(single)
+    try:
+        context.set_forkserver_preload(["warm"])
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
     return context
 
 

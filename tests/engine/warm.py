@@ -1,10 +1,20 @@
 """Imported once by the server that the ranks of the engine tests are forked from."""
 
-import deepspeed  # noqa: F401
+import importlib
+
 import torch
 
-import echox.engine.setup
-import echox.engine.train
-import echox.stream.collate  # noqa: F401
+for _name in (
+    "deepspeed",
+    "deepspeed.ops.adam",
+    "echox.config.deepspeed",
+    "echox.engine.setup",
+    "echox.engine.train",
+    "echox.stream.collate",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.whisper.modeling_whisper",
+):
+    importlib.import_module(_name)
 
 torch.set_num_threads(1)
