@@ -290,8 +290,37 @@ class EngineConfig(Section):
     activation_checkpointing: bool = False
     validate_every: int = Field(0, ge=0, description="steps; 0 validates at the end only")
     checkpoint_every: int = Field(0, ge=0, description="steps; 0 saves at the end only")
-    keep: PositiveInt = Field(2, description="checkpoints kept")
+    async_save: bool = Field(True, description="write checkpoints behind the next steps, from a copy in host memory")
+    keep: PositiveInt = Field(2, description="newest checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="steps; checkpoints at multiples of it stay for good; 0: none does")
+    keep_best: str | None = Field(
+        None, description="metric, such as valid/loss/total, whose lowest value keeps its checkpoint"
+    )
     log_every: PositiveInt = 1
+
+
+class HealthConfig(Section):
+    """What a run does about steps that would harm it, and about steps that never end."""
+
+    on_bad_step: Literal["skip", "rewind", "stop"] = Field(
+        "skip",
+        description="a loss or gradient that is not finite, or a spike: pass over the step, go back to the last "
+        "checkpoint and on behind the step's data, or stop",
+    )
+    max_bad_steps: int = Field(10, ge=0, description="bad steps in a row that are passed over before the run stops")
+    max_rewinds: int = Field(3, ge=0, description="times that one attempt goes back before it stops")
+    spike_sigma: float = Field(
+        0,
+        ge=0,
+        description="standard deviations above the recent mean that make a loss a spike; 0: none is (6 is usual)",
+    )
+    spike_window: PositiveInt = Field(128, description="good steps that the mean is taken over")
+    hang_factor: float = Field(
+        20, ge=0, description="a step that takes so many times the 95th percentile of recent ones hangs; 0: none does"
+    )
+    hang_least_s: PositiveFloat = Field(
+        300, description="seconds that every step may take; before 8 were timed, 10 times"
+    )
 
 
 def _workers(value: Any, check: Callable[[Any], Any]) -> Any:
@@ -361,6 +390,7 @@ class Recipe(Section):
     data: DataConfig
     optim: OptimConfig
     engine: EngineConfig
+    health: HealthConfig = HealthConfig()
     scaling: ScalingConfig = ScalingConfig()
     tracking: TrackingConfig = TrackingConfig()
 

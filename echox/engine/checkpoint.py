@@ -1,31 +1,34 @@
-"""Saving and loading the trainable state of a run: complete under its name, or not there at all."""
+"""Saving and loading the trainable state of a run: complete under its name, or not there at all.
+
+A save begins with a copy to the host and goes on behind the next steps; the ranks' votes after each step move it along.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.engine import rng
+from echox.engine.ballot import Ballot, Vote
+from echox.engine.changes import refused_changes
 from echox.engine.manifest import (
     MANIFEST,
     WEIGHTS,
     Choice,
     checkpoints_folder,
     choose,
-    describe_file,
-    discard,
     list_checkpoints,
-    publish,
     step_name,
-    write_manifest,
 )
+from echox.engine.retention import Retention
+from echox.engine.save import Part, Save, Whole, random_file
+from echox.engine.zero_state import HostState, put_back, trainables, whole_shape
 from echox.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -34,11 +37,11 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.gang import Gang
+    from echox.engine.run_folder import RunFolder
 
-_DEEPSPEED = "deepspeed"
-_GATHER_ELEMENTS = 1 << 26
+_FAILURES_BORNE = 1
+"""Saves in a row that may fail while training goes on; the next one ends the run."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "webdataset", "numpy")
-_OF_RANK = re.compile(r"(?:zero_pp_rank_|rng/rank-0*)(\d+)")
 
 
 def find_weights(run_or_checkpoint: Path) -> Path:
@@ -63,102 +66,175 @@ def find_checkpoint(run_folder: Path, asked: Path | None = None) -> Choice:
     return choose(candidates)
 
 
-def check_fits(choice: Choice, recipe: Recipe, world_size: int) -> None:
-    """Raise CheckpointError when the run cannot go on from the chosen checkpoint as this recipe and world want."""
+def check_fits(choice: Choice, recipe: Recipe, allow: Sequence[str] = ()) -> None:
+    """Raise CheckpointError when the run would not go on as this recipe says; `allow` names keys that may differ."""
     if choice.checkpoint is None:
         return
-    saved, where = choice.manifest, str(choice.checkpoint)
-    if saved["world_size"] != world_size:
+    changed = refused_changes(choice.manifest["recipe"], recipe.model_dump(mode="json"), allow)
+    if changed:
+        words = sorted({key.rpartition(".")[2] for key, _, _ in changed})
         raise CheckpointError(
-            f"the checkpoint was written by {saved['world_size']} workers and this run has {world_size}",
-            where=where,
-            fix=f"resume with {saved['world_size']} workers, or start a new run under another name",
-        )
-    if saved["recipe"]["stage"] != recipe.stage:
-        raise CheckpointError(
-            f"stage is {recipe.stage} and was {saved['recipe']['stage']} when the checkpoint was written",
-            where=where,
-            fix="set stage back, or start a new run under another name",
+            "the recipe is not the one of the checkpoint: "
+            + "; ".join(f"{key} is {new!r} and was {old!r}" for key, old, new in changed),
+            where=str(choice.checkpoint),
+            fix=f"put it back, go on with --allow {','.join(words)}, or start a new run under another name",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
+class Published:
+    """A checkpoint that has just got its name, known to every rank.
+
+    Attributes:
+        path: its folder.
+        step: its optimizer step.
+        blocked_s: seconds that training stood still for it, on this rank.
+        seconds: from the beginning of the save until it had its name (rank 0; 0 elsewhere).
+    """
+
+    path: Path
+    step: int
+    blocked_s: float
+    seconds: float
+
+
+@dataclass(kw_only=True)
 class Checkpointer:
-    """Writes and reads the checkpoints of one run.
+    """Writes and reads the checkpoints of one run; every rank calls the same methods at the same steps.
 
     Attributes:
         engine: the run's engine.
-        gang: the ranks; every method is collective.
-        run_folder: folder of the run, seen by every rank.
-        attempt: number of this attempt; part of temporary names, so that attempts never mix files.
-        keep: checkpoints kept.
-        contents: what every manifest of the run carries (recipe, frozen models, census, data).
+        gang: its processes.
+        folder: the run's.
+        attempt: number of this attempt, part of the temporary folder's name.
+        retention: which checkpoints stay.
+        contents: what every manifest of this run carries, see the checkpoint contract.
     """
 
     engine: Engine
     gang: Gang
-    run_folder: Path
+    folder: RunFolder
     attempt: int
-    keep: int
+    retention: Retention
     contents: Mapping[str, Any]
+    _host: HostState = field(default_factory=HostState)
+    _save: Save | None = None
+    _whole: Whole | None = None
+    _number: int = 0
+    _failures: int = 0
+    _blocked_s: float = 0.0
 
-    def save(self, step: int, *, cursor: Mapping[str, Any], metrics: Mapping[str, float]) -> Path:
-        """Write and publish the checkpoint after `step` optimizer steps; return its folder.
+    def begin(self, step: int, *, cursor: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Copy the state after `step` to the host and begin to write it; no save may be under way.
 
-        Shards, consolidated weights and random states go to a temporary folder; every rank hashes and fsyncs its own
-        files; rank 0 writes the manifest; only when every rank agrees does the folder get its name.
-
-        Raises:
-            CheckpointError: a file could not be written; published checkpoints are untouched.
+        `cursor` is where the data stand, `metrics` the last ones; both are the same on every rank.
         """
-        parent = checkpoints_folder(self.run_folder)
-        temporary = parent / f".attempt-{self.attempt}-{step_name(step)}"
-        final = parent / step_name(step)
-        try:
-            with rng.untouched():
-                self._write_shards(temporary)
-                trainable = self._write_weights(temporary)
-        except (OSError, RuntimeError) as error:
-            # Other ranks may wait inside DeepSpeed's own barrier: leaving at once ends their wait as well.
-            raise _failed(step, str(error), final) from error
-        files, why = self._describe(temporary)
-        described = self.gang.gather((files, why))
-        self._agree(step, final, [problem for _, problem in described])
-        why = ""
-        if self.gang.leads:
-            merged = {name: entry for part, _ in described for name, entry in part.items()}
-            contents = {
+        assert self._save is None, "the save before this one must be finished first"
+        began = time.monotonic()
+        self._number += 1
+        self._host.copy_from(self.engine, self.gang.rank)
+        parent = checkpoints_folder(self.folder.path)
+        self._save = Save(
+            step,
+            parent / f".attempt-{self.attempt}.{self._number}-{step_name(step)}",
+            parent / step_name(step),
+            Part(rank=self.gang.rank, slices=self._host.tensors, random=rng.capture()),
+        )
+        shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
+        self._whole = Whole(
+            contents={
                 **self.contents,
                 "step": step,
+                "updates": self._host.updates,
                 "attempt": self.attempt,
                 "world_size": self.gang.size,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "cursor": dict(cursor),
                 "metrics": dict(metrics),
-                "trainable": trainable,
+                "trainable": {
+                    name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in shapes.items()
+                },
                 "versions": library_versions(),
-            }
-            try:
-                write_manifest(temporary, contents, merged)
-            except OSError as error:
-                why = str(error)
-        self._agree(step, final, self.gang.gather(why))
-        if self.gang.leads:
-            try:
-                publish(temporary, final)
-            except OSError as error:
-                why = str(error)
-        self._agree(step, final, self.gang.gather(why))
-        return final
+            },
+            ranks=self.gang.size,
+            trainable=shapes,
+            buffers=self._persistent_buffers(),
+            allowed=lambda: self.folder.check_attempt(self.attempt),
+        )
+        self._blocked_s = time.monotonic() - began
 
-    def load(self, choice: Choice) -> int:
-        """Bring engine and random states back to a checkpoint that fits; return its step.
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._save is not None
+
+    def vote(self, *, stop: bool = False) -> Vote:
+        """What this rank has to say of the save under way, if any."""
+        save = self._save
+        if save is None:
+            return Vote(stop=stop)
+        return Vote(
+            stop=stop,
+            written=save.files is not None,
+            failed=save.problem is not None,
+            published=save.published,
+            save=self._number,
+        )
+
+    def advance(self, outcome: Vote) -> Published | None:
+        """Move the save along by what the ranks have voted; returns the checkpoint once it has its name.
+
+        Raises:
+            CheckpointError: it failed, on every rank alike; earlier checkpoints are untouched.
+        """
+        save = self._save
+        if save is None or outcome.save != self._number:
+            return None  # the outcome belongs to an earlier save
+        if outcome.failed:
+            self._fail(save)
+        if outcome.published:
+            self._save, self._failures = None, 0
+            return Published(path=save.final, step=save.step, blocked_s=self._blocked_s, seconds=save.seconds)
+        if outcome.written and not save.complete:
+            began = time.monotonic()
+            save.complete = True
+            described = self.gang.gather(save.files or {})
+            if self.gang.leads:
+                assert self._whole is not None
+                merged = {name: entry for part in described for name, entry in part.items()}
+                save.publish(self._whole, merged, lambda: self.retention.apply(self.folder.path))
+            self._blocked_s += time.monotonic() - began
+        return None
+
+    def finish(self, ballot: Ballot, *, stop: bool = False) -> Published | None:
+        """Wait until the save under way, if any, has its name.
+
+        Raises:
+            CheckpointError: it failed, on every rank alike.
+        """
+        began = time.monotonic()
+        while self._save is not None:
+            self._save.wait()
+            waited = self._blocked_s + time.monotonic() - began
+            published = self.advance(ballot.settle(self.vote(stop=stop)))
+            if published is not None:
+                return Published(path=published.path, step=published.step, blocked_s=waited, seconds=published.seconds)
+        return None
+
+    def bears(self, *, last: bool) -> bool:
+        """Whether training may go on after a failed save; the last one must succeed."""
+        return not last and self._failures <= _FAILURES_BORNE
+
+    def load(self, choice: Choice, seed: int) -> int:
+        """Bring the engine back to a checkpoint, and the random states where as many ranks wrote it; return its step.
+
+        On another number of ranks the random states are seeded anew from `seed` and the step.
 
         Raises:
             CheckpointError: the trainable tensors are not those of this model.
         """
         assert choice.checkpoint is not None
-        ours = {name: list(_shape(parameter)) for name, parameter in self._trainables()}
+        ours = {name: list(whole_shape(parameter)) for name, parameter in trainables(self.engine)}
         theirs = {name: entry["shape"] for name, entry in choice.manifest["trainable"].items()}
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
@@ -168,100 +244,56 @@ class Checkpointer:
                 where=str(choice.checkpoint),
                 fix="continue with the recipe of the run, or use another run name",
             )
-        # Not strict: frozen weights are not in a checkpoint; the comparison above is the strict part.
-        self.engine.ds.load_checkpoint(str(choice.checkpoint), tag=_DEEPSPEED, load_module_strict=False)
-        import torch
-
-        state = torch.load(choice.checkpoint / _rng_name(self.gang.rank), weights_only=False)
-        rng.restore(state)
-        return int(choice.manifest["step"])
-
-    def retain(self) -> list[Path]:
-        """Delete all but the newest checkpoints; call it after the newest is reported. Returns what was deleted."""
-        if not self.gang.leads:
-            return []
-        gone: list[Path] = []
-        for path in list_checkpoints(self.run_folder)[self.keep :]:
-            try:
-                discard(path)
-            except OSError:
-                continue  # A delete that fails must not end training; the next save tries again.
-            gone.append(path)
-        return gone
-
-    def _write_shards(self, temporary: Path) -> None:
-        import torch
-
-        if self.gang.leads:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "rng").mkdir(parents=True)
-        self.gang.barrier()
-        self.engine.ds.save_checkpoint(
-            str(temporary), tag=_DEEPSPEED, save_latest=False, exclude_frozen_parameters=True
+        step, ranks = int(choice.manifest["step"]), int(choice.manifest["world_size"])
+        put_back(
+            self.engine,
+            choice.checkpoint,
+            rank=self.gang.rank,
+            saved_ranks=ranks,
+            updates=int(choice.manifest["updates"]),
         )
-        torch.save(rng.capture(), temporary / _rng_name(self.gang.rank))
+        self._load_buffers(choice.checkpoint / WEIGHTS)
+        if ranks == self.gang.size:
+            import torch
 
-    def _write_weights(self, temporary: Path) -> dict[str, dict[str, Any]]:
-        """Consolidate the trainable tensors in the dtype they train in, with the persistent buffers beside them.
+            rng.restore(torch.load(choice.checkpoint / random_file(self.gang.rank), weights_only=False))
+        else:
+            rng.seed_all(seed + 1000 * (self.gang.rank + 1) + 7919 * step)
+        return step
 
-        On rank 0, returns shape and dtype of the trainables by name.
-        """
-        from deepspeed.runtime.zero import GatheredParameters
-        from safetensors.torch import save_file
+    def _load_buffers(self, weights: Path) -> None:
+        import torch
+        from safetensors import safe_open
 
-        whole: dict[str, Tensor] = {}
-        for names, parameters in self._gather_groups():
-            with GatheredParameters(parameters):
-                if self.gang.leads:
-                    for name, parameter in zip(names, parameters, strict=True):
-                        whole[name] = parameter.detach().to("cpu", copy=True).contiguous()
-        if self.gang.leads:
-            save_file({**whole, **self._persistent_buffers()}, str(temporary / WEIGHTS))
-        self.gang.barrier()
-        return {name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)} for name, tensor in whole.items()}
-
-    def _gather_groups(self) -> Iterator[tuple[list[str], list[Any]]]:
-        """Trainables in groups small enough to be whole at the same time."""
-        names: list[str] = []
-        parameters: list[Any] = []
-        elements = 0
-        for name, parameter in self._trainables():
-            size = int(getattr(parameter, "ds_numel", parameter.numel()))
-            if names and elements + size > _GATHER_ELEMENTS:
-                yield names, parameters
-                names, parameters, elements = [], [], 0
-            names.append(name)
-            parameters.append(parameter)
-            elements += size
-        if names:
-            yield names, parameters
+        with torch.no_grad(), safe_open(str(weights), framework="pt") as saved:  # type: ignore[no-untyped-call]
+            for name, buffer in self._buffers():
+                buffer.copy_(saved.get_tensor(name))
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().to("cpu", copy=True).contiguous() for name, buffer in self._buffers()}
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
         """Buffers that belong to the model's state; those that stand for frozen weights are not persistent."""
-        return {
-            f"{path}.{name}" if path else name: buffer.detach().to("cpu", copy=True).contiguous()
+        return [
+            (f"{path}.{name}" if path else name, buffer)
             for path, module in self.engine.stage.named_modules()
             for name, buffer in module.named_buffers(recurse=False)
             if name not in module._non_persistent_buffers_set
-        }
+        ]
 
-    def _trainables(self) -> Iterator[tuple[str, Any]]:
-        return (
-            (name, parameter) for name, parameter in self.engine.stage.named_parameters() if parameter.requires_grad
+    def _fail(self, save: Save) -> None:
+        save.wait()
+        problems = self.gang.gather(save.problem)
+        if self.gang.leads:
+            shutil.rmtree(save.temporary, ignore_errors=True)  # a full disk needs the room
+        self._save = None
+        self._failures += 1
+        raise CheckpointError(
+            f"the checkpoint of step {save.step} could not be written: "
+            + "; ".join(f"rank {rank}: {why}" for rank, why in enumerate(problems) if why),
+            where=str(save.final),
+            fix="earlier checkpoints are untouched; make room or restore access, then start the run again",
         )
-
-    def _describe(self, temporary: Path) -> tuple[dict[str, dict[str, Any]], str]:
-        """Hash and fsync the files this rank wrote; the second value is why that failed, or empty."""
-        try:
-            names = sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())
-            return {name: describe_file(temporary / name) for name in names if _writer(name) == self.gang.rank}, ""
-        except OSError as error:
-            return {}, str(error)
-
-    def _agree(self, step: int, final: Path, problems: list[str]) -> None:
-        bad = [f"rank {rank}: {why}" for rank, why in enumerate(problems) if why]
-        if bad:
-            raise _failed(step, "; ".join(bad), final)
 
 
 def library_versions() -> dict[str, str]:
@@ -273,25 +305,3 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _failed(step: int, why: str, final: Path) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint of step {step} could not be written: {why}",
-        where=str(final),
-        fix="earlier checkpoints are untouched; make room or restore access, then start the run again",
-    )
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng/rank-{rank:05d}.pt"
-
-
-def _writer(name: str) -> int:
-    """The rank that wrote a file of a checkpoint; it is the one whose fsync counts on a shared disk."""
-    found = _OF_RANK.search(name)
-    return int(found.group(1)) if found else 0
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -16,6 +16,13 @@ ACCEPT_NEW_DATA = "--accept-new-data"
 ACCEPT_NEW_DATA_HELP = (
     "resume although datasets, plan or seed are not those of the checkpoint: a new epoch begins on the new ones"
 )
+ALLOW = "--allow"
+ALLOW_HELP = "recipe keys that may differ from those of the checkpoint that is resumed, such as lr,steps"
+
+
+def comma_list(text: str) -> list[str]:
+    """The words of a list with commas."""
+    return [word for word in text.split(",") if word]
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
         "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as optim.steps=10"
     )
     train.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
+    train.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
     train.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
     train.set_defaults(run=run_train)
     checkpoint = subparsers.add_parser(
@@ -143,16 +151,19 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
     """Train with an MLflow run that rank 0 opens and always ends."""
     from echox.engine.interfaces import NullTracker
     from echox.engine.setup import build_setup
+    from echox.engine.stop import clear_stop
     from echox.engine.train import train
     from echox.tracking.run import open_run
 
+    options = {"accept_new_data": args.accept_new_data, "allow": args.allow}
     if context.rank != 0:
-        return train(recipe, context, build_setup, NullTracker(), accept_new_data=args.accept_new_data)
+        return train(recipe, context, build_setup, NullTracker(), **options)
+    clear_stop(context.storage / recipe.name)
     tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.recipe)
     status = "FAILED"
     try:
-        result = train(recipe, context, build_setup, tracker, accept_new_data=args.accept_new_data)
-        status = "FINISHED"
+        result = train(recipe, context, build_setup, tracker, **options)
+        status = "KILLED" if result.stopped else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -169,6 +180,7 @@ def _print_result(recipe: Recipe, result: TrainResult, *, as_json: bool) -> None
             "step": result.step,
             "checkpoint": None if result.checkpoint is None else str(result.checkpoint),
             "already_done": result.already_done,
+            "stopped": result.stopped,
             "unmoved_trainable": list(result.unmoved_trainable),
             "moved_frozen": list(result.moved_frozen),
             "metrics": dict(result.metrics),
@@ -177,5 +189,7 @@ def _print_result(recipe: Recipe, result: TrainResult, *, as_json: bool) -> None
         return
     loss = result.metrics.get("loss/total")
     said = "was already done" if result.already_done else "is done"
+    if result.stopped:
+        said = f"was stopped ({result.stopped}); the same command continues it"
     end = "" if loss is None else f", loss {loss:.4f}"
     print(f"run {recipe.name} {said}: step {result.step}{end}, checkpoint {result.checkpoint}", file=sys.stdout)

@@ -47,6 +47,10 @@ class RunContext(Protocol):
         """Tell the launcher of metrics and, if given, a checkpoint that is complete. Every rank calls it."""
         ...
 
+    def stop_requested(self) -> str | None:
+        """Why the launcher asks this process to stop, or None; cheap, from any thread, and never a collective."""
+        ...
+
 
 def device_of(context: RunContext) -> torch.device:
     """The device this process trains on: its GPU where there is one (also made current), else the CPU."""
@@ -85,6 +89,10 @@ class LocalContext:
     def report(self, metrics: Mapping[str, float], checkpoint_dir: Path | None) -> None:
         """Nobody listens."""
 
+    def stop_requested(self) -> str | None:
+        """Nobody asks but through signals and the run's folder."""
+        return None
+
 
 class TorchrunContext:
     """A process started by torchrun: its place comes from the environment."""
@@ -121,6 +129,10 @@ class TorchrunContext:
 
     def report(self, metrics: Mapping[str, float], checkpoint_dir: Path | None) -> None:
         """Nobody listens: torchrun restarts a run from what its folder holds."""
+
+    def stop_requested(self) -> str | None:
+        """Nobody asks but through signals and the run's folder."""
+        return None
 
 
 def _announce(*, rank: int, world_size: int, local_rank: int) -> None:

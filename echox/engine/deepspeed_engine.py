@@ -128,6 +128,14 @@ class Engine:
         if partitions is not None:
             partitions.zero_()
 
+    @property
+    def skipped_last_step(self) -> bool:
+        """Whether DeepSpeed found the gradient of the last step not to be finite, and left the weights alone.
+
+        It has read the norm of the gradient itself, of all ranks, so asking costs no sync.
+        """
+        return bool(getattr(self.ds.optimizer, "overflow", False))
+
     def close(self) -> None:
         """Free what DeepSpeed holds, hooks included."""
         self.ds.destroy()

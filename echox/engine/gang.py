@@ -1,9 +1,13 @@
-"""The processes of one run as a group: the few collectives the engine needs, each a no-op in a world of one."""
+"""The processes of one run as a group: the few collectives the engine needs, each a no-op in a world of one.
+
+Tensors of training go over the device's own backend. Everything else (paths, hashes, votes) goes over a second group
+between the hosts, so that it never waits for a GPU.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
@@ -14,11 +18,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Gang:
-    """Rank and size of this process's world, and the device its collectives run on."""
+    """Rank and size of this process's world, the device its collectives run on, and the group between the hosts."""
 
     rank: int
     size: int
     device: torch.device
+    control: Any = None
+
+    @classmethod
+    def of(cls, rank: int, size: int, device: torch.device) -> Self:
+        """The gang of an initialised torch.distributed; every rank must make it."""
+        import torch.distributed as dist
+
+        return cls(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
 
     @property
     def leads(self) -> bool:
@@ -47,7 +59,7 @@ class Gang:
         if self.size == 1:
             return value
         box: list[T | None] = [value if self.leads else None]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return cast(T, box[0])
 
     def gather(self, value: T) -> list[T]:
@@ -57,7 +69,7 @@ class Gang:
         if self.size == 1:
             return [value]
         box: list[T] = [value] * self.size
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=self.control)
         return box
 
     def barrier(self) -> None:

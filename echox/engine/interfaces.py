@@ -112,6 +112,13 @@ class TrainLoader(Protocol):
         """Where the data stand after the committed and settled steps, for the checkpoint; JSON types."""
         ...
 
+    def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
+        """Go back to a saved record, and on behind the next `pass_over` steps, whose samples are not trained.
+
+        The next step asked for is optimizer step `step`.
+        """
+        ...
+
     def close(self) -> None:
         """Stop reading."""
         ...
@@ -161,6 +168,14 @@ class Tracker(Protocol):
         """Set tags of the run."""
         ...
 
+    def begin_attempt(self, attempt: int, step: int, tags: Mapping[str, str]) -> None:
+        """An attempt at the run begins, at so many optimizer steps done; earlier ones have ended."""
+        ...
+
+    def end_attempt(self, status: str, tags: Mapping[str, str]) -> None:
+        """The attempt ends as FINISHED, FAILED or KILLED; the run may go on in another one."""
+        ...
+
     def finish(self, status: str) -> None:
         """End the run as FINISHED, FAILED or KILLED."""
         ...
@@ -181,6 +196,12 @@ class NullTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Record nothing."""
 
+    def begin_attempt(self, attempt: int, step: int, tags: Mapping[str, str]) -> None:
+        """Record nothing."""
+
+    def end_attempt(self, status: str, tags: Mapping[str, str]) -> None:
+        """Record nothing."""
+
     def finish(self, status: str) -> None:
         """Record nothing."""
 
@@ -197,6 +218,7 @@ class TrainResult:
         unmoved_trainable: trainable tensors that this attempt left as they were.
         moved_frozen: frozen tensors that changed.
         already_done: the run had finished before; nothing was trained.
+        stopped: why the run was stopped before its last step; empty when it was not.
     """
 
     run_folder: Path
@@ -206,3 +228,4 @@ class TrainResult:
     unmoved_trainable: tuple[str, ...] = ()
     moved_frozen: tuple[str, ...] = ()
     already_done: bool = False
+    stopped: str = ""

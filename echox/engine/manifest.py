@@ -17,7 +17,7 @@ from echox.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
-VERSION = 1
+VERSION = 2
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -30,6 +30,11 @@ def checkpoints_folder(run_folder: Path) -> Path:
 def step_name(step: int) -> str:
     """Folder name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer step in the name of a published checkpoint."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -46,6 +51,8 @@ def write_manifest(folder: Path, contents: Mapping[str, Any], files: Mapping[str
     path = folder / MANIFEST
     path.write_text(json.dumps({**body, "sha256": _seal(body)}, indent=1, sort_keys=True))
     fsync(path)
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        fsync(inner)
     fsync(folder)
 
 
@@ -136,7 +143,7 @@ def choose(candidates: Iterable[Path], only: Iterable[str] | None = None) -> Cho
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, atomically; an older (damaged) one under that name is moved away first."""
+    """Give a complete checkpoint its name, atomically; an older one under that name is moved away first."""
     if final.exists():
         discard(final)
     temporary.rename(final)
@@ -147,7 +154,16 @@ def discard(path: Path) -> None:
     """Delete a checkpoint, taking its name away first so that no reader meets half of one."""
     doomed = path.with_name(f".deleting-{path.name}-{os.getpid()}")
     path.rename(doomed)
+    fsync(path.parent)  # the name must be gone on disk before the first file is
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Take a damaged checkpoint's name away and keep it for whoever wants to look at it; returns where it is."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def sweep(run_folder: Path) -> None:

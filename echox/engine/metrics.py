@@ -41,6 +41,7 @@ def step_metrics(
     values["perf/data_wait_share"] = data_wait_share
     values["perf/peak_gib"] = peak_gib(gang.device)
     values["perf/zero_trace_invalidations"] = float(engine.invalidations.count)
+    values |= _skew(step_s, data_wait_share * step_s, watch.cpu_s(), gang)
     if totals.get("audio_s"):
         values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
     if totals.get("positions") and "perf/padding_share" not in values:
@@ -53,6 +54,24 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _skew(step_s: float, wait_s: float, cpu_s: float, gang: Gang) -> dict[str, float]:
+    """How far the ranks lie apart, and which one the others wait for.
+
+    Collectives make all steps take equally long, so the slowest rank shows in what it does between them: waiting for
+    its data, and (on a CPU, where that is the computation) time of its own processor.
+    """
+    if gang.size == 1:
+        return {}
+    mine_3 = torch.tensor([step_s, wait_s, cpu_s if gang.device.type == "cpu" else 0.0], dtype=torch.float64)
+    all_R3 = torch.zeros(gang.size, 3, dtype=torch.float64, device=gang.device)
+    all_R3[gang.rank] = mine_3.to(gang.device)
+    all_R3 = gang.sum_(all_R3).cpu()
+    spread_3 = 1000 * (all_R3.amax(0) - all_R3.amin(0))
+    own_R = all_R3[:, 1] + all_R3[:, 2]
+    names = ("perf/step_skew_ms", "perf/data_wait_skew_ms", "perf/cpu_skew_ms")
+    return {**dict(zip(names, spread_3.tolist(), strict=True)), "perf/slowest_rank": float(own_R.argmax())}
 
 
 def _stage_metrics(engine: Engine) -> dict[str, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echox.engine.manifest import write_atomically
+from echox.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,26 @@ class RunFolder:
     def next_attempt(self) -> int:
         """Count and return the number of this attempt, from 1; rank 0 alone."""
         self.path.mkdir(parents=True, exist_ok=True)
-        counter = self.path / "attempt"
-        attempt = int(counter.read_text()) + 1 if counter.is_file() else 1
-        write_atomically(counter, f"{attempt}\n")
+        attempt = self.last_attempt() + 1
+        write_atomically(self.path / "attempt", f"{attempt}\n")
         return attempt
+
+    def last_attempt(self) -> int:
+        """Number of the newest attempt, 0 before the first."""
+        try:
+            return int((self.path / "attempt").read_text())
+        except FileNotFoundError:
+            return 0
+
+    def check_attempt(self, attempt: int) -> None:
+        """Raise CheckpointError when a newer attempt has begun: two processes must not publish for one run."""
+        newest = self.last_attempt()
+        if newest != attempt:
+            raise CheckpointError(
+                f"attempt {newest} of this run has begun, so attempt {attempt} may no longer save",
+                where=str(self.path),
+                fix="stop one of the two, or give one of them another name=",
+            )
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics after `step` optimizer steps."""
@@ -59,7 +76,8 @@ class RunFolder:
         samples_per_s: float | None = None,
         eta_s: float | None = None,
     ) -> None:
-        """Replace the progress file; `state` is starting, training, validating, saving, finished or failed."""
+        """Replace the progress file; `state` is starting, training, validating, saving, stopping, stopped,
+        finished or failed."""
         record = {
             "stage": stage,
             "step": step,

@@ -8,7 +8,7 @@ micro-step gives the gradient of `weight * sum(totals) / count`, where `count` i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.gang import Gang
+    from echox.engine.health import LossHealth
     from echox.engine.interfaces import Batch, LossTerm
 
 
@@ -57,8 +58,11 @@ class StepSums:
         return 0.0 if self.sums_K2 is None else float(self.sums_K2[:, 1].sum())
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang) -> StepSums:
-    """Forward, backward and update over the micro-batches of optimizer step `step`; no host sync of ours."""
+def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang, health: LossHealth) -> StepSums:
+    """Forward, backward and update over the micro-batches of optimizer step `step`; no host sync of ours.
+
+    A step whose loss `health` finds bad changes no weight; see `Engine.skipped_last_step`.
+    """
     sums = StepSums()
     on_device = [batch.to(gang.device) for batch in batches]
     accounts = [_account(batch, gang) for batch in batches]
@@ -76,11 +80,13 @@ def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang) 
             count = window.get(name, micro_K2[row, 1] * len(batches)).clamp(min=1)
             loss = loss + weights[name] * terms[name].total * (gang.size / count).to(loss.dtype)
             value = value + torch.as_tensor(weights[name]).to(value) * micro_K2[row, 0] / count
-        engine.ds.backward(loss, scale_wrt_gas=False)
-        engine.ds.step()
         sums.names, sums.weights = names, weights
         sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
         sums.total = value if sums.total is None else sums.total + value
+        if batch is on_device[-1]:  # the loss of the whole step is known
+            loss = loss * health.poison(sums.total).to(loss.dtype)
+        engine.ds.backward(loss, scale_wrt_gas=False)
+        engine.ds.step()
         sums.account_A = account_A if sums.account_A is None else sums.account_A + account_A
     for batch in batches:
         sums.samples += len(batch.ids)
@@ -90,11 +96,16 @@ def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang) 
 
 
 @torch.no_grad()
-def validate(engine: Engine, batches: Iterable[Batch], gang: Gang) -> StepSums:
-    """Sums of the losses over a validation set, every rank with the same number of batches."""
+def validate(engine: Engine, batches: Iterable[Batch], gang: Gang, goes_on: Callable[[], bool]) -> StepSums:
+    """Sums of the losses over a validation set, every rank with the same number of batches.
+
+    `goes_on` is asked before each batch and answers alike on all ranks; the rest is left out once it says no.
+    """
     engine.ds.eval()
     sums = StepSums()
     for batch in batches:
+        if not goes_on():
+            break
         sums.names, local_K2 = _local_sums(engine.ds(batch.to(gang.device)))
         sums.sums_K2 = local_K2 if sums.sums_K2 is None else sums.sums_K2 + local_K2
     if sums.sums_K2 is not None:
@@ -112,6 +123,7 @@ class Stopwatch:
     def restart(self) -> None:
         """Begin a new interval."""
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.cpu_started = time.process_time()
 
     def fetch(self, loader: Any, step: int) -> Sequence[Batch]:
         """Take a step's batches from the loader, counting the wait."""
@@ -120,6 +132,10 @@ class Stopwatch:
         self.waited += time.perf_counter() - before
         self.steps += 1
         return batches
+
+    def cpu_s(self) -> float:
+        """Processor seconds of this process a step, all its threads, since the last restart."""
+        return (time.process_time() - self.cpu_started) / max(self.steps, 1)
 
     def read(self) -> tuple[float, float]:
         """Seconds a step, and the share of them spent waiting for data, since the last restart."""

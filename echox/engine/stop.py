@@ -1,4 +1,4 @@
-"""Asking a run to stop, and noticing that it was asked: a file in the run's folder, signals, and the launcher's word."""
+"""Asking a run to stop, and noticing that it was asked: a file in the run's folder, signals, the launcher's word."""
 
 from __future__ import annotations
 

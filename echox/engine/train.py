@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from echox.engine import rng
+from echox.engine.changes import changes
 from echox.engine.checkpoint import Checkpointer, check_fits, find_checkpoint
 from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, use_accelerator_of
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.gang import Gang
+from echox.engine.health import LossHealth
 from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
 from echox.engine.log import EventLog
-from echox.engine.manifest import Choice, sweep
-from echox.engine.metrics import peak_gib, step_metrics
+from echox.engine.loop import Loop
+from echox.engine.manifest import Choice, set_aside, sweep
+from echox.engine.metrics import peak_gib
 from echox.engine.movement import Movement, MovementCheck
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
+from echox.engine.reporter import Reporter
+from echox.engine.retention import Retention
 from echox.engine.run_folder import RunFolder
-from echox.engine.step import Stopwatch, train_step, validate
+from echox.engine.stop import StopListener, signals_stop
+from echox.engine.watchdog import Watchdog
 from echox.errors import CheckpointError, DataError, EchoXError
 from echox.stream.plan import check_divides
 from echox.stream.quarantine import merge as merge_ledgers
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from pathlib import Path
 
     from echox.config.schema import Recipe
-
-
-# Metrics in the line for people; the JSON line has them all.
-_SHOWN = ("loss/", "valid/loss/", "lr/", "grad_norm", "perf/step_ms", "perf/samples_per_s", "check/")
 
 
 def train(
@@ -44,8 +45,11 @@ def train(
     tracker: Tracker | None = None,
     *,
     accept_new_data: bool = False,
+    allow: Sequence[str] = (),
 ) -> TrainResult:
     """Train one stage to its last step, resuming from the newest good checkpoint of the run's folder.
+
+    Asked to stop (see `echox.engine.stop`), it finishes the step, saves and returns.
 
     Args:
         recipe: the run.
@@ -53,6 +57,7 @@ def train(
         build: makes the stage and the loaders of one rank.
         tracker: gets the metrics of rank 0; the caller finishes it.
         accept_new_data: go on where datasets, plan or seed are not those of the checkpoint, with a new epoch.
+        allow: keys of the recipe that may differ from the checkpoint's, such as `lr`.
 
     Returns:
         The result, the same on every rank.
@@ -62,15 +67,17 @@ def train(
         CheckpointError: no good checkpoint among those found, one that does not fit, or one that cannot be written.
         DataError: damaged data beyond what the recipe allows, or other samples than planned.
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
-        EchoXError: the loss is not a finite number.
+        EchoXError: the loss is not a finite number, and the recipe's `health` has no more patience.
     """
-    run = _Run.open(recipe, context, tracker or NullTracker(), accept_new_data=accept_new_data)
+    gang = Gang.of(context.rank, context.world_size, device_of(context))
+    folder = RunFolder(context.storage / recipe.name)
+    listener = StopListener(folder.path if gang.leads else None, context.stop_requested)
     try:
-        return run.already_done() or run.train(build)
-    except BaseException as error:
-        run.log("failed", step=run.step, error=f"{type(error).__name__}: {error}")
-        run.progress("failed")
-        raise
+        with signals_stop(listener):
+            run = _Run.open(recipe, context, gang, tracker or NullTracker(), allow=allow)
+            return run.attend(build, listener, accept_new_data=accept_new_data)
+    finally:
+        listener.close()
 
 
 @dataclass
@@ -79,23 +86,13 @@ class _Run:
 
     recipe: Recipe
     context: RunContext
-    tracker: Tracker
     gang: Gang
-    folder: RunFolder
-    log: EventLog
-    attempt: int
+    reporter: Reporter
     choice: Choice
-    accept_new_data: bool
-    step: int = 0
-    loss: float | None = None
-    samples_per_s: float | None = None
-    step_s: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, recipe: Recipe, context: RunContext, tracker: Tracker, *, accept_new_data: bool) -> _Run:
+    def open(cls, recipe: Recipe, context: RunContext, gang: Gang, tracker: Tracker, *, allow: Sequence[str]) -> _Run:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
-        gang = Gang(context.rank, context.world_size, device_of(context))
         use_accelerator_of(gang.device)
         folder = RunFolder(context.storage / recipe.name)
         found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
@@ -103,44 +100,70 @@ class _Run:
             attempt = folder.next_attempt()
             try:
                 choice = find_checkpoint(folder.path, context.checkpoint_in)
-                check_fits(choice, recipe, gang.size)
+                check_fits(choice, recipe, allow)
                 found = (attempt, choice, None)
             except EchoXError as error:
                 found = (attempt, None, error)
         attempt, chosen, problem = gang.broadcast(found)
-        log = EventLog(folder.path, rank=gang.rank, attempt=attempt)
+        reporter = Reporter(
+            recipe, folder, EventLog(folder.path, rank=gang.rank, attempt=attempt), tracker, gang.leads, attempt
+        )
         if problem is not None or chosen is None:
+            reporter.event("failed", error=str(problem))
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
+        reporter.step = int(chosen.manifest.get("step", 0))
         for path, why in chosen.rejected:
-            log("checkpoint_rejected", step=0, path=path, why=why)
-        return cls(recipe, context, tracker, gang, folder, log, attempt, chosen, accept_new_data)
+            reporter.event("checkpoint_rejected", path=path, why=why)
+            if gang.leads:
+                reporter.event("checkpoint_set_aside", path=set_aside(path))
+        return cls(recipe, context, gang, reporter, chosen)
+
+    def attend(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
+        """Train, and say how the attempt ended in every case."""
+        reporter = self.reporter
+        tags = {"host": socket.gethostname(), "world_size": str(self.gang.size)}
+        if self.choice.checkpoint is not None:
+            tags["resumed_from"] = str(self.choice.checkpoint)
+        reporter.tracker.begin_attempt(reporter.attempt, reporter.step, tags)
+        try:
+            result = self.already_done() or self.train(build, listener, accept_new_data=accept_new_data)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+            reporter.event("failed", error=said)
+            reporter.progress("failed")
+            reporter.tracker.end_attempt(
+                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", {"ended": said[:500]}
+            )
+            raise
+        ended = f"stopped: {result.stopped}" if result.stopped else "finished"
+        reporter.tracker.end_attempt("KILLED" if result.stopped else "FINISHED", {"ended": ended})
+        return result
 
     def already_done(self) -> TrainResult | None:
         """The result of a run that has reached its last step, or None."""
-        done = int(self.choice.manifest.get("step", 0))
-        if self.choice.checkpoint is None or done < self.recipe.optim.steps:
+        reporter = self.reporter
+        if self.choice.checkpoint is None or reporter.step < self.recipe.optim.steps:
             return None
-        self.step = done
-        self.log("already_done", step=done, run=self.recipe.name, checkpoint=self.choice.checkpoint)
-        self.progress("finished")
+        reporter.event("already_done", run=self.recipe.name, checkpoint=self.choice.checkpoint)
+        reporter.progress("finished")
         return TrainResult(
-            run_folder=self.folder.path,
-            step=done,
+            run_folder=reporter.folder.path,
+            step=reporter.step,
             checkpoint=self.choice.checkpoint,
             metrics=self.choice.manifest["metrics"],
             already_done=True,
         )
 
-    def train(self, build: BuildSetup) -> TrainResult:
+    def train(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
         """Build everything, resume, loop, and check what moved."""
-        recipe, gang = self.recipe, self.gang
-        self.progress("starting")
+        recipe, gang, reporter = self.recipe, self.gang, self.reporter
+        reporter.progress("starting")
         precision: Resolved = "fp32" if "fp32" in gang.gather(resolve_precision(recipe.engine.precision)) else "bf16"
         ds_config = self._deepspeed_config(precision)
         rng.seed_all(recipe.seed)  # The same on all ranks: buffers with random contents must agree.
         setup = build(recipe, gang.rank, gang.size)
         frozen = self._identify(setup)
-        self._start_data(setup.train_loader)
+        self._start_data(setup.train_loader, accept_new_data=accept_new_data)
         buffers = frozenset[str]()
         if recipe.engine.frozen_placement == "replicate":
             buffers = replicate_as_buffers(setup.module, gang.device, torch_dtype(precision))
@@ -150,9 +173,9 @@ class _Run:
         checkpointer = Checkpointer(
             engine=engine,
             gang=gang,
-            run_folder=self.folder.path,
-            attempt=self.attempt,
-            keep=recipe.engine.keep,
+            folder=reporter.folder,
+            attempt=reporter.attempt,
+            retention=Retention(last=recipe.engine.keep, every=recipe.engine.keep_every, best=recipe.engine.keep_best),
             contents={
                 "run": recipe.name,
                 "stage": recipe.stage,
@@ -163,116 +186,94 @@ class _Run:
             },
         )
         self._announce(precision, census, ds_config)
+        health = LossHealth(recipe.health, gang.device)
         if self.choice.checkpoint is not None:
-            self.step = checkpointer.load(self.choice)
-            self.log("resuming", step=self.step, run=recipe.name, checkpoint=self.choice.checkpoint)
+            self._resume(checkpointer, health)
         elif gang.leads:
-            self.folder.metrics_path.unlink(missing_ok=True)
+            reporter.folder.metrics_path.unlink(missing_ok=True)
         if gang.leads:
-            sweep(self.folder.path)
-            self.folder.forget_after(self.step)
+            sweep(reporter.folder.path)
+            reporter.folder.forget_after(reporter.step)
         check = MovementCheck(engine, buffers)
+        loop = Loop(
+            recipe=recipe,
+            context=self.context,
+            gang=gang,
+            engine=engine,
+            setup=setup,
+            checkpointer=checkpointer,
+            reporter=reporter,
+            health=health,
+            listener=listener,
+            watchdog=self._watchdog(),
+            checkpoint=self.choice.checkpoint,
+        )
+        began = reporter.step
         try:
-            checkpoint = self._loop(engine, setup, checkpointer)
+            loop.run()
         finally:
+            loop.watchdog.close()
             setup.train_loader.close()
             if gang.leads:
-                merge_ledgers(self.folder.path)
-        movement = check.compare(gang)
-        self._finish(movement)
+                merge_ledgers(reporter.folder.path)
+        movement = check.compare(gang) if reporter.step > began else Movement(unmoved_trainable=(), moved_frozen=())
+        self._finish(movement, loop.stopped)
         engine.close()
         return TrainResult(
-            run_folder=self.folder.path,
-            step=self.step,
-            checkpoint=checkpoint,
-            metrics=self.metrics,
+            run_folder=reporter.folder.path,
+            step=reporter.step,
+            checkpoint=loop.checkpoint,
+            metrics=reporter.metrics,
             unmoved_trainable=movement.unmoved_trainable,
             moved_frozen=movement.moved_frozen,
+            stopped=loop.stopped,
         )
 
-    def _loop(self, engine: Engine, setup: StageSetup, checkpointer: Checkpointer) -> Path | None:
-        plan, steps, gang = self.recipe.engine, self.recipe.optim.steps, self.gang
-        checkpoint, first = self.choice.checkpoint, self.step
-        loader, watch = setup.train_loader, Stopwatch()
-        account_A: Tensor | None = None  # of the steps since the last report; stays on the device
-        engine.ds.train()
-        for step in range(first, steps):
-            rates = engine.set_learning_rates(step)
-            sums = train_step(engine, watch.fetch(loader, step), step, gang)
-            loader.commit()
-            account_A = sums.account_A if account_A is None or sums.account_A is None else account_A + sums.account_A
-            self.step = done = step + 1
-            saves, validates = _due(plan.checkpoint_every, done, steps), _due(plan.validate_every, done, steps)
-            if done == first + 1 or done % plan.log_every == 0 or saves or validates:
-                metrics = step_metrics(engine, sums, rates, watch, gang)  # host sync
-                settled = loader.settle([] if account_A is None else account_A.tolist())
-                account_A = None
-                self._log_step({**metrics, **settled})
-                watch.restart()
-            self.progress("training")
-            if validates:
-                self._validate(engine, setup)
-                watch.restart()
-            if saves:
-                self.progress("saving")
-                cursor = {"step": done, "stream": dict(loader.record())}
-                checkpoint = checkpointer.save(done, cursor=cursor, metrics=self.metrics)
-                if gang.leads:
-                    merge_ledgers(self.folder.path)
-                self.log("checkpoint", step=done, path=checkpoint)
-                self.context.report(self.metrics, checkpoint)
-                checkpointer.retain()
-                watch.restart()
-        return checkpoint
+    def _resume(self, checkpointer: Checkpointer, health: LossHealth) -> None:
+        """Bring everything but the data to the chosen checkpoint, and say what is not as it was."""
+        manifest, reporter = self.choice.manifest, self.reporter
+        checkpointer.load(self.choice, self.recipe.seed)
+        health.load(manifest["cursor"]["health"])
+        reporter.event(
+            "resuming",
+            run=self.recipe.name,
+            checkpoint=self.choice.checkpoint,
+            world_size=self.gang.size,
+            saved_world_size=manifest["world_size"],
+        )
+        for key, old, new in changes(manifest["recipe"], self.recipe.model_dump(mode="json")):
+            reporter.event("recipe_changed", key=key, was=old, now=new)
+            reporter.tag(**{f"attempt.{reporter.attempt}.{key}": new})
 
-    def _log_step(self, metrics: dict[str, float]) -> None:
-        self.loss = metrics["loss/total"]
-        self.step_s = metrics["perf/step_ms"] / 1000
-        self.samples_per_s = metrics["perf/samples_per_s"]
-        self._record("step", metrics)
-        wrong = sorted(name for name, value in metrics.items() if name.startswith("loss/") and not math.isfinite(value))
-        if wrong:
-            raise EchoXError(
-                f"{', '.join(wrong)} is not a finite number at step {self.step}",
-                where=str(self.folder.path),
-                fix="lower the learning rate or look at the batch of that step; the last checkpoint is untouched",
-            )
+    def _watchdog(self) -> Watchdog:
+        reporter, health = self.reporter, self.recipe.health
 
-    def _validate(self, engine: Engine, setup: StageSetup) -> None:
-        if not setup.valid_loaders:
-            return
-        self.progress("validating")
-        metrics: dict[str, float] = {}
-        pooled: dict[str, tuple[float, float]] = {}
-        with rng.untouched():
-            for name, batches in setup.valid_loaders.items():
-                sums = validate(engine, batches, self.gang)
-                if sums.sums_K2 is None:
-                    continue
-                for term, (total, count) in zip(sums.names, sums.sums_K2.tolist(), strict=True):  # host sync
-                    if count:
-                        metrics[f"valid/{name}/loss/{term}"] = total / count
-                    so_far = pooled.get(term, (0.0, 0.0))
-                    pooled[term] = (so_far[0] + total, so_far[1] + count)
-        metrics.update({f"valid/loss/{term}": total / count for term, (total, count) in pooled.items() if count})
-        self._record("validation", metrics)
+        def report(waited: float, stacks: Path) -> None:
+            reporter.event("hang", waited_s=round(waited, 1), stacks=stacks)
+            reporter.progress("failed")
 
-    def _record(self, event: str, metrics: Mapping[str, float]) -> None:
-        self.metrics.update(metrics)
-        shown = {name: value for name, value in metrics.items() if name.startswith(_SHOWN)}
-        self.log(event, step=self.step, aside={k: v for k, v in metrics.items() if k not in shown}, **shown)
-        if self.gang.leads:
-            self.folder.append_metrics(self.step, metrics)
-            self.tracker.log_metrics(metrics, self.step)
+        return Watchdog(
+            reporter.folder.path / "hangs",
+            name=f"attempt-{reporter.attempt}",
+            rank=self.gang.rank,
+            factor=health.hang_factor,
+            least_s=health.hang_least_s,
+            report=report,
+        )
 
-    def _finish(self, movement: Movement) -> None:
+    def _finish(self, movement: Movement, stopped: str) -> None:
+        reporter = self.reporter
         names = {"unmoved_trainable": movement.unmoved_trainable, "moved_frozen": movement.moved_frozen}
-        self._record("moved", {f"check/{key}": float(len(found)) for key, found in names.items()})
+        reporter.record("moved", {f"check/{key}": float(len(found)) for key, found in names.items()})
         for key, found in names.items():
             if found:
-                self.log(f"warning_{key}", step=self.step, tensors=list(found))
-        self.log("finished", step=self.step, run=self.recipe.name, folder=self.folder.path)
-        self.progress("finished")
+                reporter.event(f"warning_{key}", tensors=list(found))
+        if stopped:
+            reporter.event("stopped", run=self.recipe.name, why=stopped, folder=reporter.folder.path)
+            reporter.progress("stopped")
+        else:
+            reporter.event("finished", run=self.recipe.name, folder=reporter.folder.path)
+            reporter.progress("finished")
 
     def _deepspeed_config(self, precision: Any) -> dict[str, Any]:
         from echox.config.deepspeed import load_deepspeed
@@ -309,30 +310,29 @@ class _Run:
             compare_identities(self.choice.manifest["frozen"], identities)
         return identities
 
-    def _start_data(self, loader: TrainLoader) -> None:
+    def _start_data(self, loader: TrainLoader, *, accept_new_data: bool) -> None:
         """Bring the data to where the checkpoint stood, after all ranks were found to see the same."""
         identities = self.gang.gather(json.dumps(loader.identity(), sort_keys=True))
         for rank, identity in enumerate(identities):
             if identity != identities[0]:
                 raise DataError(
                     f"rank {rank} sees other training data than rank 0",
-                    where=str(self.folder.path),
+                    where=str(self.reporter.folder.path),
                     fix="give every node the same datasets, best in a folder that all of them share",
                 )
         resumes = self.choice.checkpoint is not None
         step, cursor = (self.choice.manifest["step"], self.choice.manifest["cursor"]) if resumes else (0, {})
         for clause in loader.start(
             step=step,
-            run_folder=self.folder.path,
+            run_folder=self.reporter.folder.path,
             saved=cursor.get("stream"),
-            accept_new_data=self.accept_new_data,
+            accept_new_data=accept_new_data,
         ):
-            self.log("new_data", step=step, what=clause)
+            self.reporter.event("new_data", what=clause)
 
     def _announce(self, precision: str, census: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:
-        self.log(
+        self.reporter.event(
             "start",
-            step=self.step,
             run=self.recipe.name,
             stage=self.recipe.stage,
             world_size=self.gang.size,
@@ -343,32 +343,11 @@ class _Run:
             peak_gib=peak_gib(self.gang.device),
         )
         if self.gang.leads:
-            self.tracker.log_params(self.recipe.model_dump(mode="json"))
+            self.reporter.tracker.log_params(self.recipe.model_dump(mode="json"))
             for name, contents in (("recipe.json", self.recipe.model_dump(mode="json")), ("deepspeed.json", ds_config)):
-                path = self.folder.path / name
+                path = self.reporter.folder.path / name
                 path.write_text(json.dumps(contents, indent=1))
-                self.tracker.artifact(path)
-
-    def progress(self, state: str) -> None:
-        """Write the progress file, on rank 0."""
-        if not self.gang.leads:
-            return
-        left = self.recipe.optim.steps - self.step
-        self.folder.write_progress(
-            stage=self.recipe.stage,
-            step=self.step,
-            steps=self.recipe.optim.steps,
-            state=state,
-            attempt=self.attempt,
-            loss=self.loss,
-            samples_per_s=self.samples_per_s,
-            eta_s=None if self.step_s is None else left * self.step_s,
-        )
-
-
-def _due(every: int, done: int, steps: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after `done` steps."""
-    return done == steps or (every > 0 and done % every == 0)
+                self.reporter.tracker.artifact(path)
 
 
 def _checked(identity: dict[str, dict[str, Any]] | EchoXError) -> dict[str, dict[str, Any]]:

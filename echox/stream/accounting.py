@@ -71,6 +71,7 @@ class Accounts:
         table: rows are sources, columns `COLUMNS`; of all settled steps.
         multiset, quarantined_multiset: sums modulo 2^64 of the visit hashes, planned and dropped.
         kinds: dropped samples by class of damage.
+        passed_over: samples of steps that a run left out to get past data that harmed it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -79,13 +80,14 @@ class Accounts:
         self.multiset = 0
         self.quarantined_multiset = 0
         self.kinds = dict.fromkeys(KINDS, 0)
+        self.passed_over = 0
         self._planned_samples = 0
         self._planned = 0
 
     @property
     def seen(self) -> int:
-        """Samples whose turn has come, dropped ones included."""
-        return int(self.table[:, 0].sum()) + self.quarantined
+        """Samples whose turn has come, those dropped or passed over included."""
+        return int(self.table[:, 0].sum()) + self.quarantined + self.passed_over
 
     @property
     def quarantined(self) -> int:
@@ -128,6 +130,8 @@ class Accounts:
 
     def _metrics(self, recent: NDArray[np.float64]) -> dict[str, float]:
         metrics = {"data/samples": float(self.seen), "data/quarantined": float(self.quarantined)}
+        if self.passed_over:
+            metrics["data/passed_over"] = float(self.passed_over)
         metrics |= {f"data/quarantined/{kind}": float(count) for kind, count in self.kinds.items() if count}
         for name, row, now in zip(self.names, self.table, recent, strict=True):
             for column in ("samples", "seconds", "tokens", "quarantined"):
@@ -143,6 +147,7 @@ class Accounts:
             "multiset": f"{self.multiset:016x}",
             "quarantined_multiset": f"{self.quarantined_multiset:016x}",
             "kinds": {kind: count for kind, count in self.kinds.items() if count},
+            "passed_over": self.passed_over,
         }
 
     def load(self, record: Mapping[str, Any]) -> None:
@@ -151,6 +156,7 @@ class Accounts:
         self.multiset = int(record["multiset"], 16)
         self.quarantined_multiset = int(record["quarantined_multiset"], 16)
         self.kinds |= record["kinds"]
+        self.passed_over = record["passed_over"]
 
 
 def sum64(hashes_N: NDArray[np.uint64]) -> int:

@@ -13,7 +13,7 @@ from echox.stream.accounting import Accounts
 from echox.stream.blend import Blend, BlendVersion
 from echox.stream.plan import Place, Plan
 
-VERSION = 1
+VERSION = 2
 _FIELDS = {
     **{name: f"data.budget.{name}" for name in ("by", "size", "micro_batches")},
     "padded": "padding under data.budget (model.layout)",
@@ -47,6 +47,7 @@ def record(plan: Plan, place: Place, accounts: Accounts) -> dict[str, Any]:
             "multiset": booked["quarantined_multiset"],
             "kinds": booked["kinds"],
         },
+        "passed_over": booked["passed_over"],
     }
 
 
@@ -103,6 +104,7 @@ def resume(
             "multiset": saved["multiset"],
             "quarantined_multiset": quarantined["multiset"],
             "kinds": quarantined["kinds"],
+            "passed_over": saved["passed_over"],
         }
     )
     if isinstance(plan.order, Blend):

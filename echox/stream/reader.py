@@ -164,6 +164,30 @@ class StreamReader:
         """Where the stream stands after the committed and settled steps; the same on all ranks; JSON types."""
         return cursor.record(self.plan, self._committed, self.accounts)
 
+    def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
+        """Go back to a saved record (None: the beginning), and on behind the next `pass_over` steps.
+
+        Their samples are counted as passed over. The next step asked for is optimizer step `step`.
+        """
+        for ahead in self._ahead:
+            for read in ahead.reads:
+                read.cancel()
+        self._ahead.clear()
+        self._delivered = None
+        self.accounts = Accounts([source.name for source in self.plan.sources])
+        place = Place()
+        if saved is not None:
+            place, _ = cursor.resume(
+                self.plan, saved, self.accounts, accept_new_data=False, where=str(self._run_folder)
+            )
+        for _ in range(pass_over):
+            window = self._window(place)
+            self.accounts.passed_over += len(window.samples(place.step))
+            place = self.plan.following(place, len(window.steps))
+        self._next, self._number = place, step
+        self._committed = place
+        self._stage(self._window(place))
+
     def close(self) -> None:
         """Drop what was read ahead, and let go of the shards."""
         for pool in (self._planner, self._pool):

@@ -66,7 +66,17 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             {"name": "damaged", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "wrong", "recipe": {"optim__steps": 3}, "options": {"dead": True, "leak": True}},
             {"name": "grown", "recipe": {"optim__steps": 3}},
-            {"name": "nan", "recipe": {"optim__steps": 4, "engine__checkpoint_every": 2}, "options": {"nan_at": 2}},
+            {
+                "name": "nan",
+                "recipe": {
+                    "optim__steps": 4,
+                    "engine__checkpoint_every": 2,
+                    "health__on_bad_step": "stop",
+                    "engine__async_save": False,
+                },
+                "options": {"nan_at": 2},
+            },
+            {"name": "fewer", "recipe": {**CLIP, **EVERY_5}, "die_at": 5},
         ],
     )
     newest = folder / "runs" / "damaged" / "checkpoints" / "step-00000010" / "trainable.safetensors"
@@ -75,7 +85,11 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         folder,
         WORKER,
         1,
-        [{"name": "one", "recipe": {**CLIP, "data__micro_batch": 8}}, {"name": "halves", "recipe": EVERY_5}],
+        [
+            {"name": "one", "recipe": {**CLIP, "data__micro_batch": 8}},
+            {"name": "fewer", "recipe": {**CLIP, **EVERY_5}},
+            {"name": "more", "recipe": {**CLIP, **EVERY_5}, "die_at": 5},
+        ],
     )
     second = launch(
         folder,
@@ -85,8 +99,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             {"name": "halves", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "damaged", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "two", "recipe": {**CLIP, **EVERY_5}},
-            {"name": "grown", "label": "refused", "recipe": {"optim__steps": 4}, "data": "other"},
-            {"name": "grown", "recipe": {"optim__steps": 4}, "data": "other", "accept": True},
+            {"name": "more", "recipe": {**CLIP, **EVERY_5}},
+            {"name": "grown", "label": "longer", "recipe": {"optim__steps": 4}},
+            {"name": "grown", "label": "refused", "recipe": {"optim__steps": 4}, "data": "other", "allow": ["steps"]},
+            {
+                "name": "grown",
+                "recipe": {"optim__steps": 4, "optim__lr": {"lora": 0.03}},
+                "data": "other",
+                "accept": True,
+                "allow": ["steps", "lr"],
+            },
         ],
     )
     return Launched(folder, first, alone, second)
@@ -180,10 +202,15 @@ def test_a_damaged_newest_checkpoint_falls_back(launched: Launched) -> None:
     assert all(torch.equal(launched.weights("damaged")[name], tensor) for name, tensor in straight.items())
 
 
-def test_another_world_size_is_refused(launched: Launched) -> None:
-    outcome = launched.alone["halves"]
-    assert outcome["error"] == "CheckpointError"
-    assert "written by 2 workers and this run has 1" in outcome["text"]
+@pytest.mark.parametrize(("run", "worlds"), [("fewer", (2, 1)), ("more", (1, 2))])
+def test_a_run_goes_on_with_another_number_of_workers(launched: Launched, run: str, worlds: tuple[int, int]) -> None:
+    weights, losses = oracle(launched.folder, ToyOptions())
+    (resuming,) = launched.events(run, "resuming")
+    assert (resuming["saved_world_size"], resuming["world_size"], resuming["step"]) == (*worlds, 5)
+    for name, expected in weights.items():
+        torch.testing.assert_close(launched.weights(run)[name], expected, rtol=1e-5, atol=2e-6)
+    assert launched.weights(run)["classes"].tolist() == [7, 1, 4]
+    assert [record["loss/total"] for record in launched.metrics(run)] == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_finished_run_does_nothing(launched: Launched) -> None:
@@ -196,6 +223,15 @@ def test_other_data_is_refused_unless_accepted(launched: Launched) -> None:
     assert launched.second["grown"]["step"] == 4
     (accepted,) = launched.events("grown", "new_data")
     assert (accepted["step"], accepted["what"]) == (3, "the data are other and were toy")
+
+
+def test_a_changed_recipe_is_refused_unless_named(launched: Launched) -> None:
+    assert launched.second["longer"]["error"] == "CheckpointError"
+    assert "optim.steps is 4 and was 3" in launched.second["longer"]["text"]
+    assert "--allow steps" in launched.second["longer"]["text"]
+    changed = {event["key"]: (event["was"], event["now"]) for event in launched.events("grown", "recipe_changed")}
+    assert changed["optim.steps"] == (3, 4)
+    assert changed["optim.lr.lora"] == (0.02, 0.03)
 
 
 def test_prefetch_trace_is_stable_from_step_three(launched: Launched) -> None:
@@ -256,7 +292,10 @@ def test_metrics_and_progress_files(launched: Launched) -> None:
 
 def test_manifest_names_what_the_run_stood_on(launched: Launched) -> None:
     manifest = json.loads((launched.checkpoint("two", 10) / "manifest.json").read_text())
-    assert manifest["cursor"] == {"step": 10, "stream": {"data": "toy", "seen": 80.0, "committed": 10}}
+    assert (manifest["cursor"]["step"], manifest["cursor"]["stream"]) == (
+        10,
+        {"data": "toy", "seen": 80.0, "committed": 10, "passed_over": 0},
+    )
     assert manifest["frozen"]["tower"]["files"].keys() == {"model.safetensors"}
     assert manifest["world_size"] == 2
     assert manifest["recipe"]["optim"]["steps"] == 10

@@ -48,6 +48,8 @@ class ToyOptions:
     dead: bool = False
     leak: bool = False
     nan_at: int = -1
+    bad_data_at: int = -1
+    spike_at: int = -1
 
 
 class ToyStage(nn.Module):
@@ -117,9 +119,14 @@ def sample(step: int, index: int, options: ToyOptions) -> ToyBatch:
     generator = torch.Generator().manual_seed(1_000_003 * step + index)
     length = int(torch.randint(1, POSITIONS + 1, (), generator=generator))
     ctc = float(index % 3 == 0) * (0.0 if options.skip_odd_steps and step % 2 else 1.0)
+    x_BTD = torch.randn(1, POSITIONS, FEATURES, generator=generator)
+    if step == options.bad_data_at and index == 5:
+        x_BTD[0, 0, 0] = float("nan")
+    if step == options.spike_at:
+        x_BTD *= 1e4
     return ToyBatch(
         ids=[f"{step}-{index}"],
-        x_BTD=torch.randn(1, POSITIONS, FEATURES, generator=generator),
+        x_BTD=x_BTD,
         labels_BT=torch.randint(0, CLASSES, (1, POSITIONS), generator=generator),
         mask_BT=(torch.arange(POSITIONS) < length)[None].float(),
         ctc_B=torch.tensor([ctc]),
@@ -156,6 +163,9 @@ class UncountedLoader:
     def record(self) -> dict[str, Any]:
         return {}
 
+    def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -174,6 +184,7 @@ class ToyLoader(UncountedLoader):
     data: str = "toy"
     seen: float = 0.0
     committed: int = 0
+    passed_over: int = 0
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.data}
@@ -184,7 +195,7 @@ class ToyLoader(UncountedLoader):
         self.committed = step
         if saved is None:
             return []
-        self.seen = saved["seen"]
+        self.seen, self.passed_over = saved["seen"], saved["passed_over"]
         if saved["data"] == self.data:
             return []
         clause = f"the data are {self.data} and were {saved['data']}"
@@ -199,7 +210,8 @@ class ToyLoader(UncountedLoader):
         batches = []
         for start in starts:
             indices = range(start, start + micro)
-            batches.append(collate([sample(step, index, self.options) for index in indices]))
+            at = step + self.passed_over
+            batches.append(collate([sample(at, index, self.options) for index in indices]))
             batches[-1].account = np.array([micro, sum(indices)], dtype=np.float64)
         return batches
 
@@ -211,7 +223,12 @@ class ToyLoader(UncountedLoader):
         return {"data/samples": self.seen, "data/indices": account[1]}
 
     def record(self) -> dict[str, Any]:
-        return {"data": self.data, "seen": self.seen, "committed": self.committed}
+        return {"data": self.data, "seen": self.seen, "committed": self.committed, "passed_over": self.passed_over}
+
+    def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
+        assert saved is not None and saved["committed"] == step
+        self.seen, self.committed = saved["seen"], step
+        self.passed_over = saved["passed_over"] + pass_over
 
 
 @dataclass(frozen=True)

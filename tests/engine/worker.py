@@ -36,14 +36,22 @@ class Scenario:
         ):
             raise Killed
 
+    def stop_requested(self) -> str | None:
+        return None
+
 
 def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
     recipe = toy_recipe(scenario["name"], Path(plan["deepspeed"]), **scenario.get("recipe", {}))
     options = ToyOptions(**scenario.get("options", {}))
     build = ToyBuild(options, Path(plan["frozen"]), scenario.get("data", "toy"))
     try:
-        accept = scenario.get("accept", False)
-        result = train(recipe, Scenario(context, scenario.get("die_at")), build, accept_new_data=accept)
+        result = train(
+            recipe,
+            Scenario(context, scenario.get("die_at")),
+            build,
+            accept_new_data=scenario.get("accept", False),
+            allow=scenario.get("allow", ()),
+        )
     except Killed:
         return {"killed": True}
     except EchoXError as error:
@@ -55,6 +63,7 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
         "moved_frozen": list(result.moved_frozen),
         "already_done": result.already_done,
         "checkpoint": str(result.checkpoint),
+        "stopped": result.stopped,
     }
 
 

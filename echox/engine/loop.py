@@ -1,0 +1,233 @@
+"""The training loop: steps, and between them what the ranks have voted: to save, to stop, to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from echox.engine import rng
+from echox.engine.ballot import Ballot, Vote
+from echox.engine.checkpoint import Checkpointer, Published, find_checkpoint
+from echox.engine.metrics import step_metrics
+from echox.engine.step import StepSums, Stopwatch, train_step, validate
+from echox.errors import CheckpointError
+from echox.stream.quarantine import merge as merge_ledgers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from echox.config.schema import Recipe
+    from echox.engine.context import RunContext
+    from echox.engine.deepspeed_engine import Engine
+    from echox.engine.gang import Gang
+    from echox.engine.health import LossHealth
+    from echox.engine.interfaces import StageSetup
+    from echox.engine.reporter import Reporter
+    from echox.engine.stop import StopListener
+    from echox.engine.watchdog import Watchdog
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Everything one rank trains with; `run` does the steps that are left.
+
+    Attributes:
+        checkpoint: the newest checkpoint known to be whole.
+        stopped: why the run was stopped before its last step; empty when it was not.
+    """
+
+    recipe: Recipe
+    context: RunContext
+    gang: Gang
+    engine: Engine
+    setup: StageSetup
+    checkpointer: Checkpointer
+    reporter: Reporter
+    health: LossHealth
+    listener: StopListener
+    watchdog: Watchdog
+    checkpoint: Path | None = None
+    stopped: str = ""
+    _ballot: Ballot = field(init=False)
+    _watch: Stopwatch = field(default_factory=Stopwatch)
+    _account_A: Tensor | None = None
+    _saved_step: int = -1
+    _bad: bool = False
+
+    def __post_init__(self) -> None:
+        self._ballot = Ballot(self.gang)
+
+    def run(self) -> None:
+        """Train to the last step, or until the ranks agree to stop; what was trained is saved when this returns."""
+        reporter, steps = self.reporter, self.recipe.optim.steps
+        first = self._saved_step = reporter.step
+        self._hear(self._ballot.settle(self._vote()))
+        self.engine.ds.train()
+        while reporter.step < steps and not self.stopped:
+            self._train(first)
+            if self._bad and self._go_back():
+                continue
+            self._hear(self._ballot.turn(self._vote()))
+            due = self._due(self.recipe.engine.validate_every) and not self.stopped
+            if due:
+                self._validate()
+            if self.stopped or self._due(self.recipe.engine.checkpoint_every):
+                self._save()
+            reporter.progress("stopping" if self.stopped else "training")
+        self._finish_save(last=True)
+        self._ballot.count()
+
+    def _train(self, first: int) -> None:
+        """One optimizer step, with its metrics where they are due."""
+        reporter, plan, loader = self.reporter, self.recipe.engine, self.setup.train_loader
+        step = reporter.step
+        self.watchdog.beat(step, timed=True)
+        rates = self.engine.set_learning_rates(step)
+        batches = self._watch.fetch(loader, step)
+        sums = train_step(self.engine, batches, step, self.gang, self.health)
+        self._bad = self.engine.skipped_last_step
+        self.health.book(sums.total, skipped=self._bad)
+        loader.commit()
+        if sums.account_A is not None:
+            self._account_A = sums.account_A if self._account_A is None else self._account_A + sums.account_A
+        reporter.step = step + 1
+        due = any(self._due(every) for every in (plan.checkpoint_every, plan.validate_every, plan.log_every))
+        if reporter.step == first + 1 or due or self._bad:
+            self._report_step(sums, rates)
+
+    def _report_step(self, sums: StepSums, rates: Mapping[str, float]) -> None:
+        metrics = step_metrics(self.engine, sums, rates, self._watch, self.gang)  # host sync
+        self.reporter.record("step", {**metrics, **self._settle(), "health/bad_steps": float(self.health.bad_steps)})
+        if self._bad:
+            losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+            self.reporter.event("bad_step", why=self.health.reason(losses), policy=self.recipe.health.on_bad_step)
+            self.health.check(self.reporter.step, losses, str(self.reporter.folder.path))
+        self._watch.restart()
+
+    def _settle(self) -> Mapping[str, float]:
+        """Hand the accounts of the steps since the last call to the loader."""
+        account = [] if self._account_A is None else self._account_A.tolist()  # host sync
+        self._account_A = None
+        return self.setup.train_loader.settle(account)
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens now."""
+        done = self.reporter.step
+        return done == self.recipe.optim.steps or (every > 0 and done % every == 0)
+
+    def _vote(self) -> Vote:
+        return self.checkpointer.vote(stop=self.listener.why is not None)
+
+    def _hear(self, outcome: Vote) -> None:
+        """Do what the ranks have voted."""
+        if outcome.stop and not self.stopped:
+            self.stopped = next(why for why in self.gang.gather(self.listener.why) if why)
+            self.reporter.event("stopping", why=self.stopped)
+            self.reporter.progress("stopping")
+        try:
+            published = self.checkpointer.advance(outcome)
+        except CheckpointError as error:
+            self._bear(error, last=False)
+            return
+        if published is not None:
+            self._announce(published)
+
+    def _validate(self) -> None:
+        if not self.setup.valid_loaders:
+            return
+        self.reporter.progress("validating")
+        metrics: dict[str, float] = {}
+        pooled: dict[str, tuple[float, float]] = {}
+        with rng.untouched():
+            for name, batches in self.setup.valid_loaders.items():
+                sums = validate(self.engine, batches, self.gang, self._goes_on)
+                if self.stopped:
+                    return  # a part of a validation set says nothing
+                if sums.sums_K2 is None:
+                    continue
+                for term, (total, count) in zip(sums.names, sums.sums_K2.tolist(), strict=True):  # host sync
+                    if count:
+                        metrics[f"valid/{name}/loss/{term}"] = total / count
+                    so_far = pooled.get(term, (0.0, 0.0))
+                    pooled[term] = (so_far[0] + total, so_far[1] + count)
+        metrics.update({f"valid/loss/{term}": total / count for term, (total, count) in pooled.items() if count})
+        self.reporter.record("validation", metrics)
+        self._watch.restart()
+
+    def _goes_on(self) -> bool:
+        """Between batches of validation: whether nobody asked to stop."""
+        self.watchdog.beat(self.reporter.step, timed=False)
+        self._hear(self._ballot.turn(self._vote()))
+        return not self.stopped
+
+    def _save(self) -> None:
+        """Begin a checkpoint of the present step; wait for it where nothing follows that could hide the writing."""
+        reporter = self.reporter
+        if reporter.step == self._saved_step:
+            return
+        self.watchdog.beat(reporter.step, timed=False)
+        reporter.progress("saving")
+        last = bool(self.stopped) or reporter.step == self.recipe.optim.steps
+        self._finish_save(last=False)
+        if self._account_A is not None:
+            reporter.record("settled", self._settle())
+        cursor = {
+            "step": reporter.step,
+            "stream": dict(self.setup.train_loader.record()),
+            "health": self.health.state(),
+        }
+        self.checkpointer.begin(reporter.step, cursor=cursor, metrics=reporter.metrics)
+        self._saved_step = reporter.step
+        if last or not self.recipe.engine.async_save:
+            self._finish_save(last=last)
+        self._watch.restart()
+
+    def _finish_save(self, *, last: bool) -> None:
+        try:
+            published = self.checkpointer.finish(self._ballot, stop=self.listener.why is not None)
+        except CheckpointError as error:
+            self._bear(error, last=last)
+            return
+        if published is not None:
+            self._announce(published)
+
+    def _announce(self, published: Published) -> None:
+        """A checkpoint has its name: tell the log, the tracker and the launcher."""
+        reporter = self.reporter
+        self.checkpoint = published.path
+        if self.gang.leads:
+            merge_ledgers(reporter.folder.path)
+        reporter.event("checkpoint", path=published.path, saved_step=published.step)
+        blocked = {"perf/save_blocked_ms": 1000 * published.blocked_s, "perf/save_s": published.seconds}
+        reporter.record("saved", blocked)
+        reporter.tag(**{"checkpoint.step": published.step, "checkpoint.path": published.path})
+        self.context.report(reporter.metrics, published.path)
+
+    def _bear(self, error: CheckpointError, *, last: bool) -> None:
+        """Go on without a checkpoint that could not be written, if there will be another."""
+        if not self.checkpointer.bears(last=last):
+            raise error
+        self._saved_step = -1
+        self.reporter.event("checkpoint_failed", why=error.what)
+
+    def _go_back(self) -> bool:
+        """After a bad step, where the recipe says so: back to the last checkpoint, and on behind the step's data."""
+        reporter = self.reporter
+        if self.recipe.health.on_bad_step != "rewind":
+            return False
+        self._finish_save(last=False)
+        choice = self.gang.broadcast(find_checkpoint(reporter.folder.path) if self.gang.leads else None)
+        if choice is None or choice.checkpoint is None:
+            return False  # nothing to go back to: the step is passed over
+        bad, cursor = reporter.step, choice.manifest["cursor"]
+        reporter.step = self._saved_step = self.checkpointer.load(choice, self.recipe.seed)
+        self.health.load(cursor["health"])
+        self.health.rewinds += 1
+        passed = bad - reporter.step
+        self.setup.train_loader.rewind(step=reporter.step, saved=cursor.get("stream"), pass_over=passed)
+        if self.gang.leads:
+            reporter.folder.forget_after(reporter.step)
+        reporter.event("rewind", bad_step=bad, checkpoint=choice.checkpoint, steps_passed_over=passed)
+        return True
