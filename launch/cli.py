@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP
 from echox.errors import LaunchError
-from launch.train import ALLOW, ALLOW_HELP
 
 if TYPE_CHECKING:
     from launch.submit import Jobs

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echox.config.load import load_recipe
-from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP
 from echox.errors import EchoXError
 from launch import places
 from launch.events import JobLog
@@ -30,8 +30,6 @@ AGAIN = 75
 """Exit code of a driver that saved and ended because of its nodes, to be started again."""
 DEFAULT_TRAIN = "echox.engine.train:train"
 DEFAULT_SETUP = "echox.engine.setup:build_setup"
-ALLOW = "--allow"
-ALLOW_HELP = "recipe keys that may differ from the checkpoint's, such as optim.lr,optim.steps"
 
 
 def arguments(prog: str) -> argparse.ArgumentParser:
