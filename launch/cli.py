@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from echox.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for command in (submit, resume):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
         command.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
-        command.add_argument(ALLOW, default="", metavar="KEY,...", help=ALLOW_HELP)
+        command.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
         command.add_argument("-f", "--follow", action="store_true", help="print the log until the job ends")
         command.add_argument(
             "--retries", type=int, default=0, metavar="N", help="follow, and submit again where job or cluster failed"
@@ -159,7 +159,7 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
     from launch.again import submit_and_follow
 
     extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
-    extra += [ALLOW, args.allow] if args.allow else []
+    extra += [ALLOW, ",".join(args.allow)] if args.allow else []
 
     def submit(jobs: Jobs) -> str:
         return jobs.submit(recipe, args.overrides, extra_arguments=extra)

@@ -132,6 +132,8 @@ class Driver:
         """Wait for the training; on a signal, ask it to stop and wait as long as Ray will."""
         deadline: float | None = None
         while not work.done.wait(POLL_S):
+            # When it connects, Ray's core puts a handler of its own in place, which ends the process after 3 s.
+            self.signals.listen()
             if self.signals.insisted:
                 raise Aborted(f"{self.signals.why}, twice", orderly=False)
             if deadline is None and self.signals.asked:
@@ -194,7 +196,7 @@ class Driver:
             "train": self.args.train,
             "setup": self.args.setup,
             "accept_new_data": self.args.accept_new_data,
-            "allow": [key for key in self.args.allow.split(",") if key],
+            "allow": self.args.allow,
             "debug": self.args.debug,
         }
         trainer = Trainer(

@@ -33,8 +33,10 @@ class StopSignals:
     def listen(self) -> None:
         """Take SIGTERM, SIGINT and the supervisor's signals; main thread only.
 
-        Ray blocks SIGINT in what it starts, except where SIGINT is its stop signal.
+        Ray blocks SIGINT in what it starts, except where SIGINT is its stop signal; and its core sets an alarm on
+        SIGTERM, to end the process. To be called again after Ray has connected.
         """
+        signal.alarm(0)
         for number in (signal.SIGTERM, signal.SIGINT, RELAYED_STOP, RELAYED_ABORT):
             signal.signal(number, self._heard)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echox.config.load import load_recipe
-from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from echox.errors import EchoXError
 from launch import places
 from launch.events import JobLog
@@ -42,7 +42,7 @@ def arguments(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
     parser.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
-    parser.add_argument(ALLOW, default="", metavar="KEY,...", help=ALLOW_HELP)
+    parser.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
     parser.add_argument("--debug", action="store_true", help="print tracebacks of user errors too")
     # Other parts may stand in for the engine and the stages, as the tests do.
     parser.add_argument("--train", default=DEFAULT_TRAIN, help=argparse.SUPPRESS)
