@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "speak": "echox.speak.cli",
     "evaluate": "echox.evaluate.cli",
     "report": "echox.evaluate.cli",
+    "runs": "echox.tracking.cli",
     "bench": "echox.bench.cli",
     "doctor": "echox.doctor",
 }

@@ -18,7 +18,7 @@ from shards.corpus import Audio, Corpus, MemberAudio, Request, SpanAudio, Uttera
 from shards.meter import Meter
 from shards.publish import BUILD_NAME, LEDGER_NAME, finish_publishing, is_built, publish, write_ledger
 from shards.records import digest, read_json
-from shards.workers import alone, executor, submit
+from shards.workers import abandon, alone, executor, submit
 
 Progress = Callable[[str], None]
 
@@ -146,8 +146,8 @@ class _Run:
                             self._collect(pool)
                     while self._pending:
                         self._collect(pool)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                except BaseException as error:
+                    abandon(pool, kill=isinstance(error, KeyboardInterrupt))
                     raise
         except BrokenProcessPool as error:
             raise EchoXError(

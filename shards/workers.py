@@ -62,6 +62,17 @@ def submit(pool: Executor, work: Callable[..., Any], *args: Any) -> Future[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def abandon(pool: Executor, *, kill: bool) -> None:
+    """Give up what a pool has not begun; `kill` also ends the workers in the middle of what they do.
+
+    A build leaves nothing half done under a final name, so whoever interrupts it need not wait for them.
+    """
+    workers = list((getattr(pool, "_processes", None) or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for worker in workers if kill else ():
+        worker.kill()
+
+
 def _end_with_parent() -> None:
     """Let a worker end when the process that started it is killed, instead of waiting for work for ever."""
 

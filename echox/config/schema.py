@@ -368,6 +368,9 @@ class TrackingConfig(Section):
     experiment: str = "echox"
     parent_run: str | None = Field(None, description="name of the parent run that groups the stages; None is `name`")
     system_metrics: bool = True
+    deliver_hours: float = Field(
+        12.0, ge=0, description="how long after its end a run goes on to try a server that does not answer"
+    )
 
 
 class InitConfig(Section):

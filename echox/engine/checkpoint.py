@@ -265,7 +265,7 @@ class Checkpointer:
         import torch
         from safetensors import safe_open
 
-        with torch.no_grad(), safe_open(str(weights), framework="pt") as saved:  # type: ignore[no-untyped-call]
+        with torch.no_grad(), safe_open(str(weights), framework="pt") as saved:
             for name, buffer in self._buffers():
                 buffer.copy_(saved.get_tensor(name))
 

@@ -103,6 +103,7 @@ class Loop:
         if self._bad:
             losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             self.reporter.event("bad_step", why=self.health.reason(losses), policy=self.recipe.health.on_bad_step)
+            self._finish_save(last=False)  # what was good before it must not be lost with it
             self.health.check(self.reporter.step, losses, str(self.reporter.folder.path))
         self._watch.restart()
 

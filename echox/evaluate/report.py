@@ -8,7 +8,10 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STAGES = {
     "s2t": (
@@ -99,14 +102,26 @@ def write_report(
         _samples(samples),
         _costs(result),
     ]
+    return write_page(path, "EchoX report", parts)
+
+
+def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
+    """Write one HTML file of `parts`, empty ones left out, in the look of all pages of this project."""
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>EchoX report</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{_CSS}</style></head>\n<body>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def as_png(figure: Figure) -> str:
+    """A figure as a PNG in base64, the same bytes for the same curves."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _results(result: Mapping[str, Any]) -> str:
@@ -179,9 +194,7 @@ def _plot(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return base64.b64encode(buffer.getvalue()).decode()
+    return as_png(figure)
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

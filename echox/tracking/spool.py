@@ -1,42 +1,143 @@
-"""The journal of what a tracking server has not taken yet: JSON lines beside the run, replayed when it is back."""
+"""The journal between training and the tracking server: JSON lines beside the run, each removed when delivered.
+
+Everything a process records goes into its own file first and is sent from there, so a killed process, a server that is
+away and one that is slow all end alike: whoever comes next sends the rest from where the last one stopped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import threading
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 Operation = dict[str, Any]
-"""`kind` is metrics, params, tags or artifact; the rest is what `echox.tracking.client.send` reads. JSON types."""
+"""`kind` is metrics, params, tags, artifact, begin or end; the rest is what `Delivery.send` reads. JSON types."""
+
+CHUNK_BYTES = 1 << 20
+ROTATE_BYTES = 4 << 20
 
 
 class Spool:
-    """One writer's file in the run's spool folder; appends are flushed, so a killed process loses nothing."""
+    """One process's journal in the run's spool folder. One thread appends, another reads and confirms.
+
+    Args:
+        folder: spool folder of the run.
+        writer: name of the process's role, such as rank0; a later process of that role takes over what is left.
+    """
 
     def __init__(self, folder: Path, writer: str) -> None:
-        self.path = folder / f"{writer}.jsonl"
-        self._lock = threading.Lock()
+        self._folder = folder
+        self._writer = writer
+        self.path = self._new_path()
 
-    def append(self, operation: Operation) -> None:
-        """Keep one operation for later."""
-        with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(operation) + "\n")
+    def append(self, operations: Sequence[Operation]) -> None:
+        """Keep operations; they are in the operating system's hands on return, so a killed process loses none.
+
+        Raises:
+            OSError: the folder cannot be written; nothing of the operations is kept.
+        """
+        self._rotate()
+        lines = "".join(json.dumps(operation) + "\n" for operation in operations).encode()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Opened anew each time: a file that somebody else delivered and removed meanwhile begins again.
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                written = file.write(lines)
+                if written != len(lines):
+                    raise OSError(f"{self.path} took {written} of {len(lines)} bytes")
+            except OSError:
+                with contextlib.suppress(OSError):
+                    file.truncate(size)  # a line cut short on a full disk must not spoil the next one
+                raise
+
+    def _rotate(self) -> None:
+        """Begin a new file when the present one is long and wholly delivered."""
+        if sent_bytes(self.path) >= ROTATE_BYTES and not undelivered(self.path):
+            old, self.path = self.path, self._new_path()
+            remove(old)
+
+    def inherited(self) -> list[Path]:
+        """What earlier processes of this role left, oldest first."""
+        return [path for path in pending(self._folder) if path != self.path and _writer_of(path) == self._writer]
+
+    def _new_path(self) -> Path:
+        return self._folder / f"{time.time_ns():020d}~{self._writer}~{os.getpid()}.jsonl"
 
 
 def pending(folder: Path) -> list[Path]:
-    """Spool files that wait for delivery."""
-    return sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+    """Journals that wait for delivery, oldest first."""
+    return sorted(folder.glob("*~*.jsonl")) if folder.is_dir() else []
 
 
-def operations(path: Path) -> Iterator[Operation]:
-    """The operations of one spool file; a last line cut short by a crash is skipped."""
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+def read(path: Path) -> tuple[list[Operation], int]:
+    """The next undelivered operations of a journal, and the offset to `confirm` once they are sent.
+
+    At most about a megabyte, so memory stays small however long the server was away. Without operations, all is sent;
+    a last line cut short by a crash and lines that are no JSON are passed over.
+    """
+    start = sent_bytes(path)
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            block = file.read(CHUNK_BYTES)
+            if not block.endswith(b"\n"):
+                block += file.readline()
+    except FileNotFoundError:
+        return [], start
+    whole = block[: block.rfind(b"\n") + 1]
+    found = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found, start + len(whole)
+
+
+def confirm(path: Path, offset: int) -> None:
+    """Note that everything before `offset` was delivered."""
+    mark = _mark(path)
+    partial = mark.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(FileNotFoundError):  # the folder of the run may have been moved aside
+        partial.write_text(str(offset))
+        partial.replace(mark)
+
+
+def sent_bytes(path: Path) -> int:
+    """How much of a journal was delivered. A mark beyond the end belonged to a file that was removed."""
+    try:
+        sent = int(_mark(path).read_text())
+        return sent if sent <= path.stat().st_size else 0
+    except (OSError, ValueError):
+        return 0
+
+
+def undelivered(path: Path) -> bool:
+    """Whether a journal holds whole lines that were not sent."""
+    return bool(read(path)[0])
+
+
+def remove(path: Path) -> None:
+    """Remove a delivered journal, and the folder with its last one."""
+    for file in (path, _mark(path)):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.parent.rmdir()
+
+
+def keep_refused(folder: Path, operation: Operation) -> None:
+    """Put aside, in `refused.jsonl`, what the server will never take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "refused.jsonl").open("a") as file:
+        file.write(json.dumps(operation) + "\n")
+
+
+def _mark(path: Path) -> Path:
+    return path.with_suffix(".sent")
+
+
+def _writer_of(path: Path) -> str:
+    return path.name.split("~")[1]

@@ -1,7 +1,7 @@
 """Starts worker scripts of the engine tests in one process or several, and runs a plan's scenarios in them.
 
-Most of a process's start is the import of torch and DeepSpeed, so a server imports them once and every rank is a fork of
-it: a process of its own that may be killed like any other.
+Most of a process's start is the import of torch and DeepSpeed, so a server imports them once and every rank is a fork
+of it: a process of its own that may be killed like any other.
 """
 
 from __future__ import annotations

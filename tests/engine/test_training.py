@@ -72,7 +72,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
                     "optim__steps": 4,
                     "engine__checkpoint_every": 2,
                     "health__on_bad_step": "stop",
-                    "engine__async_save": False,
                 },
                 "options": {"nan_at": 2},
             },

@@ -4,7 +4,7 @@ import deepspeed  # noqa: F401
 import torch
 
 import echox.engine.setup
-import echox.engine.train  # noqa: F401
+import echox.engine.train
 import echox.stream.collate  # noqa: F401
 
 torch.set_num_threads(1)

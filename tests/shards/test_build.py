@@ -181,9 +181,9 @@ def test_interrupted_from_the_keyboard_it_says_so_once(tmp_path: Path) -> None:
     words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "4"]
     command = [sys.executable, "-m", "echox", *words, "--per-shard", "1"]
     build = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    with (tmp_path / "endless.wav").open("wb"):
+    with (tmp_path / "endless.wav").open("wb"):  # held open: at its end the recording would be a bad one
         os.killpg(build.pid, signal.SIGINT)
-    said = build.communicate(timeout=60)[1]
+        said = build.communicate(timeout=60)[1]
     assert said.endswith("interrupted\n") and "Traceback" not in said and build.returncode == 130
 
 

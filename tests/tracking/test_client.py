@@ -1,40 +1,21 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 
+from echox.errors import LaunchError
 from echox.tracking import client as client_module
-from echox.tracking import run as run_module
+from echox.tracking import spool
+from echox.tracking import state as state_module
 from echox.tracking.run import attach, close_orphan, open_run
 from echox.tracking.system import SystemMetrics
-
-DEAD = "http://127.0.0.1:9"
-
-
-def recipe(name: str = "tiny-s2t", stage: str = "s2t", uri: str | None = None) -> Any:
-    tracking = SimpleNamespace(uri=uri, experiment="tests", parent_run="tiny", system_metrics=True)
-    return SimpleNamespace(name=name, stage=stage, scale="tiny", tracking=tracking)
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A SQLite store whose tables exist; creating them takes seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
-
-
-@pytest.fixture
-def storage(tmp_path: Path, template: bytes) -> Path:
-    (tmp_path / "mlflow.db").write_bytes(template)
-    return tmp_path
+from tests.tracking.parts import DEAD, on_sqlite, points, recipe, until
 
 
 def mlflow_run(storage: Path, run_id: str | None) -> Any:
@@ -92,7 +73,7 @@ def test_a_resume_continues_the_run_and_keeps_its_parameters(storage: Path) -> N
 def test_a_repeated_stage_gets_a_new_run(storage: Path) -> None:
     first = open_run(recipe(), {}, storage=storage)
     first.finish("FINISHED")
-    (first.handle.run_folder / run_module.STATE_FILE).unlink()
+    (first.handle.run_folder / state_module.STATE_FILE).unlink()
     second = open_run(recipe(), {}, storage=storage)
     second.finish("FINISHED")
     assert second.handle.run_id != first.handle.run_id
@@ -102,20 +83,20 @@ def test_a_repeated_stage_gets_a_new_run(storage: Path) -> None:
 def test_a_dead_server_costs_one_warning_and_no_metric(
     storage: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with caplog.at_level(logging.WARNING, "echox.tracking"):
         tracker = open_run(recipe(uri=DEAD), {"lr": 1}, storage=storage)
+        assert tracker.handle.run_id is None
         worker = attach(tracker.handle, "rank0")
         start = time.monotonic()
         for step in range(1000):
             worker.log_metrics({"loss/total": float(step)}, step)
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 0.1
         worker.finish("FINISHED")
     assert len([record for record in caplog.records if record.name == "echox.tracking"]) == 1
-    assert (tracker.handle.spool_folder / "rank0.jsonl").exists()
+    left = [spool.read(path)[0] for path in spool.pending(tracker.handle.spool_folder)]
+    assert sum(len(found) for found in left) == 1001
 
-    # The server comes back before the end: the owner creates the run and delivers every writer's spool.
+    # The server comes back before the end: the owner creates the run and delivers every process's journal.
     back = f"sqlite:///{storage}/mlflow.db"
     monkeypatch.setattr(client_module, "make_client", lambda uri: MlflowClient(back))
     tracker.finish("FINISHED")
@@ -125,28 +106,85 @@ def test_a_dead_server_costs_one_warning_and_no_metric(
     done = client.search_runs([experiment.experiment_id], "tags.stage = 's2t'")[0]
     assert done.info.status == "FINISHED"
     assert done.data.params == {"lr": "1"}
-    assert len(client.get_metric_history(done.info.run_id, "loss/total")) == 1000
+    assert points(client, done.info.run_id) == [(step, float(step)) for step in range(1000)]
     assert not tracker.handle.spool_folder.exists()
 
 
-def test_a_server_lost_in_mid_run_is_spooled_then_delivered(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real: Callable[..., None] = client_module.send
-    down = True
-
-    def send(*args: Any) -> None:
-        if down:
-            raise ConnectionError("gone")
-        real(*args)
-
+def test_what_a_killed_worker_left_is_delivered_by_the_next_one_of_its_role(storage: Path) -> None:
     tracker = open_run(recipe(), {}, storage=storage)
+    left = spool.Spool(tracker.handle.spool_folder, "rank0")
+    left.append([{"kind": "metrics", "runs": ["stage"], "items": [["loss/total", 1.5, 1000, 7]]}])
     worker = attach(tracker.handle, "rank0")
-    monkeypatch.setattr(client_module, "send", send)
-    worker.log_metrics({"loss/total": 1.5}, 7)
+    worker.log_metrics({"loss/total": 1.0}, 8)
     worker.finish("FINISHED")
-    assert (tracker.handle.spool_folder / "rank0.jsonl").exists()
-    down = False
-    tracker.finish("FINISHED")
-    assert mlflow_run(storage, tracker.handle.run_id).data.metrics["loss/total"] == 1.5
+    assert tracker.handle.run_id is not None
+    assert points(on_sqlite(storage), tracker.handle.run_id) == [(7, 1.5), (8, 1.0)]
+    assert not left.path.exists()
+    tracker.finish()
+
+
+def test_what_the_server_will_never_take_is_put_aside_and_holds_up_nothing(
+    storage: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = open_run(recipe(), {}, storage=storage)
+    left = spool.Spool(tracker.handle.spool_folder, "rank0")
+    left.append([{"kind": "tags", "items": {"a//b": "not a name"}}])
+    worker = attach(tracker.handle, "rank0")
+    worker.log_metrics({"loss/total": 1.0}, 1)
+    worker.finish("FINISHED")
+    tracker.finish()
+    assert mlflow_run(storage, tracker.handle.run_id).data.metrics["loss/total"] == 1.0
+    assert "a//b" in (tracker.handle.spool_folder / "refused.jsonl").read_text()
+    assert "refuses" in caplog.text
+
+
+def test_a_full_disk_neither_blocks_nor_grows_and_is_said(
+    storage: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, operations: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spool.Spool, "append", full)
+    monkeypatch.setattr(client_module, "QUEUE_LIMIT", 50)
+    monkeypatch.setattr(client_module, "DISK_RETRY_S", 0.05)
+    tracker = open_run(recipe(), {}, storage=storage)
+    until(lambda: "No space left" in caplog.text)
+    for step in range(500):
+        tracker.log_metrics({"loss/total": 1.0}, step)
+    assert tracker._queue.qsize() <= 50
+    tracker.finish()
+    assert "were dropped" in caplog.text
+    assert mlflow_run(storage, tracker.handle.run_id).info.status == "FINISHED"
+
+
+def test_a_second_start_of_a_living_run_is_refused(storage: Path) -> None:
+    tracker = open_run(recipe(), {}, storage=storage)
+    folder = tracker.handle.run_folder
+    state_module.update_state(folder, owner=state_module.Process("elsewhere", 1, 1).record())
+    state_module.beat(folder)
+    stop = threading.Event()
+
+    def beats() -> None:
+        while not stop.wait(0.3):
+            state_module.beat(folder)
+
+    other_machine = threading.Thread(target=beats)
+    other_machine.start()
+    try:
+        with pytest.raises(LaunchError, match="being trained by process 1 on elsewhere") as raised:
+            open_run(recipe(), {}, storage=storage)
+        assert "name=" in str(raised.value)
+    finally:
+        stop.set()
+        other_machine.join()
+    state_module.update_state(folder, owner=state_module.Process.current().record())
+    tracker.finish()
+
+
+def test_the_file_that_asks_for_a_stop_is_the_engines() -> None:
+    from echox.engine.stop import STOP_FILE
+
+    assert state_module.STOP_FILE == STOP_FILE
 
 
 def test_a_killed_driver_leaves_no_run_running(storage: Path) -> None:

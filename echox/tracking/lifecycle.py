@@ -1,0 +1,148 @@
+"""The runs of a folder on the server: found or created, and ended, by the owner or by whoever comes after it."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echox.tracking import spool
+from echox.tracking.delivery import Delivery
+from echox.tracking.state import SPOOL_FOLDER, Process, fate, read_state, update_state
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+TIMEOUT_S = 60
+"""How long one request may take where nobody waits for it; a server that needs half a minute is slow, not away."""
+_WORST = ("FAILED", "KILLED", "FINISHED")
+
+
+def make_client(uri: str, timeout_s: int = TIMEOUT_S) -> MlflowClient:
+    """A client that tries each request once; whoever calls it has its own way to try again."""
+    for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))):
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def create_runs(client: MlflowClient, run_folder: Path) -> tuple[str, str]:
+    """Find or create the stage run and the parent run that the state file describes; returns their ids.
+
+    A run that the folder had before is continued, unless the store no longer has it. Repeating the call after one whose
+    answer was lost finds what that one made.
+    """
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_USER
+
+    state = read_state(run_folder)
+    experiment_id = _experiment(client, state)
+    user = {MLFLOW_USER: _user()}
+    parent = _known(client, state.get("parent_id")) or _tagged(client, experiment_id, "group", state["parent"])
+    if parent is None:
+        tags = {MLFLOW_RUN_NAME: state["parent"], "group": state["parent"], "scale": state["tags"]["scale"], **user}
+        parent = client.create_run(experiment_id, tags=tags, run_name=state["parent"])
+    elif parent.info.status != "RUNNING":
+        client.update_run(parent.info.run_id, status="RUNNING")
+    parent_id = str(parent.info.run_id)
+    stage = _known(client, state.get("run_id")) or _tagged(client, experiment_id, "token", state["token"])
+    if stage is None:
+        tags = {MLFLOW_RUN_NAME: state["name"], MLFLOW_PARENT_RUN_ID: parent_id, "token": state["token"], **user}
+        stage = client.create_run(experiment_id, tags={**tags, **state["tags"]}, run_name=state["name"])
+    else:
+        # The owner before this one is gone, and its attempt with it.
+        Delivery(client, stage.info.run_id).end_attempts("FAILED", since=state["attempt"])
+        client.update_run(stage.info.run_id, status="RUNNING")
+        client.set_tag(stage.info.run_id, "attempt", state["tags"]["attempt"])
+    run_id = str(stage.info.run_id)
+    update_state(run_folder, run_id=run_id, parent_id=parent_id)
+    return run_id, parent_id
+
+
+def settle(client: MlflowClient, run_folder: Path, owner: Process | None) -> str | None:
+    """Deliver what every process of a run has left, and end its runs; returns the status they end with.
+
+    For the owner at its end, and for whoever finds that the owner is gone. A new owner that took the run over meanwhile
+    keeps it: then nothing is ended, and the answer is None.
+    """
+    state = read_state(run_folder)
+    if Process.of(state.get("owner")) != owner:
+        return None
+    run_id, parent_id = state.get("run_id"), state.get("parent_id")
+    if run_id is None or parent_id is None:
+        run_id, parent_id = create_runs(client, run_folder)
+    replay(client, run_folder, run_id)
+    now = read_state(run_folder)
+    status = fate(run_folder, now)
+    if Process.of(now.get("owner")) != owner:
+        return None
+    Delivery(client, run_id).end_attempts(status, since=now["attempt"])
+    client.set_terminated(run_id, status)
+    _end_parent(client, parent_id)
+    if Process.of(read_state(run_folder).get("owner")) == owner:
+        update_state(run_folder, status=status, closed=True)
+    return status
+
+
+def replay(client: MlflowClient, run_folder: Path, run_id: str) -> int:
+    """Send every process's journal, oldest first, and remove it; returns the number of operations.
+
+    Errors of the server pass through and leave the rest for the next try.
+    """
+    delivery = Delivery(client, run_id, final=True)
+    return sum(delivery.send_file(path) for path in spool.pending(run_folder / SPOOL_FOLDER))
+
+
+def _end_parent(client: MlflowClient, parent_id: str) -> None:
+    """The parent is RUNNING while one of its stages is; then it is what the worst of their newest runs is."""
+    parent = client.get_run(parent_id)
+    wanted = f"tags.`mlflow.parentRunId` = '{parent_id}'"
+    newest: dict[str, str] = {}
+    for run in client.search_runs([parent.info.experiment_id], wanted, order_by=["start_time ASC"]):
+        newest[run.info.run_name] = run.info.status
+    states = set(newest.values())
+    if "RUNNING" not in states:
+        client.set_terminated(parent_id, next((status for status in _WORST if status in states), "FINISHED"))
+
+
+def _experiment(client: MlflowClient, state: Mapping[str, Any]) -> str:
+    name, local = state["experiment"], str(state["uri"]).startswith("sqlite:")
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = Path(state["artifacts"]).as_uri() if local else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _known(client: MlflowClient, run_id: str | None) -> Run | None:
+    """The run of an id, or None where the store was emptied or moved, or somebody deleted the run."""
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        return None
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _tagged(client: MlflowClient, experiment_id: str, tag: str, value: str) -> Run | None:
+    quoted = value.replace("'", "")
+    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{quoted}'", max_results=1)
+    return found[0] if found else None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())

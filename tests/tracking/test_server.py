@@ -1,0 +1,176 @@
+"""A real MLflow server that is killed and comes back, and servers that are as good as dead."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from echox.tracking import client as client_module
+from echox.tracking.run import attach, open_run
+from tests.tracking.parts import Server, children, on_sqlite, points, recipe, until
+
+
+def test_a_server_killed_and_restarted_in_mid_run_gets_everything_once_and_in_order(
+    storage: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "FLUSH_S", 0.1)
+    monkeypatch.setattr(client_module, "RETRY_S", 1.0)
+    server.start()
+    tracker = open_run(recipe(uri=server.uri), {}, storage=storage)
+    worker = attach(tracker.handle, "rank0")
+    worker.begin_attempt(1, 0, {})
+    run_id, store = tracker.handle.run_id, on_sqlite(storage)
+    assert run_id is not None
+    longest, step, back = 0.0, 0, [False]
+
+    def restart() -> None:
+        server.start()
+        back[0] = True
+
+    def log_steps(until_: Any) -> None:
+        nonlocal longest, step
+        while not until_():
+            step += 1
+            began = time.perf_counter()
+            worker.log_metrics({"loss/total": float(step), "perf/step_ms": 1.0}, step)
+            longest = max(longest, time.perf_counter() - began)
+            time.sleep(0.005)
+
+    log_steps(lambda: points(store, run_id))
+    server.kill()
+    died = step
+    log_steps(lambda: step >= died + 100)
+    starting = threading.Thread(target=restart)
+    starting.start()
+    log_steps(lambda: back[0])
+    starting.join()
+    wanted = [(number, float(number)) for number in range(1, step + 1)]
+    until(lambda: points(store, run_id) == wanted)  # while the run goes on
+    child = children(store, run_id)["tiny-s2t-attempt-1"]
+    assert points(store, child.info.run_id) == wanted
+    worker.end_attempt("FINISHED", {})
+    worker.finish()
+    tracker.finish()
+    assert points(store, run_id) == wanted
+    assert store.get_run(run_id).info.status == "FINISHED"
+    assert longest < 0.2, "a call waited for something"
+
+
+def test_a_server_that_comes_up_after_the_start_gets_the_run_before_its_end(
+    storage: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "RETRY_S", 1.0)
+    tracker = open_run(recipe(uri=server.uri), {"lr": 1}, storage=storage)
+    assert tracker.handle.run_id is None
+    worker = attach(tracker.handle, "rank0")
+    worker.log_metrics({"loss/total": 1.0}, 1)
+    server.start()
+    run_id = until(lambda: tracker.handle.run_id)
+    until(lambda: points(on_sqlite(storage), run_id) == [(1, 1.0)])
+    worker.finish()
+    tracker.finish()
+    assert on_sqlite(storage).get_run(run_id).data.params == {"lr": "1"}
+
+
+@contextmanager
+def slow_way_to(server: Server | None, delay_s: float) -> Iterator[str]:
+    """An address whose every answer comes `delay_s` late; without a server it takes connections and is silent."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    open_ends: list[socket.socket] = [listener]
+
+    def pass_on(source: socket.socket, target: socket.socket, late: float = 0) -> None:
+        heard = 0.0
+        try:
+            while block := source.recv(1 << 16):
+                if time.monotonic() - heard > 1:  # the beginning of an answer
+                    time.sleep(late)
+                heard = time.monotonic()
+                target.sendall(block)
+        except OSError:
+            pass
+        target.close()
+
+    def serve(client: socket.socket) -> None:
+        if server is None:
+            return
+        behind = socket.create_connection(("127.0.0.1", server.port))
+        open_ends.append(behind)
+        threading.Thread(target=pass_on, args=(behind, client, delay_s), daemon=True).start()
+        pass_on(client, behind)
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            open_ends.append(client)
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        for end in open_ends:
+            end.close()
+
+
+def per_call(worker: Any, calls: int = 2000) -> float:
+    """Seconds a call of `log_metrics` with forty values takes in the middle; the median does not mind other work."""
+    metrics = {f"loss/part-{index}": float(index) for index in range(40)}
+    spent = []
+    for step in range(calls):
+        began = time.perf_counter()
+        worker.log_metrics(metrics, step)
+        spent.append(time.perf_counter() - began)
+    return sorted(spent)[calls // 2]
+
+
+def test_a_server_that_never_answers_costs_training_microseconds_and_the_end_a_bounded_time(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from echox.tracking import run as run_module
+
+    monkeypatch.setattr(run_module, "CREATE_S", 1.0)
+    monkeypatch.setattr(client_module, "FINISH_S", 2.0)
+    with slow_way_to(None, 0) as uri:
+        began = time.monotonic()
+        tracker = open_run(recipe(uri=uri, hours=0), {}, storage=storage)
+        assert tracker.handle.run_id is None
+        worker = attach(tracker.handle, "rank0")
+        spent = per_call(worker)
+        print(f"log_metrics of 40 values: {spent * 1e6:.1f} us")
+        assert spent < 200e-6
+        worker.finish()
+        tracker.finish()
+        assert time.monotonic() - began < 15
+    left = sorted((tracker.handle.spool_folder).glob("*rank0*.jsonl"))
+    assert sum(path.read_text().count("loss/part-39") for path in left) == 2000
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_after_half_a_minute_still_gets_it_all(
+    storage: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.start()
+    tracker = open_run(recipe(uri=server.uri), {}, storage=storage)
+    run_id = tracker.handle.run_id or ""
+    with slow_way_to(server, 30.0) as uri:
+        from dataclasses import replace
+
+        worker = attach(replace(tracker.handle, uri=uri), "rank0")
+        assert per_call(worker, 50) < 200e-6
+        store = MlflowClient(server.uri)
+        until(lambda: len(points(store, run_id, "loss/part-39")) == 50, 400)
+        began = time.monotonic()
+        worker.finish()
+        assert time.monotonic() - began < 12
+    tracker.finish()
