@@ -63,7 +63,9 @@ def find_cause(failure: BaseException, run_folder: Path, events: Iterable[Mappin
             ),
         )
     gave_up = {event["rank"]: float(event["time"]) for event in reversed(list(events))}
-    order = sorted(failures, key=lambda rank: (gave_up.get(rank, float("inf")), rank))
+    order = sorted(
+        failures, key=lambda rank: (gave_up.get(rank, float("inf")), not error_file(run_folder, rank).exists(), rank)
+    )
     kinds = {rank: _kind(failures[rank]) for rank in order}
     # A dead process leaves no event, and its peers' errors come first: so kinds before times.
     for kind in ("error", "crash", "lost", "peer"):
@@ -121,11 +123,11 @@ def _told(kind: Kind, rank: int, error: BaseException, run_folder: Path) -> Echo
     said = f"{type(error).__name__}: {first_line(error)}"
     if kind == "crash":
         path = error_file(run_folder, rank)
-        where = str(path) if path.exists() else run_folder.name
+        here = path.exists()
         return LaunchError(
             f"worker {rank} failed: {said}",
-            where=where,
-            fix=f"read the traceback in that file, then {_CONTINUES}",
+            where=str(path) if here else run_folder.name,
+            fix=f"{'read the traceback in that file' if here else 'look into the job log'}, then {_CONTINUES}",
         )
     if kind == "lost":
         return LaunchError(

@@ -326,7 +326,7 @@ class HealthConfig(Section):
 def _workers(value: Any, check: Callable[[Any], Any]) -> Any:
     """One error, at the key itself, for both forms."""
     try:
-        found = check(value)
+        found = check(tuple(value) if isinstance(value, list) else value)
     except ValidationError:
         found = 0
     least, most = found if isinstance(found, tuple) else (found, found)
@@ -340,8 +340,7 @@ class ScalingConfig(Section):
 
     workers: Annotated[int | tuple[int, int], WrapValidator(_workers)] = Field(
         2,
-        description="ranks; [least, most] goes on with fewer when a node is lost, and with more when one comes, at the "
-        "counts between that divide the batch",
+        description="ranks; [least, most] takes as many as there is room for and the batch divides by",
     )
     gpus_per_worker: float = Field(0, ge=0)
     cpus_per_worker: PositiveFloat = 1
