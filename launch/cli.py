@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     submit.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
     submit.set_defaults(run=run_submit)
     resume = _command(subparsers, "resume", "go on with a run that has ended", "echox resume demo-s2t optim.steps=900")
-    resume.add_argument("recipe", metavar="RUN", help=RUN_HELP)
+    resume.add_argument("job", metavar="RUN", help=RUN_HELP)
     resume.set_defaults(run=run_resume)
     for command in (submit, resume):
         command.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
@@ -58,7 +58,7 @@ def run_resume(args: argparse.Namespace) -> int:
     from launch.status import resolved_recipe
 
     jobs = connect(args.address)
-    return _submit(args, str(resolved_recipe(args.recipe, jobs.list())))
+    return _submit(args, str(resolved_recipe(args.job, jobs.list())))
 
 
 def run_status(args: argparse.Namespace) -> int:
