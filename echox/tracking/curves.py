@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from echox.tracking.listing import KnownRun
 
 WANTED = ("loss/", "valid/loss/", "perf/", "grad_norm", "lr/")
-AXES = {"step": "optimizer step", "hours": "hours of training", "tokens": "million tokens", "audio": "hours of audio"}
+AXES = {"step": "optimizer steps", "hours": "hours of training", "tokens": "million tokens", "audio": "hours of audio"}
 _HOUR_MS = 3.6e6
 
 

@@ -53,10 +53,11 @@ def colour_of(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-def smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
-    """Running mean over the last `share` of the values, as it could be said at the time."""
-    width = max(1, int(len(values) * share))
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Running mean over about `share` of the values, as many after as before, so that a falling curve is not late."""
+    most = int(len(values) * share / 2)
+    half = [min(most, i, len(values) - 1 - i) for i in range(len(values))]
+    return [sum(values[i - h : i + h + 1]) / (2 * h + 1) for i, h in enumerate(half)]
 
 
 def _losses(runs: Sequence[Curves]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +51,12 @@ class ToyOptions:
     dead: bool = False
     leak: bool = False
     nan_at: int = -1
+    nan_from: int = 1_000_000
     bad_data_at: int = -1
     spike_at: int = -1
+    term_at: int = -1
+    term_in_validation: bool = False
+    sleep_at: int = -1
 
 
 class ToyStage(nn.Module):
@@ -80,6 +87,8 @@ class ToyStage(nn.Module):
         token_BT = nn.functional.cross_entropy(
             self.text_head(hidden_BTD).transpose(1, 2), batch.labels_BT, reduction="none"
         )
+        if batch.ids[0].startswith(f"{self.options.spike_at}-"):
+            token_BT = 100 * token_BT
         terms = {"s2t": ToyTerm((token_BT * batch.mask_BT).sum(), batch.mask_BT.sum())}
         # All ranks alike: a parameter in the graph of some ranks only would break ZeRO-3's reductions.
         if self.options.skip_odd_steps and int(batch.ids[0].partition("-")[0]) % 2:
@@ -96,7 +105,7 @@ class ToyStage(nn.Module):
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Any]:
         weights: dict[str, Any] = {"s2t": 1.0, "ctc": torch.tensor(0.3), "echo": 0.0}
-        if step == self.options.nan_at:
+        if step == self.options.nan_at or step >= self.options.nan_from:
             weights["ctc"] = float("nan")
         return {name: weights[name] for name in means}
 
@@ -122,8 +131,6 @@ def sample(step: int, index: int, options: ToyOptions) -> ToyBatch:
     x_BTD = torch.randn(1, POSITIONS, FEATURES, generator=generator)
     if step == options.bad_data_at and index == 5:
         x_BTD[0, 0, 0] = float("nan")
-    if step == options.spike_at:
-        x_BTD *= 1e4
     return ToyBatch(
         ids=[f"{step}-{index}"],
         x_BTD=x_BTD,
@@ -205,6 +212,10 @@ class ToyLoader(UncountedLoader):
 
     def step(self, step: int) -> list[ToyBatch]:
         assert step == self.committed
+        if self.rank == self.world - 1 and step == self.options.term_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.rank == 0 and step == self.options.sleep_at:
+            time.sleep(600)
         micro, data = self.recipe.data.micro_batch, self.recipe.data
         starts = range(self.rank * micro, data.global_batch, self.world * micro)
         batches = []
@@ -235,9 +246,12 @@ class ToyLoader(UncountedLoader):
 class ToyValidation:
     rank: int
     world: int
+    options: ToyOptions
 
     def __iter__(self) -> Iterator[ToyBatch]:
         for index in range(self.rank, 4, self.world):
+            if self.options.term_in_validation and self.rank == 0 and index == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
             yield sample(10_000, index, ToyOptions())
 
 
@@ -253,7 +267,7 @@ class ToyBuild:
         return StageSetup(
             module=ToyStage(self.options),
             train_loader=ToyLoader(recipe, rank, world_size, self.options, self.data),
-            valid_loaders={"held": ToyValidation(rank, world_size)},
+            valid_loaders={"held": ToyValidation(rank, world_size, self.options)},
             frozen_models={"tower": self.frozen_folder},
         )
 

@@ -72,8 +72,9 @@ class Server:
         words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
         words += ["--artifacts-destination", str(self._folder / "served")]
         with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
-        until(self._answers, 120)
+            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+        until(self._answers, 300)
 
     def kill(self) -> None:
         if self._process is not None:

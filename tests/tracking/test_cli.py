@@ -89,7 +89,7 @@ def test_runs_are_compared_by_name_folder_or_id_on_one_page(
     # Steps 3 and 4 of the first attempt were lost with it, so the best is that of step 1.
     assert found["metrics"]["loss/total"]["best"] == [11.0, 11.0]
     assert found["metrics"]["loss/total"]["final"] == [(12 + 23 + 24 + 25 + 26) / 5, (11 + 12 + 13) / 3]
-    assert found["metrics"]["optimizer step"]["in all"] == [6.0, 3.0]
+    assert found["metrics"]["optimizer steps"]["in all"] == [6.0, 3.0]
     assert found["metrics"]["million tokens"]["in all"] == pytest.approx([6e-5, 3e-5])
     text = page.read_text()
     assert "http" not in text.replace("http-equiv", "") and text.count("data:image/png;base64,") == 3

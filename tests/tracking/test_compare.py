@@ -50,7 +50,7 @@ def test_tokens_and_audio_are_the_rates_over_the_steps_they_stand_for() -> None:
 
 def test_outcomes_say_how_far_how_well_and_how_fast() -> None:
     found = {(line.name, line.kind): line for line in outcomes([SMALL, LARGE])}
-    assert found["optimizer step", "in all"].values == (20.0, 20.0)
+    assert found["optimizer steps", "in all"].values == (20.0, 20.0)
     assert found["million tokens", "in all"].values == (0.008, None)
     assert found["loss/total", "final"].values == (3.0, 3.0)  # a mean over the last values
     assert found["loss/total", "best"].values == (2.0, 1.0) and found["loss/total", "best"].best() == 1
@@ -76,5 +76,5 @@ def test_runs_of_one_name_are_told_apart() -> None:
     assert distinct_names({"a" * 32: "x", "b" * 32: "x"}) == ["x (aaaaaaaa)", "x (bbbbbbbb)"]
 
 
-def test_the_running_mean_looks_back_only() -> None:
-    assert smooth([1.0, 3.0, 5.0, 7.0], share=0.5) == [1.0, 2.0, 4.0, 6.0]
+def test_the_running_mean_is_not_late_and_keeps_both_ends() -> None:
+    assert smooth([8.0, 4.0, 2.0, 1.0, 3.0], share=0.4) == [8.0, 14 / 3, 7 / 3, 2.0, 3.0]
