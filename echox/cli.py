@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "train": "echox.engine.cli",
     "checkpoint": "echox.engine.cli",
     "submit": "launch.cli",
+    "resume": "launch.cli",
     "status": "launch.cli",
     "logs": "launch.cli",
     "stop": "launch.cli",

@@ -1,76 +1,132 @@
-"""`echox submit`, `status`, `logs` and `stop`: a recipe on a Ray cluster, through Ray's job API."""
+"""`echox submit`, `resume`, `status`, `logs` and `stop`: a recipe on a Ray cluster, through Ray's job API."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import time
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP
+from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
+from echox.errors import LaunchError
 
 if TYPE_CHECKING:
     from launch.submit import Jobs
 
 ADDRESS_HELP = "address of the cluster's dashboard; default: $RAY_ADDRESS, then a head on this machine"
+RUN_HELP = "run name, submission id, or the run's folder"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the four commands."""
+    """Register the five commands."""
     submit = _command(subparsers, "submit", "train a recipe on a Ray cluster", "echox submit demo/s2t optim.steps=20")
     submit.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
-    submit.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
-    submit.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
-    submit.add_argument("-f", "--follow", action="store_true", help="print the log until the job ends")
     submit.set_defaults(run=run_submit)
-    status = _command(subparsers, "status", "list jobs, or one run's", "echox status demo-s2t")
-    status.add_argument("job", nargs="?", help="submission id or run name; default: all")
+    resume = _command(subparsers, "resume", "go on with a run that has ended", "echox resume demo-s2t optim.steps=900")
+    resume.add_argument("job", metavar="RUN", help=RUN_HELP)
+    resume.set_defaults(run=run_resume)
+    for command in (submit, resume):
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
+        command.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
+        command.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
+        command.add_argument("-f", "--follow", action="store_true", help="print the log until the job ends")
+        command.add_argument(
+            "--retries", type=int, default=0, metavar="N", help="follow, and submit again where job or cluster failed"
+        )
+    status = _command(subparsers, "status", "list jobs, or all that is known of a run", "echox status demo-s2t")
+    status.add_argument("job", nargs="?", metavar="RUN", help=f"{RUN_HELP}; default: all jobs")
     status.set_defaults(run=run_status)
-    logs = _command(subparsers, "logs", "print a job's log", "echox logs demo-s2t -f")
-    logs.add_argument("job", help="submission id, or a run name for its newest job")
+    logs = _command(subparsers, "logs", "print a job's log, or a run's events", "echox logs demo-s2t -f")
+    logs.add_argument("job", metavar="RUN", help=f"{RUN_HELP}; a folder gives the events of all ranks by time")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+    logs.add_argument("--errors", action="store_true", help="what failed, the cause first")
     logs.set_defaults(run=run_logs)
-    stop = _command(subparsers, "stop", "stop a job and wait until it has", "echox stop demo-s2t")
-    stop.add_argument("job", help="submission id, or a run name for its newest job")
+    stop = _command(subparsers, "stop", "let a run save and end, and wait for it", "echox stop demo-s2t")
+    stop.add_argument("job", metavar="RUN", help=RUN_HELP)
     stop.set_defaults(run=run_stop)
 
 
 def run_submit(args: argparse.Namespace) -> int:
     """Submit; with --follow, the exit code is 0 only if the job succeeds."""
+    return _submit(args, args.recipe)
+
+
+def run_resume(args: argparse.Namespace) -> int:
+    """Submit the recipe that a run's folder holds, with changes."""
+    from launch.status import resolved_recipe
+
     jobs = connect(args.address)
-    extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
-    job = jobs.submit(args.recipe, args.overrides, extra_arguments=extra)
-    if not args.follow:
-        _print(args, {"id": job, "address": jobs.address}, f"submitted {job}; follow it: echox logs {job} -f")
-        return 0
-    return _follow(jobs, job)
+    return _submit(args, str(resolved_recipe(args.job, jobs.list())))
 
 
 def run_status(args: argparse.Namespace) -> int:
-    """Print one line a job, oldest first."""
-    jobs = connect(args.address)
-    found = jobs.list()
-    if args.job is not None:
-        jobs.find(args.job)  # a clear sentence where there is no such job
-        found = [job for job in found if args.job in (job["id"], job["run"])]
-    lines = [f"{job['id']:32} {job['status']:10} {_duration(job):>9}  {_first(job['message'])}" for job in found]
-    _print(args, found, "\n".join(lines) or f"no jobs at {jobs.address}")
+    """Print one line a job, oldest first, or everything about one run."""
+    from launch.status import locate, report, run_status, short
+
+    jobs, found = _jobs_if_any(args)
+    if args.job is None:
+        rows = []
+        for job in found:
+            folder = locate(job["id"], found)
+            rows.append({**job, "progress": None if folder is None else run_status(folder)})
+        _print(args, rows, "\n".join(_row(row, short(row["progress"] or {})) for row in rows) or "no jobs")
+        return 0
+    folder = locate(args.job, found)
+    run = args.job if folder is None else folder.name
+    mine = [job for job in found if args.job in (job["id"], job["run"]) or run == job["run"]]
+    if folder is None and not mine:
+        newest = ", ".join(job["id"] for job in found[-5:])
+        raise LaunchError(f"no job or run named {args.job}", fix=f"the newest jobs are: {newest or 'none'}")
+    last = mine[-1] if mine else None
+    status = None if folder is None else run_status(folder)
+    earlier = [_row(entry, "") for entry in mine[:-1]]
+    _print(args, {"run": run, "job": last, "status": status}, "\n".join([report(run, last, status), *earlier]))
     return 0
 
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print the log; with --follow, until the job ends, and 0 only if it succeeds."""
-    jobs = connect(args.address)
+    from launch.events import follow_events, line, read_events, read_progress
+    from launch.status import error_report, locate
+
+    by_folder = os.sep in args.job or Path(args.job).is_dir()
+    jobs, found = _jobs_if_any(args) if by_folder or args.errors else (connect(args.address), [])
+    folder = locate(args.job, found) if by_folder or args.errors else None
+    if args.errors:
+        if folder is None and jobs is not None:
+            print(jobs.failure(jobs.find(args.job)))
+        elif folder is not None:
+            lines = error_report(read_events(folder))
+            _print(args, lines, "\n".join(lines) or f"no failures in {folder}")
+        return 0
+    if by_folder:
+        if folder is None:
+            raise LaunchError(f"{args.job} is no run folder", fix="see `echox status`")
+
+        def going_on() -> bool:
+            return args.follow and read_progress(folder).get("state") not in ("finished", "failed", "stopped")
+
+        for event in follow_events(folder, going_on):
+            print(json.dumps(event) if args.json else line(event), flush=True)
+        return 0
+    assert jobs is not None
     job = jobs.find(args.job)
     if args.follow:
-        return _follow(jobs, job)
+        return _follow(args, jobs, job)
     print(jobs.logs(job), end="")
     return 0
 
 
 def run_stop(args: argparse.Namespace) -> int:
     """Stop the job politely; Ray kills it only when it does not end in time."""
+    from echox.engine.stop import request_stop
+
+    if Path(args.job).is_dir():
+        request_stop(Path(args.job), "echox stop")
+        _print(args, {"folder": args.job}, f"the run in {args.job} will save and end")
+        return 0
     jobs = connect(args.address)
     job = jobs.find(args.job)
     status = jobs.stop(job)
@@ -99,19 +155,57 @@ def _command(subparsers: Any, name: str, summary: str, example: str) -> argparse
     return parser
 
 
-def _follow(jobs: Jobs, job: str) -> int:
-    for piece in jobs.follow(job):
-        print(piece, end="", flush=True)
-    return 0 if jobs.wait(job) == "SUCCEEDED" else 1
+def _submit(args: argparse.Namespace, recipe: str) -> int:
+    from launch.again import submit_and_follow
+
+    extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
+    extra += [ALLOW, ",".join(args.allow)] if args.allow else []
+
+    def submit(jobs: Jobs) -> str:
+        return jobs.submit(recipe, args.overrides, extra_arguments=extra)
+
+    if args.follow or args.retries:
+        state = submit_and_follow(partial(connect, args.address), submit, retries=args.retries, write=_write)
+        return 0 if state == "SUCCEEDED" else 1
+    jobs = connect(args.address)
+    job = submit(jobs)
+    _print(args, {"id": job, "address": jobs.address}, f"submitted {job}; follow it: echox logs {job} -f")
+    return 0
+
+
+def _follow(args: argparse.Namespace, jobs: Jobs, job: str) -> int:
+    from launch.again import follow_to_end
+
+    _, state = follow_to_end(partial(connect, args.address), jobs, job, write=_write)
+    return 0 if state == "SUCCEEDED" else 1
+
+
+def _jobs_if_any(args: argparse.Namespace) -> tuple[Jobs | None, list[dict[str, Any]]]:
+    """The cluster and its jobs; none where a run's folder may say enough without it."""
+    try:
+        jobs = connect(args.address)
+        return jobs, jobs.list()
+    except LaunchError:
+        from launch.status import locate
+
+        if args.job is None or locate(args.job) is None:
+            raise
+        return None, []
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _row(job: dict[str, Any], progress: str) -> str:
+    from launch.status import duration
+
+    words = progress or _first(job["message"])
+    return f"{job['id']:32} {job['status']:10} {duration(job):>9}  {words}"
 
 
 def _print(args: argparse.Namespace, result: Any, text: str) -> None:
     print(json.dumps(result, indent=1) if args.json else text)
-
-
-def _duration(job: dict[str, Any]) -> str:
-    seconds = int((job["end"] or time.time()) - job["start"]) if job["start"] else 0
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def _first(message: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from echox.errors import LaunchError
+from launch.events import read_progress
 from launch.submit import Jobs
 
 PLAIN_EVERY_S = 10.0
@@ -23,15 +23,6 @@ class _Columns(ProgressColumn):
     def render(self, task: Task) -> Text:
         """One line of numbers."""
         return Text(describe(task.fields.get("record") or {}, with_step=False))
-
-
-def read_progress(run_folder: Path) -> dict[str, Any]:
-    """The engine's progress record (stage, step, steps, state, loss, samples_per_s, eta_s, time); empty if none."""
-    try:
-        record: dict[str, Any] = json.loads((run_folder / "progress.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record
 
 
 def describe(record: dict[str, Any], *, with_step: bool = True) -> str:

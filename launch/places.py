@@ -10,6 +10,9 @@ from echox.config.schema import Recipe
 HOME = "ECHOX_HOME"
 """Environment variable: the folder that relative storage, run and SQLite paths of a job start from."""
 
+RESOLVED = "recipe.resolved.yaml"
+"""The recipe in a run's folder, as its last job ran it: defaults filled in, paths absolute."""
+
 
 def in_ray_copy(folder: Path) -> bool:
     """Whether a folder lies in Ray's copy of a working directory, which vanishes with the cluster."""

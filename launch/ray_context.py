@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 POINTER = "checkpoint.json"
+DRAINED = "a node of this run is being taken away"
+"""How the reason begins when Ray has announced the loss of a node."""
 
 
 class RayContext:
@@ -39,6 +41,20 @@ class RayContext:
         with reported.as_directory() as folder:
             path = Path(json.loads((Path(folder) / POINTER).read_text())["path"])
         return path if path.is_dir() else None
+
+    def stop_requested(self) -> str | None:
+        """Why this process should stop: a node that hosts one of the ranks is being drained.
+
+        Ray's `get_preemption_info` is a barrier of all ranks. Its watcher hands every worker what it knows, and that is
+        read here: the memory of this process, nothing else.
+        """
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        info = get_train_context().preemption_context.preemption_info
+        if info is None:
+            return None
+        nodes = ", ".join(node[:12] for node in info.preempted_node_ids)
+        return f"{DRAINED}: {nodes}"
 
     def report(self, metrics: Mapping[str, float], checkpoint_dir: Path | None) -> None:
         """Tell Ray of metrics and a complete checkpoint. A barrier: every rank calls it as often as the others."""

@@ -20,10 +20,12 @@ from urllib.parse import urlparse
 from echox.config.load import find_recipe, load_recipe
 from echox.config.paths import project_root
 from echox.errors import LaunchError
-from launch.places import HOME
+from launch.places import HOME, RESOLVED
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
+
+    from echox.config.schema import Recipe
 
 EXCLUDES = (
     *(".git", ".venv", "venv", "runs", "mlruns", "caches", "dist", "build", "tests"),
@@ -100,10 +102,11 @@ class Jobs:
         variables = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
         if self.is_local:
             variables.setdefault(HOME, os.getcwd())
-        variables |= {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **(env or {})}
+        variables |= {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **(env or {})}
         runtime_env = {"working_dir": str(root), "excludes": list(EXCLUDES), "env_vars": variables}
         metadata = {
             "run": checked.name,
+            "folder": self._run_folder(checked),
             "stage": checked.stage,
             "scale": checked.scale,
             "recipe": str(recipe),
@@ -128,7 +131,7 @@ class Jobs:
         return urlparse(self.address).hostname in ("127.0.0.1", "localhost", "::1")
 
     def list(self, run: str | None = None) -> list[dict[str, Any]]:
-        """Jobs of the cluster, oldest first: id, run, attempt, status, message, start and end in seconds."""
+        """Jobs of the cluster, oldest first: id, run, attempt, status, message, folder, start and end in seconds."""
         found = []
         for job in self._call(self._client.list_jobs):
             if job.submission_id is None:
@@ -148,6 +151,7 @@ class Jobs:
                     "status": _text(job.status),
                     "message": job.message or "",
                     "exit_code": job.driver_exit_code,
+                    "folder": metadata.get("folder", ""),
                     "start": (job.start_time or 0) / 1000,
                     "end": job.end_time / 1000 if job.end_time else None,
                 }
@@ -260,12 +264,20 @@ class Jobs:
         lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
         return LaunchError(f"Ray's job API at {self.address} failed: {lines[0][:400]}")
 
+    def _run_folder(self, recipe: Recipe) -> str:
+        """The run's folder as the job will see it; empty where only the cluster knows."""
+        storage = Path(recipe.storage).expanduser()
+        if self.is_local:
+            storage = (Path(os.environ.get(HOME) or os.getcwd()) / storage).absolute()
+        return str(storage / recipe.name) if storage.is_absolute() else ""
+
     def _shipped(self, recipe: str, root: Path) -> str:
-        """How the job names the recipe: as given if it travels with the project, absolute on this machine."""
+        """How the job names the recipe: as given if it travels with the project, absolute where the job sees it."""
         file = find_recipe(recipe).resolve()
         if file.is_relative_to(root):
             return str(file.relative_to(root))
-        if self.is_local:
+        # A run's own folder lies in storage that every node sees.
+        if self.is_local or file.name == RESOLVED:
             return str(file)
         raise LaunchError(
             f"recipe {recipe} lies outside the project folder, which is all that travels", fix=f"copy it below {root}"

@@ -15,18 +15,22 @@ from echox.errors import EchoXError
 from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.run import attach
 from echox.tracking.system import SystemMetrics
+from launch.causes import error_file
 from launch.ray_context import RayContext
 
 DEFAULT_TRAIN = "echox.engine.train:train"
 DEFAULT_SETUP = "echox.engine.setup:build_setup"
 
 
-def run_worker(config: dict[str, Any]) -> None:
+def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank.
 
     Args:
         config: `recipe` (plain tree), `handle` (fields of `RunHandle`), `train` and `setup` (`module:function`),
-            `accept_new_data`.
+            `accept_new_data` and `allow`, as the engine takes them.
+
+    Returns:
+        `step`, `checkpoint` and `stopped` (why, or "") of the engine's result.
 
     Raises:
         EchoXError: what the user can act on, for the driver to print.
@@ -37,6 +41,8 @@ def run_worker(config: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(config["recipe"])
     handle: RunHandle = config["handle"]
     context = RayContext(Path(recipe.storage))
+    traceback_file = error_file(handle.run_folder, context.rank)
+    traceback_file.unlink(missing_ok=True)
     # DeepSpeed reads these even where the process group exists.
     os.environ.update(
         RANK=str(context.rank),
@@ -55,7 +61,10 @@ def run_worker(config: dict[str, Any]) -> None:
     try:
         train, setup = named(config["train"]), named(config["setup"])
         heard = tracker if context.rank == 0 else NullTracker()
-        train(recipe, context, setup, heard, accept_new_data=config["accept_new_data"])
+        result = train(
+            recipe, context, setup, heard, accept_new_data=config["accept_new_data"], allow=tuple(config["allow"])
+        )
+        return {"step": result.step, "checkpoint": str(result.checkpoint or ""), "stopped": result.stopped}
     except EchoXError:
         if not config.get("debug"):
             # The driver prints the sentence; Ray would print the traceback of every rank before it.
@@ -63,20 +72,14 @@ def run_worker(config: dict[str, Any]) -> None:
         raise
     except Exception:
         text = traceback.format_exc()
-        path = error_file(handle, context.rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        traceback_file.parent.mkdir(parents=True, exist_ok=True)
+        traceback_file.write_text(text)
         print(text, file=sys.stderr, flush=True)
         raise
     finally:
         if sampler is not None:
             sampler.close()
         tracker.finish("FINISHED")
-
-
-def error_file(handle: RunHandle, rank: int) -> Path:
-    """Where a rank leaves the traceback of an unexpected failure."""
-    return handle.run_folder / "errors" / f"attempt-{handle.attempt}-rank-{rank}.txt"
 
 
 def named(reference: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -47,6 +48,23 @@ def test_a_command_exists_and_is_accepted(command: str) -> None:
             check_echox(rest)
         case ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", module, recipe, *overrides]:
             assert find_spec(module) is not None
+            load_recipe(recipe, overrides)
+        case [
+            "ray",
+            "job",
+            "submit",
+            "--working-dir",
+            ".",
+            "--runtime-env-json",
+            environment,
+            "--",
+            "python",
+            "-m",
+            module,
+            recipe,
+            *overrides,
+        ]:
+            assert json.loads(environment)["env_vars"] and find_spec(module) is not None
             load_recipe(recipe, overrides)
         case ["export", assignment]:
             assert "=" in assignment

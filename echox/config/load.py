@@ -43,6 +43,7 @@ _WITHOUT_EFFECT = (
     "engine.log_every",
     "scaling.cpus_per_worker",
     "scaling.max_failures",
+    "scaling.max_start_failures",
     "scaling.collective_timeout_s",
 )
 

@@ -6,9 +6,20 @@ Only shapes and rules live here; reading YAML, overrides and error sentences are
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    model_validator,
+)
 
 StageName = Literal["s2t", "t2c", "echo"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -312,14 +323,41 @@ class HealthConfig(Section):
     )
 
 
+def _workers(value: Any, check: Callable[[Any], Any]) -> Any:
+    """One error, at the key itself, for both forms."""
+    try:
+        found = check(tuple(value) if isinstance(value, list) else value)
+    except ValidationError:
+        found = 0
+    least, most = found if isinstance(found, tuple) else (found, found)
+    if not 0 < least <= most:
+        raise ValueError("a whole number above 0, or a range such as [2, 4]")
+    return found
+
+
 class ScalingConfig(Section):
     """What Ray Train starts."""
 
-    workers: PositiveInt = 2
+    workers: Annotated[int | tuple[int, int], WrapValidator(_workers)] = Field(
+        2,
+        description="ranks; [least, most] takes as many as there is room for and the batch divides by",
+    )
     gpus_per_worker: float = Field(0, ge=0)
     cpus_per_worker: PositiveFloat = 1
-    max_failures: int = Field(0, ge=0, description="restarts of the worker group after a failure")
+    max_failures: int = Field(
+        0,
+        ge=0,
+        description="failures that are survived: of a worker or its node, and as many of the driver",
+    )
+    max_start_failures: int = Field(
+        2, ge=0, description="the same for failures before the first step: no room, a worker that cannot start"
+    )
     collective_timeout_s: PositiveInt = 1800
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and most workers; the same number twice where it is fixed."""
+        return self.workers if isinstance(self.workers, tuple) else (self.workers, self.workers)
 
 
 class TrackingConfig(Section):
@@ -375,6 +413,13 @@ class Recipe(Section):
         return self
 
 
+def worker_counts(recipe: Recipe) -> tuple[int, ...]:
+    """The numbers of workers within `scaling.workers` that the recipe's batch divides by, ascending."""
+    data, (least, most) = recipe.data, recipe.scaling.bounds
+    portions = data.global_batch / data.micro_batch if data.budget is None else data.budget.micro_batches
+    return tuple(count for count in range(least, most + 1) if portions % count == 0)
+
+
 class Breach(NamedTuple):
     """A broken rule that spans sections: the keys it involves, what is wrong with their values, what to write."""
 
@@ -391,22 +436,32 @@ def cross_checks(recipe: Recipe) -> list[Breach]:
 def _batch_rules(recipe: Recipe) -> list[Breach]:
     found: list[Breach] = []
     data, scaling = recipe.data, recipe.scaling
-    per_step = data.micro_batch * scaling.workers
-    if data.budget is not None and data.budget.micro_batches % scaling.workers:
+    (least, most), legal = scaling.bounds, worker_counts(recipe)
+    batch_key = "data.global_batch" if data.budget is None else "data.budget.micro_batches"
+    if least < most and (least not in legal or most not in legal):
+        counts = ", ".join(str(count) for count in legal) or "none"
+        found.append(
+            Breach(
+                (batch_key, "data.micro_batch", "scaling.workers"),
+                f"scaling.workers=[{least}, {most}]: of these counts the batch divides by {counts}",
+                f"set it to [{legal[0]}, {legal[-1]}]" if len(legal) > 1 else f"change it or {batch_key}",
+            )
+        )
+    elif least == most and data.budget is not None and not legal:
         found.append(
             Breach(
                 ("data.budget.micro_batches", "scaling.workers"),
-                f"data.budget.micro_batches={data.budget.micro_batches} is not a multiple of "
-                f"scaling.workers={scaling.workers}",
-                f"set it to a multiple of {scaling.workers}, best one that many numbers divide, such as 24 or 48",
+                f"data.budget.micro_batches={data.budget.micro_batches} is not a multiple of scaling.workers={least}",
+                f"set it to a multiple of {least}, best one that many numbers divide, such as 24 or 48",
             )
         )
-    if data.budget is None and data.global_batch % per_step:
+    elif least == most and not legal:
+        per_step = data.micro_batch * least
         found.append(
             Breach(
                 ("data.global_batch", "data.micro_batch", "scaling.workers"),
                 f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch * scaling.workers = "
-                f"{data.micro_batch} * {scaling.workers} = {per_step}",
+                f"{data.micro_batch} * {least} = {per_step}",
                 f"set data.global_batch to a multiple of {per_step}, or lower data.micro_batch",
             )
         )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from echox.config.load import find_recipe, fingerprint, load_recipe, recipe_names, resolved
-from echox.config.schema import Recipe
+from echox.config.schema import Recipe, worker_counts
 from echox.errors import RecipeError
 
 ALL = [f"{scale}/{stage}" for scale in ("3b", "8b", "demo") for stage in ("echo", "s2t", "t2c")]
@@ -245,3 +245,23 @@ def test_the_schema_alone_enforces_its_rules_too() -> None:
     tree["data"]["global_batch"] = 24
     with pytest.raises(ValueError, match="not a multiple"):
         Recipe.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "counts"),
+    [
+        (["scaling.workers=[1, 2]", "data.global_batch=16", "data.micro_batch=8"], (1, 2)),
+        (["scaling.workers=[2, 6]", "data.global_batch=48", "data.micro_batch=4"], (2, 3, 4, 6)),
+        (["scaling.workers=[1, 4]", "data.budget={by: tokens, size: 9, micro_batches: 4}"], (1, 2, 4)),
+    ],
+)
+def test_a_range_of_workers_has_the_counts_that_divide_the_batch(overrides: list[str], counts: tuple[int, ...]) -> None:
+    assert worker_counts(load_recipe("demo/s2t", overrides)) == counts
+
+
+def test_a_range_whose_ends_do_not_divide_the_batch_says_which_counts_do() -> None:
+    found = mistakes("demo/s2t", "scaling.workers=[2, 5]", "data.global_batch=48", "data.micro_batch=4")
+    assert found == ["scaling.workers=[2, 5]: of these counts the batch divides by 2, 3, 4; set it to [2, 4]"]
+    for wrong in ("[3, 2]", "0", "[1]", "[0, 2]", "[1, 2, 3]"):
+        (line,) = mistakes("demo/s2t", f"scaling.workers={wrong}")
+        assert "must be a whole number above 0, or a range such as [2, 4]" in line

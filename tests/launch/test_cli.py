@@ -10,6 +10,7 @@ import pytest
 
 from echox.errors import LaunchError
 from launch import cli, cluster
+from launch.again import submit_and_follow
 from launch.submit import EXCLUDES, Jobs, token_header
 
 
@@ -25,7 +26,14 @@ class FakeJobs:
         return "demo-s2t-a1"
 
     def list(self, run: str | None = None) -> list[dict[str, Any]]:
-        job = {"attempt": 1, "message": "all good\nmore", "exit_code": None, "start": 100.0, "end": 3765.0}
+        job = {
+            "attempt": 1,
+            "message": "all good\nmore",
+            "exit_code": None,
+            "start": 100.0,
+            "end": 3765.0,
+            "folder": "",
+        }
         return [
             {**job, "id": "demo-s2t-a1", "run": "demo-s2t", "status": "FAILED"},
             {**job, "id": "demo-s2t-a2", "run": "demo-s2t", "status": "RUNNING"},
@@ -73,6 +81,60 @@ def test_submit_passes_on_that_new_data_are_accepted(jobs: FakeJobs) -> None:
     assert jobs.calls == [("demo/s2t", [], "--accept-new-data")]
 
 
+def test_resume_submits_what_the_runs_folder_holds(jobs: FakeJobs, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="has run in"):
+        run("resume", str(tmp_path))
+    (tmp_path / "recipe.resolved.yaml").touch()
+    assert run("resume", str(tmp_path), "optim.steps=9", "--allow", "lr,steps") == 0
+    assert jobs.calls == [(str(tmp_path / "recipe.resolved.yaml"), ["optim.steps=9"], "--allow", "lr,steps")]
+    with pytest.raises(LaunchError, match="folder of run nowhere was not found"):
+        run("resume", "nowhere")
+
+
+def test_a_lost_cluster_is_waited_for_and_the_run_submitted_again() -> None:
+    class Cluster:
+        """Its first job is forgotten with its head, the second fails, the third is refused, the last succeeds."""
+
+        def __init__(self) -> None:
+            self.away = 0
+            self.ends = ["lost", ("FAILED", None), ("FAILED", 7), ("SUCCEEDED", 0)]
+            self.jobs: list[dict[str, Any]] = []
+
+        def connect(self) -> Any:
+            self.away -= 1
+            if self.away >= 0:
+                raise LaunchError("no Ray cluster answers")
+            return self
+
+        def list(self) -> list[dict[str, Any]]:
+            return self.jobs
+
+        def submit(self, _: Any) -> str:
+            end = self.ends.pop(0)
+            self.jobs.append({"id": f"a{len(self.ends)}", "status": end[0], "exit_code": end[1], "lost": end == "lost"})
+            return str(self.jobs[-1]["id"])
+
+        def follow(self, job: str) -> Iterator[str]:
+            yield f"log of {job}\n"
+            if self.jobs[-1]["lost"]:
+                self.jobs, self.away = [], 3
+                raise LaunchError("no Ray cluster answers")
+
+        def wait(self, job: str) -> str:
+            return str(self.jobs[-1]["status"])
+
+    written: list[str] = []
+    ray: Any = Cluster()
+    state = submit_and_follow(ray.connect, ray.submit, retries=3, write=written.append, wait_s=0)
+    assert state == "SUCCEEDED" and ray.ends == []
+    assert [line for line in written if "log of" in line] == [f"log of a{n}\n" for n in (3, 2, 1, 0)]
+    ray = Cluster()
+    ray.ends = [("FAILED", 4), ("SUCCEEDED", 0)]
+    assert submit_and_follow(ray.connect, ray.submit, retries=3, write=written.append, wait_s=0) == "FAILED"
+    ray = Cluster()
+    assert submit_and_follow(ray.connect, ray.submit, retries=1, write=written.append, wait_s=0) == "FAILED"
+
+
 @pytest.mark.parametrize(("final", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("STOPPED", 1)])
 def test_following_ends_as_the_job_does(
     jobs: FakeJobs, capsys: pytest.CaptureFixture[str], final: str, code: int
@@ -86,7 +148,13 @@ def test_following_ends_as_the_job_does(
 def test_status_lists_jobs_and_names_take_the_newest(jobs: FakeJobs, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("status", "demo-s2t") == 0
     said = capsys.readouterr().out
-    assert said.count("\n") == 2 and "1:01:05" in said and "all good" in said and "demo-t2c" not in said
+    assert (
+        "demo-s2t-a2  RUNNING" in said
+        and "demo-s2t-a1" in said
+        and "1:01:05" in said
+        and "all good" in said
+        and "demo-t2c" not in said
+    )
     assert run("logs", "demo-s2t") == 0
     assert capsys.readouterr().out == "log of demo-s2t-a2\n"
     assert run("stop", "demo-s2t-a1") == 0

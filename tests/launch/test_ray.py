@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mlflow.tracking import MlflowClient
 
 from echox.errors import LaunchError, RecipeError
 from launch import cluster
+from launch.events import read_events
+from launch.status import error_report, run_status
 from launch.submit import Jobs
 
 pytestmark = pytest.mark.timeout(600)
@@ -88,40 +91,104 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def test_two_workers_train_report_and_stop(jobs: Jobs, head: cluster.Head, storage: Path) -> None:
-    name = "train_then_wait"
-    job = submit(jobs, storage, name, "optim.steps=1961")
+def progress(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run / "progress.json").read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def wait(jobs: Jobs, job: str, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 400
+    while not condition():
+        assert time.monotonic() < deadline and jobs.status(job) in ("PENDING", "RUNNING"), jobs.logs(job)
+        time.sleep(0.1)
+
+
+def test_a_killed_worker_is_replaced_and_a_stopped_job_saves_first(
+    jobs: Jobs, head: cluster.Head, storage: Path
+) -> None:
+    name = "train_steps"
+    run = storage / name
+    job = submit(jobs, storage, name, "optim.steps=19610", "engine.checkpoint_every=10", "scaling.max_failures=1")
     with pytest.raises(LaunchError, match="already has job"):
         submit(jobs, storage, name)
-    deadline = time.monotonic() + 400
-    while not (storage / name / "waiting").exists():
-        assert time.monotonic() < deadline and jobs.status(job) in ("PENDING", "RUNNING"), jobs.logs(job)
-        time.sleep(0.2)
+    wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
+    first = json.loads((run / "pids.json").read_text())
+    os.kill(first["pids"][1], signal.SIGKILL)
+    wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
+    second = json.loads((run / "pids.json").read_text())
+    assert second["first"] >= 10 and second["first"] % 10 == 0
+    known = run_status(run)
+    assert known["attempt"] == 2 and "worker 1 was lost" in known["failure"]["error"]
+    assert known["failure"]["decision"] == "again, 0 left"
+    assert error_report(read_events(run))[0].startswith("attempt 1, cause: rank 1: worker 1 was lost")
+
+    assert jobs.find(name) == job
+    assert jobs.stop(job) == "STOPPED"
+    ended = progress(run)
+    assert ended["state"] == "stopped"
+    saved = json.loads((run / "checkpoints" / f"step-{ended['step']:08d}" / "manifest.json").read_text())
+    assert saved == {"step": ended["step"], "world": 2}
+    assert "event=job_stopped" in jobs.logs(job) and "status=KILLED" in jobs.logs(job)
+    stopped = run_of(storage, name)
+    assert stopped.info.status == "KILLED" and stopped.data.tags["stopped"] == "SIGTERM"
+    assert stopped.data.params["optim.steps"] == "19610"
+    deadline = time.monotonic() + 60
+    while "RayTrainWorker" in names(cluster.processes_of(head)):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_two_workers_get_what_they_need(jobs: Jobs, storage: Path) -> None:
+    name = "train"
+    job = submit(jobs, storage, name, "optim.steps=1961")
+    assert jobs.wait(job) == "SUCCEEDED", jobs.logs(job)
     seen = json.loads((storage / name / "seen.json").read_text())
     assert seen["total"] == 3.0 and seen["world"] == 2 and seen["setup"] == "s2t 0/2"
     assert seen["accelerator"] == "cpu" and seen["nccl"] == "3" and seen["threads"] == "1"
     assert seen["cache"] == os.environ["ECHOX_CACHE"] and seen["checkpoint_in"] == "None"
     assert seen["steps"] == 1961 and "_ray_pkg_" in seen["cwd"]
-    # A killed worker loses what its tracker has not sent yet, which is at most a few seconds' worth.
-    while "loss/total" not in run_of(storage, name).data.metrics:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-
-    assert jobs.find(name) == job
-    assert jobs.stop(job) == "STOPPED"
-    stopped = run_of(storage, name)
-    assert stopped.info.status == "KILLED"
-    assert stopped.data.metrics["loss/total"] == 3.0
-    assert stopped.data.params["optim.steps"] == "1961"
-    assert {"stage": "s2t", "scale": "demo", "recipe": "demo/s2t", "attempt": "1"}.items() <= stopped.data.tags.items()
+    assert seen["options"] == {"accept_new_data": False, "allow": []}
+    done = run_of(storage, name)
+    assert done.info.status == "FINISHED" and done.data.metrics["loss/total"] == 3.0
+    assert {"stage": "s2t", "scale": "demo", "recipe": "demo/s2t"}.items() <= done.data.tags.items()
     pointers = list((storage / name / "ray" / "attempt-1").glob("checkpoint_*/checkpoint.json"))
     assert [json.loads(path.read_text())["path"] for path in pointers] == [
         str(storage / name / "checkpoints" / "step-00000001")
     ]
-    deadline = time.monotonic() + 60
-    while "RayTrainWorker" in names(cluster.processes_of(head)):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_comes_back_and_validation_stops_too(jobs: Jobs, storage: Path) -> None:
+    name = "driver"
+    run = storage / name
+    more = ("optim.steps=19610", "engine.checkpoint_every=10", "scaling.max_failures=1", "engine.validate_every=400")
+    job = submit(jobs, storage, "train_steps", *more, f"name={name}")
+    wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
+    started = [event for event in read_events(run) if event["event"] == "job_start"]
+    os.kill(started[-1]["pid"], signal.SIGKILL)
+    wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
+    assert json.loads((run / "pids.json").read_text())["first"] >= 10
+    assert run_status(run)["failure"]["error"] == "the driver was killed by SIGKILL"
+    wait(jobs, job, lambda: progress(run)["state"] == "validating")
+    assert jobs.stop(job) == "STOPPED"
+    assert progress(run)["state"] == "stopped" and progress(run)["step"] == 400
+    assert (run / "checkpoints" / "step-00000400" / "manifest.json").exists()
+    assert run_of(storage, name).info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_a_job_stopped_while_it_starts_ends_at_once(jobs: Jobs, storage: Path) -> None:
+    name = "starting"
+    job = submit(jobs, storage, "train_steps", f"name={name}")
+    wait(jobs, job, lambda: (storage / name / "log" / "driver.jsonl").exists())
+    began = time.monotonic()
+    assert jobs.stop(job) == "STOPPED"
+    assert time.monotonic() - began < 15
+    assert "there was nothing to save" in jobs.logs(job)
+    assert run_of(storage, name).info.status == "KILLED"
 
 
 @pytest.mark.slow

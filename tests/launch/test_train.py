@@ -7,20 +7,24 @@ from pathlib import Path
 import pytest
 
 from echox.config.load import load_recipe
-from echox.errors import DataError, LaunchError
-from echox.tracking.client import RunHandle
-from launch.train import main, user_error, worker_environment
-from launch.worker import error_file
-
-
-def handle(tmp_path: Path) -> RunHandle:
-    return RunHandle(uri="sqlite:///x", run_id=None, parent_id=None, attempt=2, run_folder=tmp_path / "tiny")
+from echox.errors import DataError, LaunchError, TransientReadError
+from launch.causes import error_file, find_cause
+from launch.driver import grace_s, worker_environment
+from launch.train import main
 
 
 class WorkerGroupError(Exception):
     def __init__(self, failures: dict[int, BaseException]) -> None:
         super().__init__("Training failed due to worker errors:\n a traceback")
         self.worker_failures = failures
+
+
+class RayActorError(Exception):
+    pass
+
+
+class ActorDiedError(RayActorError):
+    pass
 
 
 class Wrapped(Exception):
@@ -32,26 +36,56 @@ class Wrapped(Exception):
 def test_a_users_error_wins_over_the_ranks_that_only_lost_their_peer(tmp_path: Path) -> None:
     cause = DataError("shard-000001.tar is cut short", where="tiny", fix="build it again")
     error = WorkerGroupError({0: Wrapped(RuntimeError("Connection closed by peer")), 1: Wrapped(cause)})
-    assert user_error(error, handle(tmp_path)) is cause
+    found = find_cause(error, tmp_path)
+    assert found.error is cause and found.kind == "error" and found.rank == 1
 
 
 def test_a_bug_names_the_file_with_the_traceback(tmp_path: Path) -> None:
-    path = error_file(handle(tmp_path), 1)
+    path = error_file(tmp_path, 1)
     path.parent.mkdir(parents=True)
     path.write_text("Traceback ...")
     error = WorkerGroupError({0: RuntimeError("actor died"), 1: Wrapped(ZeroDivisionError("division by zero\nmore"))})
-    told = user_error(error, handle(tmp_path))
+    told = find_cause(error, tmp_path).error
     assert isinstance(told, LaunchError)
     assert "worker 1 failed: ZeroDivisionError: division by zero" in str(told) and str(path) in str(told)
     assert "\n" not in str(told)
 
 
 def test_a_killed_worker_and_a_failed_controller_are_told_apart(tmp_path: Path) -> None:
-    lost = user_error(WorkerGroupError({3: RuntimeError("The actor died unexpectedly")}), handle(tmp_path))
+    lost = find_cause(WorkerGroupError({3: ActorDiedError("The actor died unexpectedly")}), tmp_path).error
     assert "worker 3 was lost" in str(lost) and "memory" in str(lost)
     error = Exception("controller")
     error.controller_failure = TimeoutError("no room")  # type: ignore[attr-defined]
-    assert "could not run the workers: no room" in str(user_error(error, handle(tmp_path)))
+    assert "could not run the workers: no room" in str(find_cause(error, tmp_path).error)
+
+
+PEER = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234")
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "rank"),
+    [
+        ({0: PEER, 1: ActorDiedError("gone"), 2: PEER}, "lost", 1),
+        ({0: PEER, 1: PEER, 2: ZeroDivisionError("x")}, "crash", 2),
+        ({0: ZeroDivisionError("y"), 1: ValueError("z"), 2: ActorDiedError("x")}, "crash", 1),
+        ({0: PEER, 1: PEER}, "peer", 1),
+        ({0: TransientReadError("timed out")}, "crash", 0),
+    ],
+)
+def test_the_rank_that_failed_first_is_named_and_no_rank_that_lost_it(
+    tmp_path: Path, failures: dict[int, BaseException], kind: str, rank: int
+) -> None:
+    events = [{"rank": 1, "time": 10.0}, {"rank": 0, "time": 10.1}, {"rank": 1, "time": 10.2}]
+    found = find_cause(WorkerGroupError(failures), tmp_path, events)
+    assert (found.kind, found.rank) == (kind, rank)
+
+
+def test_the_grace_is_what_ray_gives_less_the_end_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    assert grace_s() == 2.25
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "120")
+    assert grace_s() == 105
 
 
 def test_workers_get_what_they_need_and_nothing_private(monkeypatch: pytest.MonkeyPatch) -> None:

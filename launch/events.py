@@ -1,0 +1,104 @@
+"""A run's events as everybody writes them (`<run>/log/*.jsonl`): the driver's own, and all of them merged by time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+LOG = "log"
+DRIVER_FILE = "driver.jsonl"
+FAILED = "failed"
+"""The engine's event of a rank that ends with an error."""
+FAILURES = ("job_failure", "job_driver_lost", "job_failed")
+"""The job's own: of a group of workers and what was decided, of the driver, and the one that ended the job."""
+MORE_ROOM = "the cluster has room for more workers"
+"""How a request to stop begins that is made only to go on with more workers."""
+_OWN = ("time", "event", "rank", "step", "attempt")
+
+
+class JobLog:
+    """Events of the driver and its controller: one line on stdout, one JSON line in `<run>/log/driver.jsonl`."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.run_folder = run_folder
+        self.path = run_folder / LOG / DRIVER_FILE
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, event: str, **values: Any) -> None:
+        """Write `event=job_<event> run=... key=value`; step and attempt are those of the workers' last word."""
+        progress = read_progress(self.run_folder)
+        place = {"step": progress.get("step", 0), "attempt": progress.get("attempt", 0)}
+        record = {"time": round(time.time(), 3), "event": f"job_{event}", "rank": "driver", **place, **values}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, default=str) + "\n")
+        pairs = " ".join(f"{key}={_shown(value)}" for key, value in {**place, **values}.items())
+        print(f"event=job_{event} run={self.run_folder.name} {pairs}", flush=True)
+
+
+def read_progress(run_folder: Path) -> dict[str, Any]:
+    """The engine's progress record (stage, step, steps, state, loss, samples_per_s, eta_s, time); empty if none."""
+    try:
+        record: dict[str, Any] = json.loads((run_folder / "progress.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def read_events(run_folder: Path) -> list[Event]:
+    """Every event of a run, of all ranks, attempts and the driver, by time; a line cut short by a crash is left out."""
+    found: list[Event] = []
+    for path in sorted((run_folder / LOG).glob("*.jsonl")):
+        found += _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    return sorted(found, key=lambda event: event["time"])
+
+
+def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float = 0.5) -> Iterator[Event]:
+    """Events as they are written, beginning with those there are, until `going_on` says no."""
+    places: dict[Path, int] = {}
+    while True:
+        last_round = not going_on()
+        fresh: list[Event] = []
+        for path in sorted((run_folder / LOG).glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(places.get(path, 0))
+                whole, newline, _ = file.read().rpartition(b"\n")
+            places[path] = places.get(path, 0) + len(whole) + len(newline)
+            fresh += _parsed(whole.decode("utf-8", errors="replace"))
+        yield from sorted(fresh, key=lambda event: event["time"])
+        if last_round:
+            return
+        time.sleep(poll_s)
+
+
+def is_error(event: Event) -> bool:
+    """Whether an event tells of a failure."""
+    return event["event"] in (FAILED, *FAILURES)
+
+
+def line(event: Event) -> str:
+    """An event for people: `12:00:03.512 rank=1 step=7 attempt=2 failed error="..."`."""
+    when = time.strftime("%H:%M:%S", time.localtime(event["time"])) + f"{event['time'] % 1:.3f}"[1:]
+    rest = " ".join(f"{key}={_shown(value)}" for key, value in event.items() if key not in _OWN)
+    place = " ".join(f"{key}={event[key]}" for key in ("rank", "step", "attempt") if key in event)
+    return f"{when} {place} {event['event']} {rest}".rstrip()
+
+
+def _parsed(text: str) -> list[Event]:
+    found = []
+    for raw in text.splitlines():
+        try:
+            event = json.loads(raw)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("time"), int | float) and "event" in event:
+            found.append(event)
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if " " in text or not text else text
