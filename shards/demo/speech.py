@@ -40,6 +40,11 @@ class Rendering:
     noise_scale: float = 0.0
     noise_w_scale: float = 0.0
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether a sentence always sounds the same, whatever was spoken before it."""
+        return self.noise_scale == 0 and self.noise_w_scale == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Voice:
@@ -142,6 +147,8 @@ def vary(spoken: Waveform, rate: float, voice: Voice, seed: int) -> Waveform:
 class Speaker:
     """Piper with a seeded, single-threaded session a chunk, several chunks at a time.
 
+    Sentences of a voice without randomness are spoken once and remembered, as a corpus wants some in several sets.
+
     Args:
         folder: holds `NAME.onnx` and `NAME.onnx.json`.
         threads: chunks at a time; None takes the processors this process may use.
@@ -162,6 +169,7 @@ class Speaker:
         # onnxruntime's seed and espeak's phonemiser are each one a process.
         self._seeding = threading.Lock()
         self._phonemising = threading.Lock()
+        self._spoken: dict[tuple[str, Rendering], Waveform] = {}
 
     def _session(self, seed: int) -> PiperVoice:
         import onnxruntime
@@ -196,9 +204,15 @@ class Speaker:
 
     def _chunk(self, index: int, utterances: Sequence[Utterance]) -> list[list[Waveform]]:
         piper = self._session(seed=1 + index)
+        # A sentence left unsaid would shift the noise of those after it.
+        steady = all(utterance.voices[0].rendering.is_steady for utterance in utterances)
         spoken: list[list[Waveform]] = []
         for position, utterance in enumerate(utterances):
-            samples = self._say(piper, utterance.text, utterance.voices[0].rendering)
+            what = utterance.text, utterance.voices[0].rendering
+            known = self._spoken.get(what) if steady else None
+            samples = self._say(piper, *what) if known is None else known
+            if steady:
+                self._spoken[what] = samples
             seed = index * CHUNK + position
             spoken.append([vary(samples, self.config.sample_rate, voice, seed) for voice in utterance.voices])
         return spoken

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from shards.demo.speech import ANSWER_VOICE, TRAIN_RENDERINGS, Speaker, Utterance, Voice, vary
+from shards.demo.speech import ANSWER_VOICE, TRAIN_RENDERINGS, Rendering, Speaker, Utterance, Voice, vary
 
 FOLDER = Path(os.environ.get("ECHOX_CACHE", "~/.cache/echox")).expanduser() / "models/rhasspy/en_US-joe-medium"
 
@@ -68,3 +69,23 @@ def test_speech_is_the_same_on_any_number_of_threads(monkeypatch: pytest.MonkeyP
     assert np.array_equal(one[0][0], one[3][0]), "the answer voice has no randomness"
     assert one[1][0].shape != one[2][0].shape or not np.array_equal(one[1][0], one[2][0]), "question voices vary"
     assert 1.0 < len(one[0][0]) / 16_000 < 4.0 and np.abs(one[0][0]).max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="the Piper voice has not been fetched")
+def test_a_steady_sentence_is_spoken_once_and_noise_does_not_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    really = Speaker._say
+
+    def say(self: Speaker, piper: Any, text: str, rendering: Rendering) -> Any:
+        said.append(text)
+        return really(self, piper, text, rendering)
+
+    monkeypatch.setattr(Speaker, "_say", say)
+    answer = Utterance(text="Paris.", voices=(ANSWER_VOICE,))
+    mixed = [answer, Utterance(text="Where?", voices=TRAIN_RENDERINGS[0][:1])]
+    speaker = Speaker(FOLDER, threads=1)
+    [[first]], [[again]] = list(speaker.speak([answer])), list(speaker.speak([answer]))
+    assert said == ["Paris."] and np.array_equal(first, again)
+    [_, [late]], [_, [fresh]] = list(speaker.speak(mixed)), list(Speaker(FOLDER, threads=1).speak(mixed))
+    assert np.array_equal(late, fresh), "what was spoken before must not change what a list of sentences sounds like"
