@@ -16,20 +16,33 @@ class EventLog:
     def __init__(self, run_folder: Path, *, rank: int, attempt: int) -> None:
         self.rank = rank
         self.attempt = attempt
+        self._lost = False
         self.path = run_folder / "log" / f"rank-{rank:05d}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, event: str, *, step: int, aside: Mapping[str, Any] | None = None, **values: Any) -> None:
         """Write one event; `step` is the number of optimizer steps done; `aside` goes into the JSON line alone."""
         record = {"event": event, "rank": self.rank, "step": step, "attempt": self.attempt}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({"time": round(time.time(), 3), **record, **values, **(aside or {})}, default=str) + "\n"
-            )
+        line = json.dumps({"time": round(time.time(), 3), **record, **values, **(aside or {})}, default=str)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            self.lose(error)
         if self.rank == 0:
             pairs = " ".join(f"{key}={_short(value)}" for key, value in values.items())
             line = f"{time.strftime('%H:%M:%S')} {event} step={step} attempt={self.attempt} {pairs}"
             print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def lose(self, error: OSError) -> None:
+        """Say once that what a run tells of itself could not be written: a full disk must not end a run for that."""
+        if not self._lost:
+            self._lost = True
+            print(
+                f"warning: rank {self.rank} cannot write its log, training goes on: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _short(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ class Reporter:
         shown = {name: value for name, value in metrics.items() if name.startswith(_SHOWN)}
         self.log(event, step=self.step, aside={k: v for k, v in metrics.items() if k not in shown}, **shown)
         if self.leads:
-            self.folder.append_metrics(self.step, metrics)
+            with self._unless_full():
+                self.folder.append_metrics(self.step, metrics)
             self.tracker.log_metrics(metrics, self.step)
 
     def tag(self, **tags: Any) -> None:
@@ -64,13 +66,21 @@ class Reporter:
             return
         left = self.recipe.optim.steps - self.step
         step_ms = self.metrics.get("perf/step_ms")
-        self.folder.write_progress(
-            stage=self.recipe.stage,
-            step=self.step,
-            steps=self.recipe.optim.steps,
-            state=state,
-            attempt=self.attempt,
-            loss=self.metrics.get("loss/total"),
-            samples_per_s=self.metrics.get("perf/samples_per_s"),
-            eta_s=None if step_ms is None else left * step_ms / 1000,
-        )
+        with self._unless_full():
+            self.folder.write_progress(
+                stage=self.recipe.stage,
+                step=self.step,
+                steps=self.recipe.optim.steps,
+                state=state,
+                attempt=self.attempt,
+                loss=self.metrics.get("loss/total"),
+                samples_per_s=self.metrics.get("perf/samples_per_s"),
+                eta_s=None if step_ms is None else left * step_ms / 1000,
+            )
+
+    @contextlib.contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.log.lose(error)

@@ -97,17 +97,22 @@ class _Run:
         folder = RunFolder(context.storage / recipe.name)
         found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
         if gang.leads:
-            attempt = folder.next_attempt()
+            attempt = 0
             try:
+                attempt = folder.next_attempt()
                 choice = find_checkpoint(folder.path, context.checkpoint_in)
                 check_fits(choice, recipe, allow)
                 found = (attempt, choice, None)
             except EchoXError as error:
                 found = (attempt, None, error)
+            except OSError as error:
+                found = (attempt, None, _unwritable(folder.path, error))
         attempt, chosen, problem = gang.broadcast(found)
-        reporter = Reporter(
-            recipe, folder, EventLog(folder.path, rank=gang.rank, attempt=attempt), tracker, gang.leads, attempt
-        )
+        try:
+            log = EventLog(folder.path, rank=gang.rank, attempt=attempt)
+        except OSError as error:
+            raise problem or _unwritable(folder.path, error) from error
+        reporter = Reporter(recipe, folder, log, tracker, gang.leads, attempt)
         if problem is not None or chosen is None:
             reporter.event("failed", error=str(problem))
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
@@ -348,6 +353,14 @@ class _Run:
                 path = self.reporter.folder.path / name
                 path.write_text(json.dumps(contents, indent=1))
                 self.reporter.tracker.artifact(path)
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the run's folder cannot be written: {error}",
+        where=str(folder),
+        fix="make room, or give storage= a folder that every node may write to",
+    )
 
 
 def _checked(identity: dict[str, dict[str, Any]] | EchoXError) -> dict[str, dict[str, Any]]:

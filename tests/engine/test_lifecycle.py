@@ -56,7 +56,8 @@ def second(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
 
 def events(folder: Path, run: str, event: str, rank: int = 0) -> list[dict[str, Any]]:
     lines = (folder / "runs" / run / "log" / f"rank-{rank:05d}.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
+    whole = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk cuts lines short
+    return [record for record in whole if record["event"] == event]
 
 
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:

@@ -57,6 +57,8 @@ class ToyOptions:
     term_at: int = -1
     term_in_validation: bool = False
     sleep_at: int = -1
+    free_at: int = -1
+    ballast: str = ""
 
 
 class ToyStage(nn.Module):
@@ -216,6 +218,8 @@ class ToyLoader(UncountedLoader):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.rank == 0 and step == self.options.sleep_at:
             time.sleep(600)
+        if self.rank == 0 and step == self.options.free_at:
+            os.truncate(self.options.ballast, 0)
         micro, data = self.recipe.data.micro_batch, self.recipe.data
         starts = range(self.rank * micro, data.global_batch, self.world * micro)
         batches = []
