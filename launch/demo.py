@@ -43,7 +43,7 @@ QUICK = {
     "echo": ("optim.steps=3", "model.echo.denoising.align_steps=1", "model.echo.units_per_token=2"),
 }
 QUICK_ALWAYS = ("optim.warmup_steps=1", "data.global_batch=4", "data.micro_batch=2")
-QUICK_LIMIT = 12
+QUICK_LIMIT = 6
 QUICK_EVALUATED = 2
 QUICK_VOCODER_STEPS = 10
 STOP_WAIT_S = 20

@@ -1,4 +1,4 @@
-"""`echox bench`: measure the data layer, or a training step."""
+"""`echox bench`: measure the data layer, a training step, or what a run's safety costs."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ def add_parser(subparsers: Any) -> None:
     step.add_argument("--sigma", type=float, default=0.4, help="deviation of the logarithm of lengths")
     step.set_defaults(run=run_step)
 
+    life = _kind(
+        kinds,
+        "life",
+        "what saving and the checks of every step cost, with random weights at a recipe's true shapes",
+        "echox bench life demo/t2c --every 5",
+    )
+    life.add_argument("recipe", metavar="RECIPE", help="YAML file, or a short name such as demo/t2c")
+    life.add_argument("--steps", type=int, default=21, help="steps of each run (default: %(default)s)")
+    life.add_argument("--every", type=int, default=5, help="steps between saves (default: %(default)s)")
+    life.add_argument("--rows", type=int, default=12, help="samples of a micro-batch (default: %(default)s)")
+    life.set_defaults(run=run_life)
+
 
 def _kind(kinds: Any, name: str, text: str, example: str) -> Any:
     kind = kinds.add_parser(name, help=text, description=text, epilog=f"example: {example}")
@@ -76,4 +88,18 @@ def run_step(args: argparse.Namespace) -> int:
     load = Load(rows=args.rows, question_s=args.question_s, response=args.response, words=args.words, sigma=args.sigma)
     results = [run(load_recipe(recipe), load, repeats=args.repeats) for recipe in args.recipes]
     print(json.dumps([asdict(result) for result in results]) if args.json else table(results))
+    return 0
+
+
+def run_life(args: argparse.Namespace) -> int:
+    """Measure a recipe's stage and print one table."""
+    from echox.bench.life import measure_life
+    from echox.bench.step import Load
+    from echox.bench.table import table
+    from echox.config.load import load_recipe
+
+    recipe = load_recipe(args.recipe, ["scaling.workers=1"])
+    load = Load(rows=args.rows)
+    rows = measure_life(recipe, load, steps=args.steps, every=args.every, repeats=args.repeats)
+    print(json.dumps([asdict(row) for row in rows]) if args.json else table(rows))
     return 0

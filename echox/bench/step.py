@@ -82,19 +82,10 @@ def run(recipe: Recipe, load: Load | None = None, *, repeats: int = 5, seed: int
         repeats: timed pairs, after one that is not.
         seed: of weights and lengths.
     """
-    load = load or Load()
-    recipe = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"random_init": True, "layout": "packed"}),
-            "init": type(recipe.init)(),
-        }
-    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
-    text = TextTools.load(recipe)
-    stage = build_stage(recipe, text, transcripts=range(_CORPUS_CLASSES)).to(device)
-    dtype = torch_dtype(resolve_precision(recipe.engine.precision))
-    batch = _batch(recipe, text, load, dtype, torch.Generator().manual_seed(seed)).to(device)
+    stage, batch = synthetic_batch(recipe, load or Load(), seed)
+    stage, batch = stage.to(device), batch.to(device)
     packed, padded = (_losses(stage, layout, batch) for layout in LAYOUTS)
     share = float(stage.metrics()["perf/padding_share"])
     stage.train()
@@ -108,6 +99,20 @@ def run(recipe: Recipe, load: Load | None = None, *, repeats: int = 5, seed: int
         speedups=[slow / fast for fast, slow in pairs],
         loss_gap=max(abs(packed[name] - value) / max(abs(value), 1e-9) for name, value in padded.items()),
     )
+
+
+def synthetic_batch(recipe: Recipe, load: Load, seed: int = 0) -> tuple[Any, Any]:
+    """A recipe's stage with random weights, packed, and a micro-batch for it; both on the CPU."""
+    recipe = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"random_init": True, "layout": "packed"}),
+            "init": type(recipe.init)(),
+        }
+    )
+    text = TextTools.load(recipe)
+    stage = build_stage(recipe, text, transcripts=range(_CORPUS_CLASSES))
+    dtype = torch_dtype(resolve_precision(recipe.engine.precision))
+    return stage, _batch(recipe, text, load, dtype, torch.Generator().manual_seed(seed))
 
 
 def table(results: Sequence[StepResult]) -> str:
