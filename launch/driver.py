@@ -291,6 +291,12 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     }
     if recipe.scaling.gpus_per_worker == 0:
         switches["DS_ACCELERATOR"] = "cpu"
+    else:  # NCCL's flight recorder: each rank's last collectives, written when one of them times out
+        switches |= {
+            "TORCH_FR_BUFFER_SIZE": "2000",
+            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+            "TORCH_FR_DUMP_TEMP_FILE": f"{Path(recipe.storage) / recipe.name / 'log' / 'nccl-rank-'}",
+        }
     # DeepSpeed calls ninja and the compiler by name; the worker's PATH is that of the Ray daemon.
     path = os.pathsep.join(dict.fromkeys([str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(":")]))
     return {**passed, **switches, "PATH": path}

@@ -16,6 +16,7 @@ import yaml
 from echox import cli, errors
 from echox.config.load import load_recipe
 from echox.config.schema import DataConfig
+from echox.engine.watchdog import HUNG
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,4 +106,4 @@ def test_the_folders_and_recipes_it_names_are_there() -> None:
 def test_the_exit_codes_are_those_of_the_errors() -> None:
     table = {int(code) for code in re.findall(r"^\| (\d+) \|", TEXT, flags=re.MULTILINE)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.EchoXError)]
-    assert table == {kind.exit_code for kind in kinds} | {cli.INTERRUPTED}
+    assert table == {kind.exit_code for kind in kinds} | {cli.INTERRUPTED, HUNG}

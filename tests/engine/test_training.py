@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from launching import launch, prepare
+from oracle import plain_training
 from safetensors.torch import load_file
-from toy import ToyOptions, ToyStage, collate, sample, toy_recipe
+from toy import ToyOptions, ToyStage, toy_recipe
 
 from echox.engine.checkpoint import find_weights
-from echox.engine.schedule import lr_at
 
 pytestmark = pytest.mark.timeout(900)  # The launches of the fixture count into the first test.
 
@@ -119,34 +119,8 @@ def _flipped(content: bytes) -> bytes:
 
 
 def oracle(folder: Path, options: ToyOptions) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Ten steps in plain PyTorch over whole global batches: weights and losses."""
-    recipe = toy_recipe("oracle", folder / "ds.json", **CLIP)
-    torch.manual_seed(recipe.seed)
-    stage, optim = ToyStage(options), recipe.optim
-    named = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
-    groups = [
-        {
-            "params": [parameter],
-            "peak": optim.lr.lora if name.startswith("lora") else optim.lr.adapters,
-            "weight_decay": optim.weight_decay if parameter.ndim > 1 else 0.0,
-        }
-        for name, parameter in named.items()
-    ]
-    adam = torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
-    losses = []
-    for step in range(optim.steps):
-        for group in adam.param_groups:
-            group["lr"] = lr_at(step, peak=group["peak"], warmup_steps=2, steps=10, final_ratio=optim.final_lr_ratio)
-        terms = stage(collate([sample(step, index, options) for index in range(recipe.data.global_batch)]))
-        means = {name: term.total / term.count.clamp(min=1) for name, term in terms.items()}
-        loss = means["s2t"] + 0.3 * means["ctc"]
-        for parameter in named.values():
-            parameter.grad = torch.zeros_like(parameter)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(named.values(), optim.clip)
-        adam.step()
-        losses.append(float(loss.detach()))
-    return {name: parameter.detach() for name, parameter in named.items()}, losses
+    """Ten steps in plain PyTorch: weights and losses."""
+    return plain_training(toy_recipe("oracle", folder / "ds.json", **CLIP), options, range(10))
 
 
 @pytest.mark.parametrize("run", ["one", "two", "two-gas", "two-counted-late", "two-shard"])

@@ -1,0 +1,112 @@
+"""Nodes that come and go: a second raylet of the same head, killed with its worker, on real Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from test_ray import STAND_INS, progress, wait
+
+from launch import cluster
+from launch.status import run_status
+from launch.submit import Jobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+class Node:
+    """A raylet with one CPU that joins a head on this machine."""
+
+    def __init__(self, head: cluster.Head) -> None:
+        address = (Path(head.folder) / "ray_current_cluster").read_text().strip()
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
+        self._process = subprocess.Popen(
+            [*command, "--block", "--disable-usage-stats", "--object-store-memory=100000000"],
+            env={**os.environ, **head.environment(), cluster.MARK: head.mark, "RAY_ADDRESS": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def kill(self) -> None:
+        """Lose the node with all that runs on it."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Head]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECHOX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+            patch.delenv(name, raising=False)
+        head = cluster.start_head(cpus=1)
+        for name, value in head.environment().items():
+            patch.setenv(name, value)
+        try:
+            yield head
+        finally:
+            cluster.stop_head(head)
+
+
+def submit(jobs: Jobs, storage: Path, name: str, *overrides: str) -> str:
+    return jobs.submit(
+        "demo/s2t",
+        [f"storage={storage}", f"name={name}", "optim.steps=19610", "engine.checkpoint_every=10", *overrides],
+        env={"PYTHONPATH": STAND_INS, "ECHOX_AUTOSCALED": "1"},
+        extra_arguments=["--train", "stand_ins:train_steps", "--setup", "stand_ins:setup"],
+        stop_wait_s=30,
+    )
+
+
+def world_of(run: Path) -> int:
+    return len(json.loads((run / "pids.json").read_text())["pids"])
+
+
+def test_a_lost_node_is_waited_for_and_training_goes_on(head: cluster.Head, tmp_path: Path) -> None:
+    jobs, node, run = Jobs(), Node(head), tmp_path / "fixed"
+    job = submit(jobs, tmp_path, "fixed", "scaling.workers=2", "scaling.max_failures=1")
+    try:
+        wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
+        lost = progress(run)["step"]
+        node.kill()
+        node = Node(head)
+        wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
+        assert world_of(run) == 2 and progress(run)["step"] >= lost - lost % 10 - 10
+        known = run_status(run)
+        assert known["attempt"] == 2 and known["failure"]["decision"] == "again, 0 left"
+        assert jobs.stop(job) == "STOPPED" and progress(run)["state"] == "stopped"
+    finally:
+        node.kill()
+
+
+def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
+    head: cluster.Head, tmp_path: Path
+) -> None:
+    jobs, node, run = Jobs(), Node(head), tmp_path / "elastic"
+    time.sleep(5)  # a node takes a while to be counted, and the run would begin without it
+    job = submit(jobs, tmp_path, "elastic", "scaling.workers=[1,2]", "scaling.max_failures=1")
+    try:
+        wait(jobs, job, lambda: progress(run).get("step", 0) > 10 and world_of(run) == 2)
+        node.kill()
+        wait(jobs, job, lambda: progress(run)["attempt"] > 1 and progress(run)["state"] == "training")
+        assert world_of(run) == 1
+        shrunk = progress(run)["attempt"]
+        node = Node(head)
+        wait(jobs, job, lambda: progress(run)["attempt"] > shrunk and progress(run)["state"] == "training")
+        assert world_of(run) == 2
+        assert jobs.stop(job) == "STOPPED" and progress(run)["state"] == "stopped"
+    finally:
+        node.kill()
