@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echox.engine.manifest import append_line
+
 
 class EventLog:
     """Writes `event, rank, step, attempt, key=value` to stderr (rank 0 alone) and to `<run>/log/rank-NNNNN.jsonl`."""
@@ -25,8 +27,7 @@ class EventLog:
         record = {"event": event, "rank": self.rank, "step": step, "attempt": self.attempt}
         line = json.dumps({"time": round(time.time(), 3), **record, **values, **(aside or {})}, default=str)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            append_line(self.path, line)
         except OSError as error:
             self.lose(error)
         if self.rank == 0:

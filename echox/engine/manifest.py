@@ -189,5 +189,14 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file, on a line of its own even where a crash or a full disk has cut the one before it short."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else f"\n{text}"
+        file.write(f"{text}\n".encode())
+
+
 def _seal(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from echox.engine.manifest import write_atomically
+from echox.engine.manifest import append_line, write_atomically
 from echox.errors import CheckpointError
 
 
@@ -54,8 +54,7 @@ class RunFolder:
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the metrics after `step` optimizer steps."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        append_line(self.metrics_path, json.dumps({"step": step, **metrics}))
 
     def forget_after(self, step: int) -> None:
         """Drop metrics of steps that will be done again because the run resumes at `step`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,11 @@ def second(folder: Path, first: dict[str, Any]) -> dict[str, Any]:
 
 def events(folder: Path, run: str, event: str, rank: int = 0) -> list[dict[str, Any]]:
     lines = (folder / "runs" / run / "log" / f"rank-{rank:05d}.jsonl").read_text().splitlines()
-    whole = [json.loads(line) for line in lines if line.endswith("}")]  # a full disk cuts lines short
-    return [record for record in whole if record["event"] == event]
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a full disk cuts lines short
+            found.append(json.loads(line))
+    return [record for record in found if record["event"] == event]
 
 
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
