@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +28,15 @@ class Node:
     """A raylet with one CPU that joins a head on this machine."""
 
     def __init__(self, head: cluster.Head) -> None:
-        address = (Path(head.folder) / "ray_current_cluster").read_text().strip()
+        noted = Path(head.folder) / "ray_current_cluster"  # Ray writes it after the head answers
+        deadline = time.monotonic() + 60
+        while not noted.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        address = noted.read_text().strip()
+        # A folder of its own: a node that comes or goes tidies up what others on the same disk still use.
+        self._folder = tempfile.mkdtemp(prefix="echox-node-", dir="/tmp")
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
+        command += [f"--temp-dir={self._folder}"]
         self._process = subprocess.Popen(
             [*command, "--block", "--disable-usage-stats", "--object-store-memory=100000000"],
             env={**os.environ, **head.environment(), cluster.MARK: head.mark, "RAY_ADDRESS": ""},
@@ -44,6 +53,7 @@ class Node:
                     process.kill()
         self._process.kill()
         self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
