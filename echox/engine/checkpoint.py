@@ -5,6 +5,7 @@ A save begins with a copy to the host and goes on behind the next steps; the ran
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import shutil
@@ -140,33 +141,9 @@ class Checkpointer:
             parent / step_name(step),
             Part(rank=self.gang.rank, slices=self._host.tensors, random=rng.capture()),
         )
-        shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
-        self._whole = Whole(
-            contents={
-                **self.contents,
-                "step": step,
-                "updates": self._host.updates,
-                "attempt": self.attempt,
-                "world_size": self.gang.size,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "cursor": dict(cursor),
-                "metrics": dict(metrics),
-                "trainable": {
-                    name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in shapes.items()
-                },
-                "versions": library_versions(),
-            },
-            ranks=self.gang.size,
-            trainable=shapes,
-            buffers=self._persistent_buffers(),
-            allowed=lambda: self.folder.check_attempt(self.attempt),
-        )
+        if self.gang.leads:
+            self._whole = self._describe(step, cursor, metrics)
         self._blocked_s = time.monotonic() - began
-
-    @property
-    def busy(self) -> bool:
-        """Whether a save is under way."""
-        return self._save is not None
 
     def vote(self, *, stop: bool = False) -> Vote:
         """What this rank has to say of the save under way, if any."""
@@ -261,6 +238,30 @@ class Checkpointer:
             rng.seed_all(seed + 1000 * (self.gang.rank + 1) + 7919 * step)
         return step
 
+    def _describe(self, step: int, cursor: Mapping[str, Any], metrics: Mapping[str, float]) -> Whole:
+        """What rank 0 adds to the parts."""
+        shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
+        return Whole(
+            contents={
+                **self.contents,
+                "step": step,
+                "updates": self._host.updates,
+                "attempt": self.attempt,
+                "world_size": self.gang.size,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "cursor": dict(cursor),
+                "metrics": dict(metrics),
+                "trainable": {
+                    name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in shapes.items()
+                },
+                "versions": library_versions(),
+            },
+            ranks=self.gang.size,
+            trainable=shapes,
+            buffers=self._persistent_buffers(),
+            allowed=lambda: self.folder.check_attempt(self.attempt),
+        )
+
     def _load_buffers(self, weights: Path) -> None:
         import torch
         from safetensors import safe_open
@@ -296,6 +297,7 @@ class Checkpointer:
         )
 
 
+@functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries a checkpoint depends on."""
     versions = {"python": platform.python_version()}
