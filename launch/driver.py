@@ -1,8 +1,7 @@
 """The driver of a job, child of `launch.train`: it opens the MLflow run, lets Ray Train run the workers, and waits.
 
 Everything of Ray happens in a thread, for Ray takes signals for itself in the main one: Ray Train's handler kills the
-workers, and a stop should let them save first. It imports torch only through Ray's trainer, after the recipe was found
-right, and never touches a GPU.
+workers, and a stop should let them save first. It imports no torch and never touches a GPU.
 """
 
 from __future__ import annotations
@@ -177,10 +176,10 @@ class Driver:
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         import ray.train
-        from ray.train.torch import TorchConfig
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
         from launch.policies import Failures, LegalCounts, Trainer
+        from launch.torch_group import TorchGroup
 
         on_gpu = scaling.gpus_per_worker > 0
         resources = {"CPU": scaling.cpus_per_worker}
@@ -202,7 +201,7 @@ class Driver:
         trainer = Trainer(
             run_worker,
             train_loop_config=options,
-            torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=scaling.collective_timeout_s),
+            backend_config=TorchGroup(backend="nccl" if on_gpu else "gloo", timeout_s=scaling.collective_timeout_s),
             scaling_config=scaling_config,
             run_config=RunConfig(
                 # One folder an attempt: Ray resumes a folder it knows, and what to resume is the engine's decision.

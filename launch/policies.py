@@ -15,8 +15,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from echox.engine.stop import request_stop
 from launch.causes import Cause, find_cause
@@ -99,7 +99,7 @@ class LegalCounts(ElasticScalingPolicy):
         return NoopDecision()
 
 
-class Trainer(TorchTrainer):
+class Trainer(DataParallelTrainer):
     """Ray's trainer with the policies above in place of its own."""
 
     def __init__(self, *args: Any, failures: Failures, counts: LegalCounts | None, **more: Any) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from echox.config.schema import LoraConfig, ModelConfig
+from echox.errors import DataError
 from echox.models.s2t import S2TModel
 from echox.models.t2c import T2CDecoder
 from echox.release.pretrained import add_lora
@@ -185,3 +189,18 @@ def one_row(batch: SpeechBatch, row: int) -> SpeechBatch:
         transcript_BC=batch.transcript_BC[pick],
         transcript_lengths_B=batch.transcript_lengths_B[pick],
     )
+
+
+@dataclass(frozen=True)
+class Words:
+    """A unit language of which each unit is a word: `each` of it, and units from `known` on are unknown."""
+
+    each: Callable[[np.ndarray], np.ndarray] = lambda units: units
+    known: int = 1 << 16
+
+    def check(self, units: np.ndarray) -> None:
+        if units.size and units.max() >= self.known:
+            raise DataError(f"Unit {units.max()} is outside 0 to {self.known - 1}")
+
+    def encode_batch(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.each(np.asarray(units)) for units in sequences]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from echox.engine.schedule import rate_at
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 def use_accelerator_of(device: torch.device) -> None:
     """Tell DeepSpeed what it runs on, before its first import: it would otherwise probe for other accelerators."""
     os.environ["DS_ACCELERATOR"] = device.type
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed without its autotuner, for whose sake each rank would spend seconds importing MLflow and pandas."""
+    if "deepspeed" not in sys.modules:
+        absent: Any = ModuleType("deepspeed.autotuning.autotuner")
+        absent.Autotuner = None
+        sys.modules[absent.__name__] = absent
+    import deepspeed
+
+    return deepspeed
 
 
 def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -51,6 +64,32 @@ def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
 
 def _dimensions(parameter: Any) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def leaf_modules(stage: Any) -> list[Any]:
+    """Modules whose parameters ZeRO-3 gathers at once: those the stage names, and its transformer layers.
+
+    LoRA makes some fifty modules of a layer, each with hooks and gathers of its own; as one leaf a layer has one of
+    either, and the prefetch trace, whose first use costs the square of its length, is short. Two kinds stay as they
+    are. A layer with frozen partitions: a frozen weight let go after the forward is not there for the backward through
+    it. The first layer of a stack: where its input needs no gradient, PyTorch calls its backward hook, in which
+    ZeRO-3 reduces a leaf's gradients, before there are any.
+    """
+    from torch import nn
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    named = stage.zero_leaf_modules() if hasattr(stage, "zero_leaf_modules") else []
+    inside = {id(module) for leaf in named for module in leaf.modules()}
+    layers = [
+        layer
+        for stack in stage.modules()
+        if isinstance(stack, nn.ModuleList)
+        for layer in stack[1:]
+        if isinstance(layer, GradientCheckpointingLayer)
+        and id(layer) not in inside
+        and all(parameter.requires_grad for parameter in layer.parameters())
+    ]
+    return [*named, *layers]
 
 
 def remember_tree(module: Any) -> None:
@@ -103,7 +142,7 @@ class Engine:
         self, recipe: Recipe, module: Any, *, device: torch.device, precision: Resolved, config: dict[str, Any]
     ) -> None:
         use_accelerator_of(device)
-        import deepspeed
+        deepspeed = import_deepspeed()
         import torch
         from deepspeed.utils import set_z3_leaf_module
 
@@ -114,7 +153,7 @@ class Engine:
         if list(module.parameters(recurse=False)):
             # ZeRO-3 hooks backward through tensors and tuples alone, so it could not bring these back in time.
             raise ValueError("a stage may not own parameters itself; move them into a submodule that returns tensors")
-        for leaf in module.zero_leaf_modules() if hasattr(module, "zero_leaf_modules") else ():
+        for leaf in leaf_modules(module):
             set_z3_leaf_module(leaf, True)
         groups = parameter_groups(module, recipe.optim)
         adam = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps)

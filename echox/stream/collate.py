@@ -257,12 +257,24 @@ class SpeechCollate:
 
 @dataclass(frozen=True)
 class UnitRow:
-    """A sentence and the unit-language words that say it."""
+    """A sentence and the units that say it."""
 
     id: str
     weight: float
     text: list[int]
-    words: list[int]
+    units: np.ndarray
+
+
+class UnitWords(Protocol):
+    """What a unit language does here."""
+
+    def check(self, units: np.ndarray) -> None:
+        """Raise `DataError` for units it does not know."""
+        ...
+
+    def encode_batch(self, sequences: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        """Word ids of each sequence."""
+        ...
 
 
 class UnitCollate:
@@ -270,12 +282,12 @@ class UnitCollate:
 
     Args:
         tokenize: text to LLM token ids, without special tokens.
-        encode: units to unit-language word ids.
+        language: of the units.
     """
 
-    def __init__(self, tokenize: Callable[[str], list[int]], encode: Callable[[np.ndarray], Sequence[int]]) -> None:
+    def __init__(self, tokenize: Callable[[str], list[int]], language: UnitWords) -> None:
         self.tokenize = tokenize
-        self.encode = encode
+        self.language = language
 
     @property
     def members(self) -> frozenset[str]:
@@ -283,19 +295,24 @@ class UnitCollate:
         return frozenset({UNITS})
 
     def decode(self, item: Item) -> UnitRow:
-        """Encode the units into words, and tokenise.
+        """Read the units, and tokenise.
 
         Raises:
             CorruptSampleError: no units, or not a whole number of them, or unknown ones, or no text.
         """
-        words = decoded(item.sample, UNITS, lambda data: self.encode(np.frombuffer(data, dtype="<u2")))
+        units = decoded(item.sample, UNITS, self._known)
         text = self.tokenize(text_of(item.sample, "answer_text"))
-        return UnitRow(id_of(item.sample), item.weight, text, list(words))
+        return UnitRow(id_of(item.sample), item.weight, text, units)
+
+    def _known(self, data: bytes) -> np.ndarray:
+        units = np.frombuffer(data, dtype="<u2")
+        self.language.check(units)
+        return units
 
     def join(self, rows: Sequence[UnitRow], step: int) -> UnitBatch:
-        """Pad."""
+        """Encode the units of all rows into words at once, and pad."""
         text, text_mask = pad_rows([row.text for row in rows])
-        words, words_mask = pad_rows([row.words for row in rows])
+        words, words_mask = pad_rows([row.tolist() for row in self.language.encode_batch([row.units for row in rows])])
         return UnitBatch(
             ids=[row.id for row in rows],
             step=step,
@@ -308,7 +325,7 @@ class UnitCollate:
 
     def blank(self, step: int) -> UnitBatch:
         """Nothing to say."""
-        return replace(self.join([UnitRow("", 0.0, [], [])], step), ids=[])
+        return replace(self.join([UnitRow("", 0.0, [], np.zeros(0, dtype=np.uint16))], step), ids=[])
 
     def __call__(self, items: Sequence[Item], step: int) -> UnitBatch:
         """Decode and join."""

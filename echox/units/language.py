@@ -98,17 +98,21 @@ class UnitLanguage:
         """`encode` for many sequences at once: one vector operation per position, over all sequences of a chunk."""
         arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         for array in arrays:
-            if array.size and (array.min() < 0 or array.max() >= self.n_units):
-                bad = int(array.max() if array.max() >= self.n_units else array.min())
-                raise DataError(
-                    f"Unit {bad} is outside 0 to {self.n_units - 1}",
-                    fix="Use the unit language that was fitted together with these units.",
-                )
+            self.check(array)
         encoded: list[Ints] = [np.zeros(0, dtype=np.int64)] * len(arrays)
         for chunk in _chunks([len(array) for array in arrays], _CHUNK_UNITS):
             for index, words in zip(chunk, self._viterbi([arrays[index] for index in chunk]), strict=True):
                 encoded[index] = words
         return encoded
+
+    def check(self, units: NDArray[Any]) -> None:
+        """Raise `DataError` for a unit outside 0 .. n_units - 1."""
+        if units.size and (units.min() < 0 or units.max() >= self.n_units):
+            bad = int(units.max() if units.max() >= self.n_units else units.min())
+            raise DataError(
+                f"Unit {bad} is outside 0 to {self.n_units - 1}",
+                fix="Use the unit language that was fitted together with these units.",
+            )
 
     def _candidates(self, units_BT: Ints, lengths_B: Ints) -> Ints:
         """Word that starts at each position with each length, -1 for none; [B, T, K]."""

@@ -36,10 +36,13 @@ class Build:
 
     layout: str
     frozen: Path
+    checkpointing: bool = False
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         cuts = {"mode": "fixed", "fixed_tokens": 3}
         stage = tiny.echo_stage(layout=self.layout, segmentation=cuts, units_per_token=1)
+        if self.checkpointing:
+            stage.s2t.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         return StageSetup(
             module=stage,
             train_loader=Loader(rank),
@@ -58,7 +61,8 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
         engine__frozen_placement=scenario["placement"],
         engine__validate_every=0,
     )
-    result = train(recipe, context, Build(scenario["layout"], Path(plan["frozen"])))
+    build = Build(scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"])
+    result = train(recipe, context, build)
     return {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
 
 

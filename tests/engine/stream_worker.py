@@ -50,7 +50,7 @@ class Build:
     witness: Path | None = None
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
-        collate = UnitCollate(lambda text: [12 + ord(c) % 30 for c in text], lambda units: (units % 9).tolist())
+        collate = UnitCollate(lambda text: [12 + ord(c) % 30 for c in text], tiny.Words(lambda units: units % 9))
         train_sources, valid_sources = open_sources(recipe.data.train), open_sources(recipe.data.valid)
         loader: Any = train_reader(recipe, train_sources, collate, rank, world_size)
         if self.witness is not None:

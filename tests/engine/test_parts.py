@@ -13,13 +13,14 @@ from torch import nn
 from toy import ToyOptions, ToyStage, toy_recipe
 
 from echox.engine import precision, rng
-from echox.engine.deepspeed_engine import parameter_groups
+from echox.engine.deepspeed_engine import leaf_modules, parameter_groups
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.log import EventLog
 from echox.engine.movement import fingerprint
 from echox.engine.run_folder import RunFolder
 from echox.engine.schedule import lr_at, rate_at
 from echox.errors import AlteredModelError, MissingModelError
+from tests import tiny
 
 
 def test_schedule_equals_torch_schedulers() -> None:
@@ -198,3 +199,13 @@ def test_events_are_a_line_for_people_and_a_line_of_json(tmp_path: Path, capsys:
         "event": "step", "rank": 0, "step": 3, "attempt": 2, "loss": math.pi, "perf/x": 1.0,
     }  # fmt: skip
     assert (tmp_path / "log" / "rank-00001.jsonl").is_file()
+
+
+def test_layers_are_gathered_whole_but_the_first_and_those_with_frozen_weights() -> None:
+    stage = tiny.echo_stage()
+    names = {id(module): name for name, module in stage.named_modules()}
+    assert [names[id(leaf)] for leaf in leaf_modules(stage)] == ["teacher", "echo.body.layers.1"]
+    replicate_as_buffers(stage, torch.device("cpu"), torch.float32)
+    llm = "s2t.llm.base_model.model.model.layers.1"
+    assert {names[id(leaf)] for leaf in leaf_modules(stage)} >= {"teacher", "echo.body.layers.1", llm}
+    assert not any(names[id(leaf)].endswith("layers.0") for leaf in leaf_modules(stage))

@@ -22,7 +22,7 @@ def speech_collate(width: int | None = None) -> SpeechCollate:
 def stage_and_blank(name: str, layout: str) -> tuple[Any, Any]:
     config = tiny.model_config(layout=layout)
     if name == "t2c":
-        return tiny.t2c_stage(config), UnitCollate(lambda text: [12], lambda units: units.tolist()).blank(3)
+        return tiny.t2c_stage(config), UnitCollate(lambda text: [12], tiny.Words()).blank(3)
     stage = tiny.echo_stage(layout=layout) if name == "echo" else build_s2t_stage(config, tiny.s2t_model(config))
     return stage, speech_collate().blank(3)
 

@@ -12,11 +12,12 @@ import torch
 
 from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
-from echox.errors import CorruptSampleError, DataError
+from echox.errors import CorruptSampleError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate, UnitCollate
 from echox.stream.encoded import pack
 from echox.stream.store import Sample, read_folder
 from echox.stream.writer import write_shards
+from tests import tiny
 
 PROMPT = PromptTokens(before=[1], after=[2, 3], after_asr=[9, 2, 3], end=4)
 
@@ -38,18 +39,11 @@ def speech() -> SpeechCollate:
 
 
 def units() -> UnitCollate:
-    return UnitCollate(letters, lambda found: (found + 100).tolist())
+    return UnitCollate(letters, tiny.Words(lambda found: found + 100))
 
 
 def known_units() -> UnitCollate:
-    """As with a unit language that knows unit 0 alone."""
-
-    def encode(found: np.ndarray) -> list[int]:
-        if found.max() > 0:
-            raise DataError(f"Unit {found.max()} is outside 0 to 0")
-        return [0]
-
-    return UnitCollate(letters, encode)
+    return UnitCollate(letters, tiny.Words(known=1))
 
 
 def test_speech_is_padded_and_masked() -> None:
