@@ -45,7 +45,7 @@ class TorchGroup(BackendConfig):
 class _Joining(Backend):
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: TorchGroup) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Join all workers at an address of rank 0; blocks until they are."""
         address, port = worker_group.execute_single(0, _address)
         world = {"address": address, "port": port, "world_size": len(worker_group), **asdict(backend_config)}
@@ -54,7 +54,7 @@ class _Joining(Backend):
         ]
         ray.get(joins)
 
-    def on_shutdown(self, worker_group: Any, backend_config: TorchGroup) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the group; a worker that no longer answers is left alone."""
         ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=_LEAVE_TIMEOUT_S)
 
