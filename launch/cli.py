@@ -80,7 +80,7 @@ def run_status(args: argparse.Namespace) -> int:
         newest = ", ".join(job["id"] for job in found[-5:])
         raise LaunchError(f"no job or run named {args.job}", fix=f"the newest jobs are: {newest or 'none'}")
     last = mine[-1] if mine else None
-    status = None if folder is None else run_status(folder)
+    status = None if folder is None else run_status(folder, None if last is None else last["start"])
     earlier = [_row(entry, "") for entry in mine[:-1]]
     _print(args, {"run": run, "job": last, "status": status}, "\n".join([report(run, last, status), *earlier]))
     return 0

@@ -15,6 +15,8 @@ from launch.causes import lost_peer
 from launch.done import newest_manifest
 from launch.events import FAILED, FAILURES, Event, is_error, line, read_events, read_progress
 from launch.follow import describe
+from launch.startup import describe as describe_start
+from launch.startup import start_up
 
 
 def locate(run: str, jobs: Iterable[dict[str, Any]] = ()) -> Path | None:
@@ -51,15 +53,22 @@ def resolved_recipe(run: str, jobs: Iterable[dict[str, Any]] = ()) -> Path:
     return file
 
 
-def run_status(folder: Path) -> dict[str, Any]:
-    """Progress, last checkpoint and last failure of a run: what its folder says."""
+def run_status(folder: Path, submitted: float | None = None) -> dict[str, Any]:
+    """Progress, last checkpoint, last failure and where the start went: what a run's folder says.
+
+    Args:
+        folder: of the run.
+        submitted: Unix time at which the cluster took its job.
+    """
     progress = read_progress(folder)
     found: dict[str, Any] = {"folder": str(folder), **progress, "checkpoint": None, "failure": None}
     newest = newest_manifest(folder)
     if newest is not None:
         age = time.time() - newest.stat().st_mtime
         found["checkpoint"] = {"path": str(newest.parent), "age_s": round(age, 1)}
-    failures = [event for event in read_events(folder) if event["event"] in FAILURES]
+    events = read_events(folder)
+    found["start_s"] = {name: round(value, 1) for name, value in start_up(events, submitted).items()}
+    failures = [event for event in events if event["event"] in FAILURES]
     if failures:
         last = failures[-1]
         found["failure"] = {key: last.get(key) for key in ("time", "attempt", "step", "error", "decision")}
@@ -82,6 +91,8 @@ def report(run: str, job: dict[str, Any] | None, status: dict[str, Any] | None) 
     if "step" in status:
         lines.append(f"state       {status['state']}, attempt {status['attempt']}")
         lines.append(f"progress    {describe({**status, 'state': 'training'})}")
+    if status["start_s"]:
+        lines.append(f"start       {describe_start(status['start_s'])}")
     if status["checkpoint"] is not None:
         checkpoint = status["checkpoint"]
         lines.append(f"checkpoint  {Path(checkpoint['path']).name}, {ago(checkpoint['age_s'])} ago")

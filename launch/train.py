@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EchoXError as error:
         return said(error, debug=args.debug)
     log = JobLog(Path(recipe.storage) / recipe.name)
+    log("begin", pid=os.getpid())
     return Supervisor(words, log, budget=recipe.scaling.max_failures).run()
 
 

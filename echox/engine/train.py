@@ -17,6 +17,7 @@ from echox.engine.frozen import compare_identities, identify, replicate_as_buffe
 from echox.engine.gang import Gang
 from echox.engine.health import LossHealth
 from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
+from echox.engine.laps import Laps
 from echox.engine.log import EventLog
 from echox.engine.loop import Loop
 from echox.engine.manifest import Choice, set_aside, sweep
@@ -69,12 +70,13 @@ def train(
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
         EchoXError: the loss is not a finite number, and the recipe's `health` has no more patience.
     """
+    laps = Laps()
     gang = Gang.of(context.rank, context.world_size, device_of(context))
     folder = RunFolder(context.storage / recipe.name)
     listener = StopListener(folder.path if gang.leads else None, context.stop_requested)
     try:
         with signals_stop(listener):
-            run = _Run.open(recipe, context, gang, tracker or NullTracker(), allow=allow)
+            run = _Run.open(recipe, context, gang, tracker or NullTracker(), laps, allow=allow)
             return run.attend(build, listener, accept_new_data=accept_new_data)
     finally:
         listener.close()
@@ -89,9 +91,12 @@ class _Run:
     gang: Gang
     reporter: Reporter
     choice: Choice
+    laps: Laps
 
     @classmethod
-    def open(cls, recipe: Recipe, context: RunContext, gang: Gang, tracker: Tracker, *, allow: Sequence[str]) -> _Run:
+    def open(
+        cls, recipe: Recipe, context: RunContext, gang: Gang, tracker: Tracker, laps: Laps, *, allow: Sequence[str]
+    ) -> _Run:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
         use_accelerator_of(gang.device)
         folder = RunFolder(context.storage / recipe.name)
@@ -121,7 +126,8 @@ class _Run:
             reporter.event("checkpoint_rejected", path=path, why=why)
             if gang.leads:
                 reporter.event("checkpoint_set_aside", path=set_aside(path))
-        return cls(recipe, context, gang, reporter, chosen)
+        laps.lap("run")
+        return cls(recipe, context, gang, reporter, chosen, laps)
 
     def attend(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
         """Train, and say how the attempt ended in every case."""
@@ -167,12 +173,15 @@ class _Run:
         ds_config = self._deepspeed_config(precision)
         rng.seed_all(recipe.seed)  # The same on all ranks: buffers with random contents must agree.
         setup = build(recipe, gang.rank, gang.size)
+        self.laps.lap("models")
         frozen = self._identify(setup)
         self._start_data(setup.train_loader, accept_new_data=accept_new_data)
+        self.laps.lap("data")
         buffers = frozenset[str]()
         if recipe.engine.frozen_placement == "replicate":
             buffers = replicate_as_buffers(setup.module, gang.device, torch_dtype(precision))
         engine = Engine(recipe, setup.module, device=gang.device, precision=precision, config=ds_config)
+        self.laps.lap("engine")
         rng.seed_all(recipe.seed + 1000 * (gang.rank + 1))  # Dropout differs between ranks.
         census = dtype_census(engine.stage, buffers)
         checkpointer = Checkpointer(
@@ -345,6 +354,7 @@ class _Run:
             precision=precision,
             frozen_placement=self.recipe.engine.frozen_placement,
             dtypes=json.dumps(census),
+            start_s=self.laps.seconds,
             peak_gib=peak_gib(self.gang.device),
         )
         if self.gang.leads:

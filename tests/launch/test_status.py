@@ -11,6 +11,7 @@ from echox.engine.log import EventLog
 from echox.engine.run_folder import RunFolder
 from launch.cli import add_parser
 from launch.events import JobLog, follow_events, read_events
+from launch.startup import start_up
 from launch.status import error_report, report, run_status
 
 PEER = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"
@@ -87,3 +88,28 @@ def test_following_events_gives_each_once_and_no_half_lines(tmp_path: Path) -> N
             with (tmp_path / "log" / "rank-00001.jsonl").open("a") as file:
                 file.write('rt"}\n' + json.dumps({"time": 3.0, "event": "late"}) + "\n")
     assert [event["event"] for event in found] == ["failed", "failed", "cut short", "late"]
+
+
+def test_a_start_is_split_into_its_parts_and_one_after_a_loss_begins_there(tmp_path: Path) -> None:
+    own = {"imports": 20.0, "models": 5.0}
+    first = [
+        {"time": 105.0, "event": "job_begin", "rank": "driver"},
+        {"time": 115.0, "event": "job_start", "rank": "driver"},
+        {"time": 149.0, "event": "start", "rank": 1, "start_s": {"imports": 0.0}},
+        {"time": 150.0, "event": "start", "rank": 0, "start_s": own},
+    ]
+    step = {"time": 153.0, "event": "step", "rank": 0}
+    assert start_up(first, 100.0) == {}, "nothing has been trained yet"
+    expected = {"ray": 5.0, "driver": 10.0, "workers": 10.0, **own, "step": 3.0}
+    assert start_up([*first, step, {**step, "time": 160.0}], 100.0) == expected
+    assert sum(expected.values()) == 53.0
+    again = [
+        {"time": 200.0, "event": "job_failure", "rank": "driver"},
+        {"time": 240.0, "event": "start", "rank": 0, "start_s": own},
+        {**step, "time": 242.0},
+    ]
+    assert start_up([*first, step, *again], 100.0) == {"workers": 15.0, **own, "step": 2.0}
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "rank-00000.jsonl").write_text("".join(json.dumps(event) + "\n" for event in [*first, step]))
+    said = report("tiny", None, run_status(tmp_path, 100.0))
+    assert "start       53 s: ray 5, driver 10, workers 10, imports 20, models 5, step 3" in said
