@@ -14,6 +14,8 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.util import TrainingFramework
 
+_LEAVE_TIMEOUT_S = 30
+
 
 @dataclass
 class TorchGroup(BackendConfig):
@@ -50,7 +52,8 @@ class _Joining(Backend):
         address, port = worker_group.execute_single(0, _address)
         world = {"address": address, "port": port, "world_size": len(worker_group), **asdict(backend_config)}
         joins = [
-            worker_group.execute_single_async(rank, _join, rank=rank, **world) for rank in range(len(worker_group))
+            worker_group.execute_single_async(rank, _join, world_rank=rank, **world)
+            for rank in range(len(worker_group))
         ]
         ray.get(joins)
 
@@ -59,23 +62,20 @@ class _Joining(Backend):
         ray.wait(worker_group.execute_async(_leave), num_returns=len(worker_group), timeout=_LEAVE_TIMEOUT_S)
 
 
-_LEAVE_TIMEOUT_S = 30
-
-
 def _address() -> tuple[str, int]:
     from ray.train._internal.utils import get_address_and_port
 
     return get_address_and_port()
 
 
-def _join(*, address: str, port: int, rank: int, world_size: int, backend: str, timeout_s: int) -> None:
+def _join(*, address: str, port: int, world_rank: int, world_size: int, backend: str, timeout_s: int) -> None:
     from datetime import timedelta
 
     import torch.distributed
 
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(world_rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group(
-        backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        backend, rank=world_rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )
 
 

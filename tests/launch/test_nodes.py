@@ -18,6 +18,8 @@ import pytest
 from test_ray import STAND_INS, progress, wait
 
 from launch import cluster
+from launch.events import read_events
+from launch.ray_context import DRAINED
 from launch.status import run_status
 from launch.submit import Jobs
 
@@ -32,7 +34,8 @@ class Node:
         deadline = time.monotonic() + 60
         while not noted.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        address = noted.read_text().strip()
+        address = self._address = noted.read_text().strip()
+        self._head = head
         # A folder of its own: a node that comes or goes tidies up what others on the same disk still use.
         self._folder = tempfile.mkdtemp(prefix="echox-node-", dir="/tmp")
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
@@ -44,6 +47,16 @@ class Node:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+
+    def announce_loss(self) -> None:
+        """What a cloud's notice of preemption becomes: Ray drains the node."""
+        from ray.util.state import list_nodes
+
+        mine = next(n for n in list_nodes(address=self._head.address) if not n.is_head_node and n.state == "ALIVE")
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={self._address}"]
+        command += [f"--node-id={mine.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message=spot instance reclaimed", "--deadline-remaining-seconds=120"]
+        subprocess.run(command, check=True, env={**os.environ, **self._head.environment(), "RAY_ADDRESS": ""})
 
     def kill(self) -> None:
         """Lose the node with all that runs on it."""
@@ -117,6 +130,25 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
         node = Node(head)
         wait(jobs, job, lambda: progress(run)["attempt"] > shrunk and progress(run)["state"] == "training")
         assert world_of(run) == 2
+        assert jobs.stop(job) == "STOPPED" and progress(run)["state"] == "stopped"
+    finally:
+        node.kill()
+
+
+def test_a_node_that_is_taken_away_with_notice_costs_no_step(head: cluster.Head, tmp_path: Path) -> None:
+    jobs, node, run = Jobs(), Node(head), tmp_path / "drained"
+    job = submit(jobs, tmp_path, "drained", "scaling.workers=2", "scaling.max_failures=0")
+    try:
+        wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
+        node.announce_loss()
+        wait(jobs, job, lambda: any(event["event"] == "job_stopped" for event in read_events(run)))
+        stopped = next(event for event in read_events(run) if event["event"] == "job_stopped")
+        assert stopped["why"].startswith(DRAINED)
+        node.kill()
+        node = Node(head)
+        wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
+        assert json.loads((run / "pids.json").read_text())["first"] == stopped["step"]
+        assert run_status(run)["failure"] is None
         assert jobs.stop(job) == "STOPPED" and progress(run)["state"] == "stopped"
     finally:
         node.kill()
