@@ -47,6 +47,8 @@ QUICK_LIMIT = 6
 QUICK_EVALUATED = 2
 QUICK_VOCODER_STEPS = 10
 STOP_WAIT_S = 20
+LEAD_S = 60
+"""Seconds before the end of a stage at which the next one is submitted: about what a start takes."""
 INTERRUPTED = 130
 SCORES = ("text_llm_acc", "s2t_acc", "s2s_acc", "retention", "wer", "n")
 
@@ -74,7 +76,7 @@ class Demo:
     vocoder_steps: int | None = None
     phases: Phases = field(init=False)
     result: dict[str, Any] = field(init=False)
-    _job: tuple[Jobs, str] | None = None
+    _open: dict[str, tuple[Jobs, str]] = field(default_factory=dict)
     _head: cluster.Head | None = None
     _head_is_ours: bool = False
     _before: dict[str, str | None] = field(default_factory=dict)
@@ -112,15 +114,15 @@ class Demo:
         return places.anchor(load_recipe(f"demo/{stage}", self._overrides(stage)), Path.cwd())
 
     def stop(self) -> None:
-        """End the job, the head and the MLflow run that are still open, if they are ours."""
+        """End the jobs, the head and the MLflow run that are still open, if they are ours."""
         from echox.tracking.run import close_orphan
 
-        if self._job is not None:
-            jobs, job = self._job
+        # The last first: one that waits for another's places must not get them.
+        for jobs, job in reversed(self._open.values()):
             self.console.print(f"stopping job {job} ...", highlight=False)
             with contextlib.suppress(EchoXError):
                 jobs.stop(job, timeout_s=STOP_WAIT_S + 10)
-            self._job = None
+        self._open.clear()
         if self._head is not None:
             if self._head_is_ours:
                 cluster.stop_head(self._head)
@@ -192,7 +194,7 @@ class Demo:
                 self.console.print(f"{stage}: the earlier run is kept in {aside}", highlight=False)
         for stage in STAGES:
             recipe = self.recipe(stage)
-            state, why = done.run_state(recipe)
+            state, why = ("none", "") if stage in self._open else done.run_state(recipe)
             if state == "done":
                 with self.phases.phase(stage, f"stage {stage}"):
                     self.phases.reuse(stage, why)
@@ -202,13 +204,44 @@ class Demo:
                 self.console.print(f"{stage}: {why}; the earlier run is kept in {aside}", highlight=False)
             jobs = self._cluster()
             with self.phases.phase(stage, f"stage {stage}{f': {why}' if state == 'partial' else ''}"):
-                job = jobs.submit(f"demo/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
-                self._job = (jobs, job)
-                follow(jobs, job, Path(recipe.storage) / recipe.name, title=stage, console=self.console)
-                self._job = None
+                if stage not in self._open:
+                    self._submit(jobs, stage)
+                folder, watch = Path(recipe.storage) / recipe.name, self._near_end(jobs, recipe)
+                follow(*self._open[stage], folder, title=stage, console=self.console, watch=watch)
+                del self._open[stage]
         if self._head is not None:
             with self.phases.phase("ray stop", "the Ray head that was started here"):
                 self.stop()
+
+    def _submit(self, jobs: Jobs, stage: str) -> None:
+        job = jobs.submit(f"demo/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
+        self._open[stage] = (jobs, job)
+
+    def _near_end(self, jobs: Jobs, running: Recipe) -> Callable[[dict[str, Any]], None]:
+        """Looks at the progress of a stage, and submits the next one when this one is about to end.
+
+        Job, driver and controller of the next are up, then, when the places of this one's workers become free.
+        """
+        following = STAGES[STAGES.index(running.stage) + 1 :][:1]
+
+        def look(record: dict[str, Any]) -> None:
+            eta_s = record.get("eta_s")
+            if eta_s is None or eta_s > LEAD_S:
+                return
+            for stage in following:
+                recipe = self.recipe(stage)
+                fresh = stage not in self._open and done.run_state(recipe)[0] == "none"
+                if fresh and self._waits_for(recipe, running):
+                    self._submit(jobs, stage)
+
+        return look
+
+    def _waits_for(self, recipe: Recipe, running: Recipe) -> bool:
+        """Whether a stage may be submitted now: it reads nothing of the running one, or has no room beside it."""
+        if str(Path(running.storage) / running.name) not in (recipe.init.s2t, recipe.init.t2c):
+            return True
+        taken = sum(each.scaling.bounds[0] * each.scaling.cpus_per_worker for each in (recipe, running))
+        return self._head_is_ours and taken > _head_cpus()
 
     def _cluster(self) -> Jobs:
         """The job API of a running head, or of one started now."""
@@ -226,8 +259,7 @@ class Demo:
                 self._head, self._head_is_ours = known, known.abandoned()
                 self.phases.reuse("ray", f"the head at {known.address} still runs")
             else:
-                cpus = max(2, len(os.sched_getaffinity(0)))
-                self._head, self._head_is_ours = cluster.start_head(cpus=cpus), True
+                self._head, self._head_is_ours = cluster.start_head(cpus=_head_cpus()), True
             environment = self._head.environment()
             self._before = {name: os.environ.get(name) for name in environment}
             os.environ.update(environment)
@@ -397,6 +429,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="STAGE.key=value", help="override a recipe")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an unexpected error")
     return parser
+
+
+def _head_cpus() -> int:
+    """CPUs of a head started here."""
+    return max(2, len(os.sched_getaffinity(0)))
 
 
 def _snapshot(folder: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,26 @@ def describe(record: dict[str, Any], *, with_step: bool = True) -> str:
     return "  ".join(words)
 
 
-def follow(jobs: Jobs, job: str, run_folder: Path, *, title: str, console: Console, poll_s: float = 0.5) -> None:
+def follow(
+    jobs: Jobs,
+    job: str,
+    run_folder: Path,
+    *,
+    title: str,
+    console: Console,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+    poll_s: float = 0.5,
+) -> None:
     """Show a job's progress until it ends: a live bar on a terminal, a line every ten seconds elsewhere.
+
+    Args:
+        jobs: the cluster's job API.
+        job: submission id.
+        run_folder: of its run.
+        title: in front of every line.
+        console: where to.
+        watch: called with the progress record at every look.
+        poll_s: seconds between looks.
 
     Raises:
         LaunchError: the job failed or was stopped; the sentence is the job's own.
@@ -61,6 +80,8 @@ def follow(jobs: Jobs, job: str, run_folder: Path, *, title: str, console: Conso
                 return
             step, steps = record["step"], record["steps"]
             live.update(task, description=f"{title} {step}/{steps}", completed=step, total=steps, record=record)
+            if watch is not None:
+                watch(record)
             text = describe(record)
             if not console.is_terminal and text != shown and time.monotonic() - said_at > PLAIN_EVERY_S:
                 console.print(f"  {title}  {text}", highlight=False)

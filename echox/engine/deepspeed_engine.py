@@ -19,20 +19,17 @@ if TYPE_CHECKING:
     from echox.engine.precision import Resolved
 
 
-def use_accelerator_of(device: torch.device) -> None:
-    """Tell DeepSpeed what it runs on, before its first import: it would otherwise probe for other accelerators."""
+def prepare_deepspeed(device: torch.device) -> None:
+    """Before its first import, tell DeepSpeed what it runs on, and spare it its autotuner.
+
+    It would probe for other accelerators, and the autotuner brings MLflow and pandas into every rank: seconds of the
+    start. Transformers imports DeepSpeed as well, so this comes before both.
+    """
     os.environ["DS_ACCELERATOR"] = device.type
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed without its autotuner, for whose sake each rank would spend seconds importing MLflow and pandas."""
     if "deepspeed" not in sys.modules:
         absent: Any = ModuleType("deepspeed.autotuning.autotuner")
         absent.Autotuner = None
         sys.modules[absent.__name__] = absent
-    import deepspeed
-
-    return deepspeed
 
 
 def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -141,8 +138,8 @@ class Engine:
     def __init__(
         self, recipe: Recipe, module: Any, *, device: torch.device, precision: Resolved, config: dict[str, Any]
     ) -> None:
-        use_accelerator_of(device)
-        deepspeed = import_deepspeed()
+        prepare_deepspeed(device)
+        import deepspeed
         import torch
         from deepspeed.utils import set_z3_leaf_module
 

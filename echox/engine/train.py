@@ -12,7 +12,7 @@ from echox.engine import rng
 from echox.engine.changes import changes
 from echox.engine.checkpoint import Checkpointer, check_fits, find_checkpoint
 from echox.engine.context import RunContext, device_of
-from echox.engine.deepspeed_engine import Engine, use_accelerator_of
+from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.gang import Gang
 from echox.engine.health import LossHealth
@@ -98,7 +98,7 @@ class _Run:
         cls, recipe: Recipe, context: RunContext, gang: Gang, tracker: Tracker, laps: Laps, *, allow: Sequence[str]
     ) -> _Run:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
-        use_accelerator_of(gang.device)
+        prepare_deepspeed(gang.device)
         folder = RunFolder(context.storage / recipe.name)
         found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
         if gang.leads:

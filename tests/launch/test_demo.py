@@ -140,6 +140,39 @@ def test_a_failed_phase_is_a_sentence_a_code_and_a_result(
     assert result["failed"]["phase"] == "s2t" and "corpus" in result["phases"]
 
 
+class Recorder:
+    """Stands for the job API."""
+
+    def __init__(self) -> None:
+        self.submitted: list[str] = []
+
+    def submit(self, recipe: str, overrides: list[str], *, stop_wait_s: int) -> str:
+        self.submitted.append(recipe)
+        return recipe
+
+
+@pytest.mark.parametrize(
+    ("stage", "cpus", "eta_s", "expected"),
+    [
+        ("s2t", 2, 61.0, []),
+        ("s2t", 2, None, []),
+        ("s2t", 8, 59.0, ["demo/t2c"]),  # they have nothing to do with each other
+        ("t2c", 2, 59.0, ["demo/echo"]),  # there is no room for it yet
+        ("t2c", 8, 59.0, []),  # it would begin before its teacher is trained
+        ("echo", 2, 1.0, []),
+    ],
+)
+def test_the_next_stage_gets_in_line_when_one_is_about_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, cpus: int, eta_s: float | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(demo_module, "_head_cpus", lambda: cpus)
+    demo, jobs = Demo(storage=tmp_path, console=Console(file=io.StringIO()), _head_is_ours=True), Recorder()
+    look = demo._near_end(cast(Any, jobs), demo.recipe(stage))
+    for _ in range(2):
+        look({"eta_s": eta_s})
+    assert jobs.submitted == expected
+
+
 def test_a_wrong_override_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--set", "optim.steps=3"]) == 2
     assert "STAGE.key=value" in capsys.readouterr().out
