@@ -176,6 +176,10 @@ class Driver:
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
         import ray.train
+
+        if len(ray.nodes()) == 1 and not os.environ.get("ECHOX_AUTOSCALED"):
+            # Nobody would be left to hear that the only node is being drained: one process less to start.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
         from launch.policies import Failures, LegalCounts, Trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -106,6 +107,12 @@ class Trainer(DataParallelTrainer):
         super().__init__(*args, **more)
         self._failures = failures
         self._counts = counts
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # One process less to start: it removes placement groups of a controller that died, which end with our driver.
+        return [
+            each for each in super()._create_default_callbacks() if not isinstance(each, PlacementGroupCleanerCallback)
+        ]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["failure_policy"] = self._failures
