@@ -25,7 +25,8 @@ MARK = "ECHOX_HEAD_ID"
 """Environment variable that every process of a head we started inherits; how its stragglers are recognised."""
 DASHBOARD_PORT = 8265
 START_S = 120.0
-STOP_S = 10.0
+STOP_S = 3.0
+"""What the head gets to end by itself; Ray 2.60 takes no notice of SIGTERM there, and is killed after it."""
 OBJECT_STORE_BYTES = 200_000_000
 # Ray's sockets lie below <temporary folder>/session_<60 characters>/sockets/, and a socket path may have 107 bytes.
 TEMP_ROOT_LIMIT = 24

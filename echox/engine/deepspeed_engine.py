@@ -153,7 +153,7 @@ class Engine:
         for leaf in leaf_modules(module):
             set_z3_leaf_module(leaf, True)
         groups = parameter_groups(module, recipe.optim)
-        adam = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps)
+        adam = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True)
         deepspeed.init_distributed(
             dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
         )

@@ -92,7 +92,7 @@ def put_back(engine: Engine, checkpoint: Path, *, rank: int, saved_ranks: int, u
     if updates:
         for flat in zero.fp32_partitioned_groups_flat:
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(updates)),
+                "step": torch.tensor(float(updates), device=flat.device),  # where fused AdamW keeps it
                 **{kind: torch.zeros_like(flat.data) for kind in MOMENTS},
             }
     else:
