@@ -93,12 +93,12 @@ class Driver:
         from echox.tracking.run import open_run
 
         self._withdraw_old_requests()
-        tracker = open_run(
-            self.recipe,
-            resolved(self.recipe),
-            storage=Path(self.recipe.storage),
-            recipe_name=_label(self.args.recipe),
-        )
+        label = _label(self.args.recipe)
+        try:
+            tracker = open_run(self.recipe, resolved(self.recipe), storage=Path(self.recipe.storage), recipe_name=label)
+        except EchoXError as error:
+            self.log("failed", error=str(error))
+            raise
         status, code = "FAILED", 0
         try:
             self.log("start", restart=self.args.restart, mlflow=tracker.handle.uri, pid=os.getpid())

@@ -15,6 +15,8 @@ FAILED = "failed"
 """The engine's event of a rank that ends with an error."""
 FAILURES = ("job_failure", "job_driver_lost", "job_failed")
 """The job's own: of a group of workers and what was decided, of the driver, and the one that ended the job."""
+ENDS = ("job_failed", "job_aborted")
+"""A driver's last word where it did not succeed: an error of the user's, or signals that left nothing to save."""
 MORE_ROOM = "the cluster has room for more workers"
 """How a request to stop begins that is made only to go on with more workers."""
 _OWN = ("time", "event", "rank", "step", "attempt")
@@ -54,6 +56,12 @@ def read_events(run_folder: Path) -> list[Event]:
     for path in sorted((run_folder / LOG).glob("*.jsonl")):
         found += _parsed(path.read_text(encoding="utf-8", errors="replace"))
     return sorted(found, key=lambda event: event["time"])
+
+
+def driver_events(run_folder: Path) -> list[Event]:
+    """The job's own events, without those of the ranks, which may be many."""
+    path = run_folder / LOG / DRIVER_FILE
+    return _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
 
 
 def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float = 0.5) -> Iterator[Event]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
@@ -22,6 +23,10 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from echox.engine.stop import request_stop
 from launch.causes import Cause, find_cause
 from launch.events import FAILED, MORE_ROOM, JobLog, read_events, read_progress
+
+NOT_NEEDED = (PlacementGroupCleanerCallback, DatasetsCallback)
+"""Each would start a process of its own for every group of workers: one removes the placement groups of a controller
+that died, which end with our driver, the other serves Ray Datasets."""
 
 
 class Failures(FailurePolicy):
@@ -109,10 +114,7 @@ class Trainer(DataParallelTrainer):
         self._counts = counts
 
     def _create_default_callbacks(self) -> list[Any]:
-        # One process less to start: it removes placement groups of a controller that died, which end with our driver.
-        return [
-            each for each in super()._create_default_callbacks() if not isinstance(each, PlacementGroupCleanerCallback)
-        ]
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, NOT_NEEDED)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["failure_policy"] = self._failures

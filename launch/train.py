@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from echox.config.load import load_recipe
 from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from echox.errors import EchoXError
 from launch import places
-from launch.events import JobLog
+from launch.events import ENDS, JobLog, driver_events
 from launch.signals import RELAYED_ABORT, RELAYED_STOP, StopSignals
 
 ABORTED = 130
@@ -88,11 +89,12 @@ class Supervisor:
         self.signals.listen()
         restarts = failures = 0
         while True:
+            began = time.time()
             code = self._once(restarts)
             if self.signals.asked:
                 # A driver that a signal ends had not begun, or was not to finish.
                 return ABORTED if self.signals.insisted else 0 if code < 0 or code == AGAIN else code
-            if code >= 0 and code not in (AGAIN, CRASHED):
+            if code == 0 or (code > 0 and code not in (AGAIN, CRASHED) and self._said_why(began)):
                 return code
             if code != AGAIN:
                 failures += 1
@@ -118,6 +120,11 @@ class Supervisor:
         if self.signals.asked:
             self._relay()
         return self._driver.wait()
+
+    def _said_why(self, began: float) -> bool:
+        """Whether the driver ended by its own decision: a native library that ends the process gives a code as well."""
+        events = driver_events(self.log.run_folder)
+        return any(event["event"] in ENDS and event["time"] >= round(began, 3) for event in events)
 
     def _relay(self) -> None:
         if self._driver is not None and self._driver.returncode is None:

@@ -154,12 +154,14 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
     from echox.engine.stop import clear_stop
     from echox.engine.train import train
     from echox.tracking.run import open_run
+    from echox.tracking.system import SystemMetrics
 
     options = {"accept_new_data": args.accept_new_data, "allow": args.allow}
     if context.rank != 0:
         return train(recipe, context, build_setup, NullTracker(), **options)
     clear_stop(context.storage / recipe.name)
     tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.recipe)
+    sampler = SystemMetrics(tracker) if recipe.tracking.system_metrics else None
     status = "FAILED"
     try:
         result = train(recipe, context, build_setup, tracker, **options)
@@ -168,6 +170,8 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
         status = "KILLED"
         raise
     finally:
+        if sampler is not None:
+            sampler.close()
         tracker.finish(status)
     return result
 

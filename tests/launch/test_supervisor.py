@@ -18,6 +18,7 @@ import pytest
 DRIVER = """
     import os, sys, time
     from pathlib import Path
+    from launch.events import JobLog
     from launch.signals import StopSignals, die_with
     from launch.train import arguments
     args = arguments("stand-in").parse_intermixed_args()
@@ -36,7 +37,9 @@ DRIVER = """
         if signals.asked and not (folder / "slow").exists():
             (folder / "saved").write_text(signals.why)
             os._exit(0)
-    os._exit(int(code))
+    if code.isdigit() and code != "70":
+        JobLog(folder)("failed", error=code)
+    os._exit(int(code.strip("!")))
 """
 SUPERVISOR = """
     import sys
@@ -116,9 +119,18 @@ def test_a_killed_driver_is_started_again_within_the_budget(start: Callable[[str
 
 @pytest.mark.parametrize(
     ("plan", "code", "starts"),
-    [("0", 0, 1), ("4", 4, 1), ("7", 7, 1), ("1", 1, 1), ("70 0", 0, 2), ("70 70", 1, 2), ("75 75 75 70 0", 0, 5)],
+    [
+        ("0", 0, 1),
+        ("4", 4, 1),
+        ("7", 7, 1),
+        ("1", 1, 1),
+        ("70 0", 0, 2),
+        ("70 70", 1, 2),
+        ("75 75 75 70 0", 0, 5),
+        ("2! 0", 0, 2),
+    ],
 )
-def test_user_errors_are_final_crashes_cost_the_budget_and_lost_nodes_do_not(
+def test_user_errors_that_are_said_are_final_crashes_cost_the_budget_and_lost_nodes_do_not(
     start: Callable[[str], Job], plan: str, code: int, starts: int
 ) -> None:
     job = start(plan)
