@@ -183,7 +183,7 @@ def test_a_killed_driver_comes_back_and_validation_stops_too(jobs: Jobs, storage
 def test_a_job_stopped_while_it_starts_ends_at_once(jobs: Jobs, storage: Path) -> None:
     name = "starting"
     job = submit(jobs, storage, "train_steps", f"name={name}")
-    wait(jobs, job, lambda: (storage / name / "log" / "driver.jsonl").exists())
+    wait(jobs, job, lambda: any(event["event"] == "job_start" for event in read_events(storage / name)))
     began = time.monotonic()
     assert jobs.stop(job) == "STOPPED"
     assert time.monotonic() - began < 15

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,8 @@ def slow_way_to(server: Server | None, delay_s: float) -> Iterator[str]:
                 target.sendall(block)
         except OSError:
             pass
-        target.close()
+        with suppress(OSError):  # unlike a close, heard by the end that waits for more
+            target.shutdown(socket.SHUT_RDWR)
 
     def serve(client: socket.socket) -> None:
         if server is None:
