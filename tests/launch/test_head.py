@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -79,4 +78,3 @@ def test_a_restarted_head_gets_the_run_again(tmp_path: Path, monkeypatch: pytest
     finally:
         for head in heads:
             cluster.stop_head(head)
-        os.environ.pop("RAY_ADDRESS", None)
