@@ -58,11 +58,10 @@ def listings(configs: Iterable[SourceConfig]) -> dict[str, Path]:
 
 def budget_of(recipe: Recipe) -> Budget:
     """How much goes into a micro-batch; padding costs where rows are padded."""
-    data = recipe.data
+    data, padded = recipe.data, recipe.model.layout == "padded"
     if data.budget is not None:
-        size, padded = data.budget.size, recipe.model.layout == "padded"
-        return CostBudget(by=data.budget.by, size=size, micro_batches=data.budget.micro_batches, padded=padded)
-    return SampleBudget(step=data.global_batch, micro_batches=data.global_batch // data.micro_batch)
+        return CostBudget(data.budget.by, data.budget.size, data.budget.micro_batches, padded)
+    return SampleBudget(data.global_batch, data.global_batch // data.micro_batch, padded)
 
 
 def build_plan(recipe: Recipe, sources: list[Source]) -> Plan:

@@ -1,4 +1,8 @@
-"""Samples to optimizer steps: micro-batches of like lengths within a budget, the same number of them in every step."""
+"""Samples to optimizer steps: micro-batches of like cost within a budget, the same number of them in every step.
+
+Rows that are padded cost as much as the longest, so like lengths go together; rows that are packed cost what they hold,
+so long and short ones are mixed until every micro-batch holds as much.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +41,8 @@ class Budget(Protocol):
         """Edges of the runs of samples that are sorted together, about `pool` steps each."""
         ...
 
-    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[slice]]:
-        """Cut one sorted pool into steps of G micro-batches; some may be empty."""
+    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[Places]]:
+        """Cut one pool, sorted from short to long, into steps of G micro-batches; some may be empty."""
         ...
 
 
@@ -51,10 +55,13 @@ class SampleBudget:
     Attributes:
         step: samples a step, over all ranks.
         micro_batches: G.
+        padded: a step is cut into runs of like lengths; otherwise it is dealt out, so that all its micro-batches hold
+            about as much and no rank waits for another.
     """
 
     step: int
     micro_batches: int
+    padded: bool = True
 
     def identity(self) -> dict[str, Any]:
         """The samples of a step; their split is free."""
@@ -65,13 +72,15 @@ class SampleBudget:
         edges = _even(len(lengths_N), -(-len(lengths_N) // self.step))
         return _every(edges, pool)
 
-    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[slice]]:
-        """Even runs, however long their samples are."""
+    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[Places]]:
+        """Equally many samples in each, however long they are."""
         edges = _even(len(lengths_N), -(-len(lengths_N) // self.step))
-        return [
-            [slice(start + a, start + b) for a, b in _spans(_even(end - start, self.micro_batches))]
-            for start, end in _spans(edges)
-        ]
+        return [[start + share for share in self._shares(lengths_N[start:end])] for start, end in _spans(edges)]
+
+    def _shares(self, lengths_N: NDArray[np.float64]) -> list[Places]:
+        if not self.padded:
+            return _deal(lengths_N, self.micro_batches)
+        return [np.arange(start, end) for start, end in _spans(_even(len(lengths_N), self.micro_batches))]
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class CostBudget:
         steps = -(-float(lengths_N.sum()) // (self.size * self.micro_batches))
         return _even(len(lengths_N), min(max(1, int(steps) // pool), len(lengths_N)))
 
-    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[slice]]:
+    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[Places]]:
         """Fill up greedily, under the smallest budget that needs no more steps than the full one."""
         lengths, group = lengths_N.tolist(), self.micro_batches
         edges = self._fill(lengths, self.size)
@@ -115,8 +124,8 @@ class CostBudget:
             else:
                 low = middle
         spans = _split_up_to(_spans(edges), lengths, wanted)
-        micro = [slice(start, end) for start, end in spans]
-        micro += [slice(len(lengths), len(lengths))] * (wanted - len(micro))
+        micro = [np.arange(start, end) for start, end in spans]
+        micro += [np.arange(0)] * (wanted - len(micro))
         return [micro[first : first + group] for first in range(0, wanted, group)]
 
     def _fill(self, lengths: Sequence[float], size: float) -> list[int]:
@@ -143,8 +152,8 @@ def pack(
         key: of the random order.
 
     Returns:
-        steps[s][g]: places of the samples in micro-batch g of step s, the micro-batches of a step from short to long,
-        exactly `budget.micro_batches` a step, some of them empty where samples are few.
+        steps[s][g]: places of the samples in micro-batch g of step s, exactly `budget.micro_batches` a step, some of
+        them empty where samples are few. Runs of like lengths go from short to long.
     """
     if not len(lengths_N):
         return []
@@ -170,6 +179,18 @@ def straggler(lengths_N: NDArray[np.float64], steps: Sequence[Sequence[Places]],
     costs = np.array([[len(m) * lengths_N[m].max() if len(m) else 0.0 for m in step] for step in steps])
     by_rank = costs.reshape(len(steps), -1, ranks)
     return float(by_rank.max(2).sum() / by_rank.mean(2).sum())
+
+
+def _deal(lengths_N: NDArray[np.float64], parts: int) -> list[Places]:
+    """Deal places out in rounds from the longest down, the longest of a round to the part that holds least."""
+    held_P = np.zeros(parts)
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    for end in range(len(lengths_N), 0, -parts):
+        round_ = range(end - 1, max(end - parts, 0) - 1, -1)
+        for place, part in zip(round_, np.argsort(held_P, kind="stable").tolist(), strict=False):
+            shares[part].append(place)
+            held_P[part] += lengths_N[place]
+    return [np.array(share[::-1], dtype=np.int64) for share in shares]
 
 
 def _even(count: int, parts: int) -> list[int]:

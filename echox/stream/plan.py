@@ -48,7 +48,7 @@ class Window:
         length_N: what the budget counts.
         seconds_N, tokens_N: see `Source`.
         hash_N: identity of each visit: the sample, its epoch and its turn.
-        steps: steps[s][g] are places of the samples of micro-batch g, short ones first.
+        steps: steps[s][g] are places of the samples of micro-batch g.
     """
 
     place: Place
@@ -63,7 +63,7 @@ class Window:
     steps: list[list[Places]]
 
     def slots(self, step: int, rank: int, world_size: int) -> list[Places]:
-        """The micro-batches of one rank: those at every `world_size`-th place, so that ranks run like lengths at once.
+        """The micro-batches of one rank: those at every `world_size`-th place, so that ranks run like costs at once.
 
         Raises:
             RecipeError: the world size does not divide the micro-batches of a step.

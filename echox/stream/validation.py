@@ -53,7 +53,7 @@ class ValidReader:
         lengths_N = source.tokens(every) if by_tokens else source.seconds(every)
         order = np.argsort(lengths_N, kind="stable").astype(np.int64)
         cut = budget.cut(lengths_N[order]) if len(order) else []
-        micro = [order[places] for step in cut for places in step if places.start < places.stop]
+        micro = [order[places] for step in cut for places in step if len(places)]
         micro += [order[:0]] * (-len(micro) % world_size)
         self._micro: list[Places] = micro[rank::world_size]
 

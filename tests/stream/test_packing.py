@@ -37,7 +37,7 @@ def cost_cases(cases: int) -> Iterator[tuple[NDArray[np.float64], CostBudget, in
 def sample_cases(cases: int) -> Iterator[tuple[NDArray[np.float64], SampleBudget, int | None]]:
     for case in range(cases):
         rng = np.random.default_rng(case)
-        budget = SampleBudget(int(rng.integers(1, 40)), int(rng.integers(1, 9)))
+        budget = SampleBudget(int(rng.integers(1, 40)), int(rng.integers(1, 9)), padded=bool(rng.integers(2)))
         yield lognormal(int(rng.integers(1, 200)), case), budget, int(rng.integers(1, 6)) if rng.integers(2) else None
 
 
@@ -121,13 +121,15 @@ def test_micro_batches_of_a_sample_budget_differ_by_one_sample_within_a_step() -
 
 def test_a_step_of_a_sample_budget_does_not_depend_on_its_split() -> None:
     for lengths, budget, pool in sample_cases(100):
-        splits = [pack(lengths, SampleBudget(budget.step, group), pool=pool, key=(4,)) for group in (1, 2, 3, 24)]
-        contents = [[np.concatenate(step).tolist() for step in steps] for steps in splits]
+        budgets = [SampleBudget(budget.step, group, padded) for group in (1, 2, 3, 24) for padded in (True, False)]
+        contents = [members_of(pack(lengths, split, pool=pool, key=(4,))) for split in budgets]
         assert all(content == contents[0] for content in contents)
 
 
-def test_micro_batches_go_from_short_to_long() -> None:
+def test_micro_batches_go_from_short_to_long_unless_they_are_dealt_out() -> None:
     for lengths, budget, pool in all_cases(75):
+        if isinstance(budget, SampleBudget) and not budget.padded:
+            continue
         for step in pack(lengths, budget, pool=pool, key=(5,)):
             filled = [lengths[micro] for micro in step if len(micro)]
             assert all(left.max() <= right.min() * (1 + JITTER) for left, right in pairwise(filled))
@@ -205,6 +207,26 @@ def test_ranks_run_like_lengths_at_once(ranks: int, padded: bool) -> None:
     unsorted = shuffled(lengths, micro_batches=24, step=24 * 16)
     assert straggler(lengths, steps, ranks) < 1.06
     assert straggler(lengths, steps, ranks) < straggler(lengths, unsorted, ranks) - 0.1
+
+
+@pytest.mark.parametrize(("group", "most"), [(2, 1.03), (4, 1.05), (8, 1.1)])
+def test_packed_micro_batches_of_a_mixed_step_hold_about_as_much(group: int, most: float) -> None:
+    lengths = lognormal(3200)
+
+    def longest_over_mean(padded: bool) -> float:
+        steps = pack(lengths, SampleBudget(8 * group, group, padded), pool=1, key=(14,))
+        held = np.array([[sum(lengths[place] for place in micro) for micro in step] for step in steps])
+        return float(held.max(1).sum() / held.mean(1).sum())
+
+    assert longest_over_mean(padded=False) < most
+    assert longest_over_mean(padded=True) > 1.3
+
+
+def test_the_longest_of_a_round_goes_to_whom_has_least() -> None:
+    lengths = np.array([1.0, 1.0, 2.0, 4.0, 5.0])
+    (step,) = pack(lengths, SampleBudget(5, 2, padded=False), pool=None, key=(15,))
+    # 5 | 4, then 2 to the second and 1 to the first: 6 | 6, and the last one to the first.
+    assert [sorted(lengths[micro].tolist()) for micro in step] == [[1.0, 1.0, 5.0], [2.0, 4.0]]
 
 
 def test_the_straggler_is_the_slowest_rank_over_the_mean() -> None:

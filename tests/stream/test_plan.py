@@ -40,7 +40,7 @@ def random_sources(rng: np.random.Generator) -> list[Source]:
 def random_budget(rng: np.random.Generator) -> Budget:
     group = int(rng.choice([1, 2, 4, 6, 12]))
     if rng.integers(2):
-        return SampleBudget(int(rng.integers(1, 30)), group)
+        return SampleBudget(int(rng.integers(1, 30)), group, padded=bool(rng.integers(2)))
     by = "tokens" if rng.integers(2) else "seconds"
     return CostBudget(by, float(rng.choice([3, 30, 300])), group, padded=bool(rng.integers(2)))
 
