@@ -130,24 +130,29 @@ def prompt_samples(prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
         yield {"__key__": key, "question.flac": encode_flac(samples), "json": meta}
 
 
-def _build_set(
-    folder: Path, inputs: Any, samples: Callable[[], Iterator[dict[str, Any]]], progress: Progress
-) -> dict[str, Any]:
-    """Write one set unless a complete one of the same inputs is there; returns its `dataset.json`."""
-    wanted = digest(inputs)
+def _built(folder: Path, inputs: Any) -> dict[str, Any] | None:
+    """`dataset.json` of a set that is complete and of these inputs."""
     described = read_json(folder / DATASET_NAME)
     complete = described is not None and all(
         (folder / shard["name"]).is_file() and (folder / shard["name"]).stat().st_size == shard["bytes"]
         for shard in described["shards"]
     )
-    if complete and read_json(folder / INPUTS_NAME) == wanted:
+    return described if complete and read_json(folder / INPUTS_NAME) == digest(inputs) else None
+
+
+def _build_set(
+    folder: Path, inputs: Any, samples: Callable[[], Iterator[dict[str, Any]]], progress: Progress
+) -> dict[str, Any]:
+    """Write one set unless a complete one of the same inputs is there; returns its `dataset.json`."""
+    described = _built(folder, inputs)
+    if described is not None:
         if not is_indexed(folder):
             described = index_folder(folder)
         progress(f"{folder.name}: already built, {described['samples']} samples")
         return dict(described)
     started = time.perf_counter()
     described = write_shards(folder, samples(), PER_SHARD)
-    write_json(folder / INPUTS_NAME, wanted)
+    write_json(folder / INPUTS_NAME, digest(inputs))
     progress(
         f"{folder.name}: {described['samples']} samples, {described['hours'] * 60:.1f} minutes of audio "
         f"in {time.perf_counter() - started:.0f} s"
@@ -159,24 +164,32 @@ def _identity(prompts: Sequence[Prompt]) -> list[tuple[str, str, float]]:
     return [(prompt.name, prompt.text, prompt.seconds) for prompt in prompts]
 
 
-def _spoken_set(
-    folder: Path, items: Sequence[Item], real: Sequence[Prompt], speaker: Speaker, identity: str, progress: Progress
-) -> dict[str, Any]:
-    """One synthesised set, real recordings after it."""
-    started = time.perf_counter()
+class _SpokenSet:
+    """One synthesised set, real recordings after it. Unless it is built, its sentences are begun when this is made."""
 
-    def tell(done: int, total: int) -> None:
-        rate = done / (time.perf_counter() - started)
-        progress(f"{folder.name}: {done}/{total} sentences, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+    def __init__(
+        self, folder: Path, items: Sequence[Item], real: Sequence[Prompt], speaker: Speaker, identity: str, say: Progress
+    ) -> None:
+        self._folder, self._items, self._real, self._say = folder, items, real, say
+        self._inputs = [identity, [asdict(item) for item in items], _identity(real)]
+        self._spoken: Iterator[list[NDArray[Any]]] = iter(())
+        self._started = time.perf_counter()
+        if _built(folder, self._inputs) is None:
+            self._spoken = speaker.speak([item.utterance for item in items], self._tell)
 
-    def samples() -> Iterator[dict[str, Any]]:
-        spoken = speaker.speak([item.utterance for item in items], tell)
-        for item, waveforms in zip(items, spoken, strict=True):
+    def write(self) -> dict[str, Any]:
+        """Write it as its sentences come; returns its `dataset.json`."""
+        self._started = time.perf_counter()
+        return _build_set(self._folder, self._inputs, self._samples, self._say)
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        for item, waveforms in zip(self._items, self._spoken, strict=True):
             yield from item_samples(item, waveforms, "piper/en_US-joe-medium")
-        yield from prompt_samples(real)
+        yield from prompt_samples(self._real)
 
-    inputs = [identity, [asdict(item) for item in items], _identity(real)]
-    return _build_set(folder, inputs, samples, progress)
+    def _tell(self, done: int, total: int) -> None:
+        rate = done / (time.perf_counter() - self._started)
+        self._say(f"{self._folder.name}: {done}/{total} sentences, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
 
 
 def real_prompts(cache: Path, progress: Progress) -> list[Prompt]:
@@ -243,13 +256,17 @@ def build(
     real_train, real_heldout = split_prompts(prompts, HELDOUT_PROMPTS if limit is None else min(limit, HELDOUT_PROMPTS))
     if limit is not None:
         real_train = real_train[:limit]
-    speaker = Speaker(cache / ASSETS["voice"].folder, threads)
-    identity = sha256_file(speaker.model)
     sets: dict[str, dict[str, Any]] = {}
-    for name, items in plan.sets.items():
-        real = real_train if name == "asr-train" else []
-        sets[name] = _spoken_set(root / name, items, real, speaker, identity, say)
-        lap(name)
+    with Speaker(cache / ASSETS["voice"].folder, threads) as speaker:
+        identity = sha256_file(speaker.model)
+        # All before the first is written: no thread waits for the end of a set.
+        spoken = {
+            name: _SpokenSet(root / name, items, real_train if name == "asr-train" else [], speaker, identity, say)
+            for name, items in plan.sets.items()
+        }
+        for name, each in spoken.items():
+            sets[name] = each.write()
+            lap(name)
     if real_heldout:
         folder = root / "asr-heldout-real"
         sets[folder.name] = _build_set(folder, _identity(real_heldout), lambda: prompt_samples(real_heldout), say)

@@ -6,10 +6,10 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -145,7 +145,7 @@ def vary(spoken: Waveform, rate: float, voice: Voice, seed: int) -> Waveform:
 
 
 class Speaker:
-    """Piper with a seeded, single-threaded session a chunk, several chunks at a time.
+    """Piper with a seeded, single-threaded session a chunk, several chunks at a time; a context, which ends its threads.
 
     Sentences of a voice without randomness are spoken once and remembered, as a corpus wants some in several sets.
 
@@ -165,11 +165,19 @@ class Speaker:
             raise MissingModelError(f"No Piper voice in {folder}", where=str(folder), fix="Fetch the demo models.")
         self.model = models[0]
         self.config = PiperConfig.from_dict(json.loads(Path(f"{self.model}.json").read_text(encoding="utf-8")))
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="piper")
         # onnxruntime's seed and espeak's phonemiser are each one a process.
         self._seeding = threading.Lock()
         self._phonemising = threading.Lock()
         self._spoken: dict[tuple[str, Rendering], Waveform] = {}
+        self._left = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+        self._pool.shutdown(cancel_futures=True)
 
     def _session(self, seed: int) -> PiperVoice:
         import onnxruntime
@@ -208,6 +216,8 @@ class Speaker:
         steady = all(utterance.voices[0].rendering.is_steady for utterance in utterances)
         spoken: list[list[Waveform]] = []
         for position, utterance in enumerate(utterances):
+            if self._left:
+                raise CancelledError
             what = utterance.text, utterance.voices[0].rendering
             known = self._spoken.get(what) if steady else None
             samples = self._say(piper, *what) if known is None else known
@@ -220,23 +230,28 @@ class Speaker:
     def speak(
         self, utterances: Sequence[Utterance], progress: Callable[[int, int], None] | None = None
     ) -> Iterator[list[Waveform]]:
-        """Speak sentences.
+        """Speak sentences. They are begun with the call, after those of earlier calls, and not when they are asked for.
 
         Args:
             utterances: what to say; the samples depend on this list alone.
-            progress: called with (sentences done, sentences in all) after each chunk.
+            progress: called with (sentences done, sentences in all) after each chunk that was taken.
 
-        Yields:
+        Returns:
             For each utterance, in order, one waveform a voice: float32 [samples], 16 kHz.
         """
         chunks = [utterances[start : start + CHUNK] for start in range(0, len(utterances), CHUNK)]
+        return self._in_order(self._pool.map(self._chunk, range(len(chunks)), chunks), len(utterances), progress)
+
+    @staticmethod
+    def _in_order(
+        chunks: Iterator[list[list[Waveform]]], total: int, progress: Callable[[int, int], None] | None
+    ) -> Iterator[list[Waveform]]:
         done = 0
-        with ThreadPoolExecutor(self.threads, thread_name_prefix="piper") as pool:
-            for spoken in pool.map(self._chunk, range(len(chunks)), chunks):
-                yield from spoken
-                done += len(spoken)
-                if progress is not None:
-                    progress(done, len(utterances))
+        for spoken in chunks:
+            yield from spoken
+            done += len(spoken)
+            if progress is not None:
+                progress(done, total)
 
 
 def seconds(samples: Waveform) -> float:

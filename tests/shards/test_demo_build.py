@@ -47,12 +47,19 @@ class FakeTextModel:
 
 
 class FakeSpeaker:
-    """A tone as long as the text; counts what it was asked to say."""
+    """A tone as long as the text; counts what it was asked to say, and how often it was left."""
 
     said: list[str] = []
+    left = 0
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self.model = folder / "voice.onnx"
+
+    def __enter__(self) -> FakeSpeaker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        FakeSpeaker.left += 1
 
     def speak(self, utterances: list[Any], progress: Any) -> Iterator[list[np.ndarray]]:
         for utterance in utterances:
@@ -78,7 +85,7 @@ class FakeFeatures:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    FakeTextModel.asked, FakeSpeaker.said = [], []
+    FakeTextModel.asked, FakeSpeaker.said, FakeSpeaker.left = [], [], 0
     models = tmp_path / "models"
     for folder, name in (
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "model.safetensors"),
@@ -176,6 +183,7 @@ def test_a_second_build_does_nothing_and_says_so(cache: Path) -> None:
     assert sum("already built" in line for line in lines) == len(first["sets"]) == 8
     assert sum("units: already made" in line for line in lines) == 1
     assert first["sets"] == second["sets"]
+    assert FakeSpeaker.left == 2, "its threads end with the build"
 
 
 def test_a_damaged_or_outdated_set_alone_is_built_again(cache: Path) -> None:

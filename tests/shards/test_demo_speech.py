@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,61 @@ def test_noise_has_its_level_and_depends_on_the_seed_alone() -> None:
 def test_voices_of_an_utterance_share_a_rendering() -> None:
     with pytest.raises(ValueError, match="one rendering"):
         Utterance(text="x", voices=(TRAIN_RENDERINGS[0][0], TRAIN_RENDERINGS[1][0]))
+
+
+class Mute(Speaker):
+    """Without a voice: says what `say` returns."""
+
+    def __init__(self, folder: Path, say: Callable[[str], np.ndarray], threads: int) -> None:
+        (folder / "v.onnx").touch()
+        voice = {"audio": {"sample_rate": 16_000}, "espeak": {"voice": "en"}, "inference": {}, "num_symbols": 1}
+        (folder / "v.onnx.json").write_text(json.dumps({**voice, "num_speakers": 1, "phoneme_id_map": {}}))
+        super().__init__(folder, threads)
+        self.say = say
+
+    def _session(self, seed: int) -> Any:
+        return seed
+
+    def _say(self, piper: Any, text: str, rendering: Rendering) -> Any:
+        return self.say(text)
+
+
+def sentences(*texts: str) -> list[Utterance]:
+    return [Utterance(text=text, voices=(Voice(name="v"),)) for text in texts]
+
+
+def test_a_second_list_is_begun_while_nobody_takes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.demo.speech.CHUNK", 2)
+    both = threading.Barrier(2)
+
+    def say(text: str) -> np.ndarray:
+        if text in ("c", "x"):  # the last of one list and the first of the next meet, or time runs out
+            both.wait(timeout=20)
+        return np.full(10, ord(text) / 1000, np.float32)
+
+    with Mute(tmp_path, say, threads=2) as speaker:
+        lists = [speaker.speak(sentences("a", "b", "c")), speaker.speak(sentences("x", "y"))]
+        got = [[round(float(wave[0]) * 1000) for (wave,) in spoken] for spoken in lists]
+    assert got == [[ord(text) for text in "abc"], [ord(text) for text in "xy"]]
+
+
+def test_a_speaker_that_is_left_says_no_more(tmp_path: Path) -> None:
+    said: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def say(text: str) -> np.ndarray:
+        said.append(text)
+        begun.set()
+        assert go_on.wait(timeout=20)
+        return np.zeros(10, np.float32)
+
+    with Mute(tmp_path, say, threads=1) as speaker:
+        spoken = speaker.speak(sentences(*"abcdef"))
+        assert begun.wait(timeout=20)
+        threading.Timer(0.2, go_on.set).start()
+    assert said == ["a"]
+    with pytest.raises(CancelledError):
+        next(spoken)
 
 
 @pytest.mark.slow
