@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> list[Finding]:
     """Everything this machine can be asked without starting anything."""
     findings = [_python(), *_packages(read_lock(project_root() / "requirements.lock"))]
-    for check in (_accelerator, _machine, _compiler, _cache):
+    for check in (_bytecode, _accelerator, _machine, _compiler, _cache):
         findings.append(_guarded(check))
     findings += [_model(ref) for ref in (*DEMO_MODELS, *KNOWN_MODELS)]
     return [*findings, _corpus(), _ray()]
@@ -105,6 +106,19 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
 
 def _python() -> Finding:
     return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _bytecode() -> Finding:
+    package = find_spec("transformers")
+    origin = package.origin if package is not None else None
+    if origin is None or not sys.dont_write_bytecode or Path(cache_from_source(origin)).is_file():
+        return Finding("bytecode", "ok", "modules are compiled once")
+    return Finding(
+        "bytecode",
+        "note",
+        "PYTHONDONTWRITEBYTECODE is set: every process compiles its modules anew, some 20 s of its start",
+        f"unset it, or run once `{sys.executable} -m compileall -q -j 0 {Path(origin).parents[1]}`",
+    )
 
 
 def _packages(tested: dict[str, str]) -> list[Finding]:

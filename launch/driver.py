@@ -29,6 +29,8 @@ from launch.train import ABORTED, AGAIN, CRASHED, arguments, said
 from launch.worker import run_worker
 
 if TYPE_CHECKING:
+    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
+
     from echox.tracking.client import MlflowTracker, RunHandle
 
 START_TIMEOUT_S = 600
@@ -182,7 +184,7 @@ class Driver:
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-        from launch.policies import Failures, LegalCounts, Trainer
+        from launch.policies import Failures, FixedCount, LegalCounts, Trainer
         from launch.torch_group import TorchGroup
 
         on_gpu = scaling.gpus_per_worker > 0
@@ -193,6 +195,11 @@ class Driver:
             check_room(recipe, resources)
         failure_config = FailureConfig(max_failures=scaling.max_failures)
         scaling_config = ScalingConfig(num_workers=scaling.workers, use_gpu=on_gpu, resources_per_worker=resources)
+        counts: ScalingPolicy | None = None
+        if least != most:
+            counts = LegalCounts(scaling_config, counts=worker_counts(recipe), run_folder=self.run_folder)
+        elif not os.environ.get("ECHOX_AUTOSCALED"):
+            counts = FixedCount(scaling_config)
         options = {
             "recipe": resolved(recipe),
             "handle": handle,
@@ -222,9 +229,7 @@ class Driver:
                 max_start_failures=scaling.max_start_failures,
                 run_folder=self.run_folder,
             ),
-            counts=None
-            if least == most
-            else LegalCounts(scaling_config, counts=worker_counts(recipe), run_folder=self.run_folder),
+            counts=counts,
         )
         try:
             result: Any = trainer.fit()

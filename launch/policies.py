@@ -11,9 +11,11 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision, F
 from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
+    ScalingPolicy,
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
@@ -105,10 +107,30 @@ class LegalCounts(ElasticScalingPolicy):
         return NoopDecision()
 
 
-class Trainer(DataParallelTrainer):
-    """Ray's trainer with the policies above in place of its own."""
+class FixedCount(FixedScalingPolicy):
+    """Ray's policy of a fixed count, for a cluster that does not grow: it asks nobody for resources.
 
-    def __init__(self, *args: Any, failures: Failures, counts: LegalCounts | None, **more: Any) -> None:
+    Ray's own starts a process to ask an autoscaler through, and waits for it; the placement group of the workers asks
+    for the same.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Nothing: no client for the requests is made, so none is cancelled at the end."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+
+class Trainer(DataParallelTrainer):
+    """Ray's trainer with policies from above in place of its own.
+
+    Args:
+        args, more: Ray's own.
+        failures: what is worth another try.
+        counts: how many workers run; None leaves it to Ray's own policy.
+    """
+
+    def __init__(self, *args: Any, failures: Failures, counts: ScalingPolicy | None, **more: Any) -> None:
         super().__init__(*args, **more)
         self._failures = failures
         self._counts = counts

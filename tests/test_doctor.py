@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import py_compile
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +34,20 @@ def test_a_missing_pinned_package_fails(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_local_build_tag_is_the_same_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: "2.11.0+cu130")
     assert doctor._packages({"torch": "2.11.0"})[0].state == "ok"
+
+
+def test_modules_that_are_compiled_in_every_process_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "package" / "__init__.py"
+    source.parent.mkdir()
+    source.touch()
+    monkeypatch.setattr(doctor, "find_spec", lambda name: SimpleNamespace(origin=str(source)))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert doctor._bytecode().state == "ok"
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    finding = doctor._bytecode()
+    assert finding.state == "note" and finding.fix.endswith(f"compileall -q -j 0 {tmp_path}`")
+    py_compile.compile(str(source))
+    assert doctor._bytecode().state == "ok"
 
 
 def test_no_compiler_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

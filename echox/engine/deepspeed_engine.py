@@ -19,17 +19,26 @@ if TYPE_CHECKING:
     from echox.engine.precision import Resolved
 
 
-def prepare_deepspeed(device: torch.device) -> None:
-    """Before its first import, tell DeepSpeed what it runs on, and spare it its autotuner.
+_UNUSED = {
+    "deepspeed.autotuning.autotuner": "Autotuner",
+    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
+}
+"""Modules of DeepSpeed that are replaced by an empty class of this name."""
 
-    It would probe for other accelerators, and the autotuner brings MLflow and pandas into every rank: seconds of the
-    start. Transformers imports DeepSpeed as well, so this comes before both.
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Before its first import, tell DeepSpeed what it runs on, and spare it parts that no run uses.
+
+    It would probe for other accelerators; the autotuner brings MLflow and pandas into every rank, and the optimizer
+    Muon, which is compiled where it is defined, PyTorch's compiler: seconds of the start. Transformers imports
+    DeepSpeed as well, so this comes before both.
     """
     os.environ["DS_ACCELERATOR"] = device.type
     if "deepspeed" not in sys.modules:
-        absent: Any = ModuleType("deepspeed.autotuning.autotuner")
-        absent.Autotuner = None
-        sys.modules[absent.__name__] = absent
+        for place, name in _UNUSED.items():
+            absent = ModuleType(place)
+            setattr(absent, name, type(name, (), {}))
+            sys.modules[place] = absent
 
 
 def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
