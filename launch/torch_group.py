@@ -73,7 +73,7 @@ def _join(*, address: str, port: int, world_rank: int, world_size: int, backend:
 
     import torch.distributed
 
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port), RANK=str(world_rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     torch.distributed.init_process_group(
         backend, rank=world_rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
     )

@@ -105,7 +105,7 @@ def score_questions(
     judge: Transcriber,
     *,
     text_llm_acc: float | None = None,
-    batch: int = 8,
+    batch: int = 16,
     progress: Progress | None = None,
 ) -> SetScore:
     """Ask every question by voice, let the model speak, let the judge listen."""
@@ -133,7 +133,7 @@ def score_questions(
 
 
 def score_transcription(
-    model: SpeechToSpeech, samples: Sequence[Sample], *, batch: int = 8, progress: Progress | None = None
+    model: SpeechToSpeech, samples: Sequence[Sample], *, batch: int = 16, progress: Progress | None = None
 ) -> SetScore:
     """Word error rate of the model's transcripts of recordings."""
     items: list[SpokenItem] = []
@@ -148,7 +148,12 @@ def score_transcription(
 
 
 def resynthesis_wer(
-    samples: Sequence[Sample], vocoder: Speaker, judge: Transcriber, *, batch: int = 8, progress: Progress | None = None
+    samples: Sequence[Sample],
+    vocoder: Speaker,
+    judge: Transcriber,
+    *,
+    batch: int = 16,
+    progress: Progress | None = None,
 ) -> tuple[float, float]:
     """The vocoder's ceiling: WER of true units spoken again, and of the original audio, under the same judge."""
     references, again, original = [], [], []

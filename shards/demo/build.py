@@ -168,10 +168,10 @@ class _SpokenSet:
     """One synthesised set, real recordings after it. Unless it is built, its sentences are begun when this is made."""
 
     def __init__(
-        self, folder: Path, items: Sequence[Item], real: Sequence[Prompt], speaker: Speaker, identity: str, say: Progress
+        self, folder: Path, items: Sequence[Item], real: Sequence[Prompt], speaker: Speaker, voice: str, say: Progress
     ) -> None:
         self._folder, self._items, self._real, self._say = folder, items, real, say
-        self._inputs = [identity, [asdict(item) for item in items], _identity(real)]
+        self._inputs = [voice, [asdict(item) for item in items], _identity(real)]
         self._spoken: Iterator[list[NDArray[Any]]] = iter(())
         self._started = time.perf_counter()
         if _built(folder, self._inputs) is None:

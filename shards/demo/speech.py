@@ -145,7 +145,7 @@ def vary(spoken: Waveform, rate: float, voice: Voice, seed: int) -> Waveform:
 
 
 class Speaker:
-    """Piper with a seeded, single-threaded session a chunk, several chunks at a time; a context, which ends its threads.
+    """Piper with a seeded, single-threaded session a chunk, several chunks at a time; a context that ends its threads.
 
     Sentences of a voice without randomness are spoken once and remembered, as a corpus wants some in several sets.
 

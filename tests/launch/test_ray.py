@@ -114,6 +114,7 @@ def test_a_killed_worker_is_replaced_and_a_stopped_job_saves_first(
     with pytest.raises(LaunchError, match="already has job"):
         submit(jobs, storage, name)
     wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
+    assert "AutoscalingCoordinator" not in names(cluster.processes_of(head)), "a fixed count asks no autoscaler"
     first = json.loads((run / "pids.json").read_text())
     os.kill(first["pids"][1], signal.SIGKILL)
     wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
