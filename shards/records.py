@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from echox.files import write_atomically
+
 CORPUS = "data/demo"
 """Place of the corpus below the cache."""
 PER_SHARD = 128
@@ -22,9 +24,7 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is either the old or the new one, never half of it."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.errors import AlteredModelError, MissingModelError
+from echox.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +120,4 @@ def _read_cache(cache: Path | None) -> dict[str, dict[str, Any]]:
 
 def _write_cache(cache: Path, known: dict[str, dict[str, Any]]) -> None:
     cache.parent.mkdir(parents=True, exist_ok=True)
-    # Several nodes may share the cache folder: the process id keeps their temporary files apart.
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known, indent=1, sort_keys=True))
-    temporary.replace(cache)
+    write_atomically(cache, json.dumps(known, indent=1, sort_keys=True))

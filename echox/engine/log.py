@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echox.engine.manifest import append_line
+from echox.files import append_line
 
 
 class EventLog:

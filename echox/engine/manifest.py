@@ -14,6 +14,7 @@ from typing import Any
 
 from echox.engine.frozen import sha256_of
 from echox.errors import CheckpointError
+from echox.files import fsync
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
@@ -171,31 +172,6 @@ def sweep(run_folder: Path) -> None:
     folder = checkpoints_folder(run_folder)
     for path in folder.glob(".*-step-*") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
-
-
-def fsync(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def append_line(path: Path, text: str) -> None:
-    """Add a line to a file, on a line of its own even where a crash or a full disk has cut the one before it short."""
-    with path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read() == b"\n" else f"\n{text}"
-        file.write(f"{text}\n".encode())
 
 
 def _seal(body: Mapping[str, Any]) -> str:

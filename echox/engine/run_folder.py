@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from echox.engine.manifest import append_line, write_atomically
 from echox.errors import CheckpointError
+from echox.files import append_line, write_atomically
 
 
 @dataclass(frozen=True)

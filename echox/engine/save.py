@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.engine.manifest import WEIGHTS, describe_file, fsync, publish, write_manifest
+from echox.engine.manifest import WEIGHTS, describe_file, publish, write_manifest
 from echox.engine.zero_state import FOLDER, SavedSlices, slices_file
 from echox.errors import CheckpointError
+from echox.files import fsync
 
 if TYPE_CHECKING:
     import torch

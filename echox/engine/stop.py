@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from echox.engine.manifest import write_atomically
+from echox.files import write_atomically
 
 STOP_FILE = "stop.json"
 POLL_S = 0.5

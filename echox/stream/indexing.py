@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from echox.errors import DataError
+from echox.files import write_atomically
 from echox.stream.catalogue import CATALOGUE_NAME, DATASET_NAME, SHARD, Catalogue, write_segments
 from echox.stream.scan import RECORD, ShardTable, check_optional, member_rule, scan_shard, write_index
 
@@ -245,9 +245,7 @@ def _publish(path: Path, text: str) -> None:
     """Replace a file at once; one of equal content keeps its date, by which others tell whether data is new."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    write_atomically(path, text)
 
 
 def _renumber(names: Iterable[Any], known: dict[Any, int]) -> NDArray[np.int64]:

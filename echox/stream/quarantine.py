@@ -6,13 +6,13 @@ A dropped sample leaves its place in the plan empty, so the order of all others 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from echox.errors import DataError
+from echox.files import append_line, write_atomically
 
 FOLDER = "quarantine"
 MERGED = "ledger.jsonl"
@@ -53,18 +53,11 @@ class Ledger:
 
     def append(self, entries: Iterable[Entry]) -> None:
         """Write entries and force them to disk."""
-        lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+        lines = "\n".join(json.dumps(asdict(entry)) for entry in entries)
         if not lines:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read() != b"\n":  # after a line cut short by a crash
-                    lines = "\n" + lines
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, lines, durable=True)
 
 
 def merge(run_folder: Path) -> list[dict[str, Any]]:
@@ -84,9 +77,7 @@ def merge(run_folder: Path) -> list[dict[str, Any]]:
     entries = [visits[visit] for visit in sorted(visits, key=lambda visit: (visits[visit]["step"], visit))]
     if entries:
         merged = run_folder / FOLDER / MERGED
-        scratch = merged.with_name(f".{MERGED}.part")
-        scratch.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-        scratch.replace(merged)
+        write_atomically(merged, "".join(json.dumps(entry) + "\n" for entry in entries))
     return entries
 
 

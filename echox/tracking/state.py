@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from echox.files import write_atomically
+
 STATE_FILE = "mlflow.json"
 ATTEMPT_FILE = "mlflow-attempt.json"
 ALIVE_FILE = "mlflow-alive"
@@ -84,7 +86,7 @@ def update_state(run_folder: Path, **changes: Any) -> dict[str, Any]:
     """Change entries of `mlflow.json` and return all; one process at a time writes it, the owner while it lives."""
     with _lock:
         state = {**read_state(run_folder), **changes}
-        _replace(run_folder / STATE_FILE, json.dumps(state, indent=1, default=str) + "\n")
+        write_atomically(run_folder / STATE_FILE, json.dumps(state, indent=1, default=str) + "\n")
     return state
 
 
@@ -135,7 +137,7 @@ def gang() -> str:
 
 def announce_attempt(run_folder: Path, attempt: int) -> None:
     """Tell the trackers of other nodes which attempt theirs is."""
-    _replace(run_folder / ATTEMPT_FILE, json.dumps({"attempt": attempt, "gang": gang()}))
+    write_atomically(run_folder / ATTEMPT_FILE, json.dumps({"attempt": attempt, "gang": gang()}))
 
 
 def announced_attempt(run_folder: Path) -> int | None:
@@ -175,9 +177,3 @@ def _mtime(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(text)
-    partial.replace(path)
