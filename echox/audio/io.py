@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,9 +39,8 @@ def read_audio(source: str | Path | bytes) -> Waveform:
     name = f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source)
     fix = "Give a file that libsndfile can decode, such as WAV or FLAC."
     try:
-        samples, rate = soundfile.read(
-            io.BytesIO(source) if isinstance(source, bytes) else source, dtype="float32", always_2d=True
-        )
+        with _in_memory(source) if isinstance(source, bytes) else nullcontext(source) as file:
+            samples, rate = soundfile.read(file, dtype="float32", always_2d=True, closefd=False)
     except (soundfile.LibsndfileError, OSError) as error:
         # The whole message of libsndfile names bytes by their address in memory.
         known = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
@@ -50,6 +52,22 @@ def read_audio(source: str | Path | bytes) -> Waveform:
     if not np.isfinite(mono).all():
         raise DataError(f"The audio of {name} has samples that are not finite numbers", where=name, fix=fix)
     return resample(np.ascontiguousarray(mono), rate)
+
+
+@contextmanager
+def _in_memory(content: bytes) -> Iterator[int]:
+    """A file descriptor of bytes, which libsndfile reads without Python.
+
+    For each block of a BytesIO it would call back and wait for the interpreter: two threads decode a seventh less.
+    """
+    descriptor = os.memfd_create("audio")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def resample(samples: Waveform, rate: float, to_rate: float = SAMPLE_RATE) -> Waveform:
