@@ -16,7 +16,7 @@ from echox.errors import EchoXError
 
 # Command -> module that registers it; several commands may share a module.
 COMMANDS: dict[str, str] = {
-    "train": "echox.engine.cli",
+    "train": "echox.train",
     "checkpoint": "echox.engine.cli",
     "submit": "launch.cli",
     "resume": "launch.cli",

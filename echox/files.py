@@ -1,9 +1,16 @@
-"""Small files that a crash, a full disk or another reader must not find half written."""
+"""Writes small files that no crash, full disk or other reader finds half written, and hashes files of any size."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

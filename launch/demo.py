@@ -26,6 +26,7 @@ from rich.table import Table
 
 from echox.config.load import load_recipe
 from echox.config.paths import cache_dir, project_root
+from echox.engine.manifest import newest_manifest
 from echox.errors import EchoXError
 from launch import cluster, done, places
 from launch.follow import follow
@@ -311,7 +312,7 @@ class Demo:
 
     def _earlier_scores(self, scores: Path, report: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """The scores of an earlier run, if everything they judge is older and they judged as much."""
-        manifest = done.newest_manifest(self.storage / "demo-echo")
+        manifest = newest_manifest(self.storage / "demo-echo")
         if manifest is None or not (scores.is_file() and report.is_file()):
             return None
         made = scores.stat().st_mtime

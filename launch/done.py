@@ -9,17 +9,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from echox.builders.data import listings
 from echox.config.load import fingerprint
 from echox.config.schema import Recipe
-from echox.engine.data import listings
+from echox.engine.manifest import newest_manifest
 
 State = Literal["none", "partial", "done", "stale"]
-
-
-def newest_manifest(run_folder: Path) -> Path | None:
-    """Manifest of the last checkpoint of a run, by step; None if there is none."""
-    found = sorted((run_folder / "checkpoints").glob("step-*/manifest.json"))
-    return found[-1] if found else None
 
 
 def run_state(recipe: Recipe) -> tuple[State, str]:

@@ -243,8 +243,8 @@ class Driver:
         """The resolved recipe, the DeepSpeed JSON and the fingerprints of the data, as files of the run."""
         import yaml
 
+        from echox.builders.data import listings
         from echox.config.paths import resolve_file
-        from echox.engine.data import listings
 
         recipe = self.recipe
         resolved_file = self.run_folder / places.RESOLVED

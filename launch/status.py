@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from echox.config.schema import Recipe
+from echox.engine.manifest import newest_manifest
 from echox.errors import LaunchError
 from launch import places
 from launch.causes import lost_peer
-from launch.done import newest_manifest
 from launch.events import FAILED, FAILURES, Event, is_error, line, read_events, read_progress
 from launch.follow import describe
 from launch.startup import describe as describe_start

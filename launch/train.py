@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from echox.config.load import load_recipe
-from echox.engine.cli import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from echox.errors import EchoXError
+from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from launch import places
 from launch.events import ENDS, JobLog, driver_events
 from launch.signals import RELAYED_ABORT, RELAYED_STOP, StopSignals
@@ -30,7 +30,7 @@ CRASHED = 70
 AGAIN = 75
 """Exit code of a driver that saved and ended because of its nodes, to be started again."""
 DEFAULT_TRAIN = "echox.engine.train:train"
-DEFAULT_SETUP = "echox.engine.setup:build_setup"
+DEFAULT_SETUP = "echox.builders.setup:build_setup"
 
 
 def arguments(prog: str) -> argparse.ArgumentParser:

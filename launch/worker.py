@@ -18,9 +18,6 @@ from echox.tracking.system import SystemMetrics
 from launch.causes import error_file
 from launch.ray_context import RayContext
 
-DEFAULT_TRAIN = "echox.engine.train:train"
-DEFAULT_SETUP = "echox.engine.setup:build_setup"
-
 
 def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train on one rank.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import DataError
-from echox.release.checksums import sha256_file
+from echox.files import sha256_file
 from echox.stream.catalogue import DATASET_NAME
 from shards.convert import count_members, is_kept, record_path, tar_path, write_sample, writing
 from shards.publish import add_shard, complete, finish_publishing, index, stage

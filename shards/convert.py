@@ -18,7 +18,7 @@ import soundfile
 
 from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
 from echox.errors import DataError, EchoXError
-from echox.release.checksums import sha256_file
+from echox.files import sha256_file
 from shards.corpus import Audio, Utterance
 from shards.records import digest, read_json, write_json
 

@@ -123,10 +123,10 @@ def run_check(args: argparse.Namespace) -> int:
 def run_stats(args: argparse.Namespace) -> int:
     """Print the numbers; draw the histograms if asked."""
     from echox.config.paths import resolve_model
-    from echox.stream.catalogue import Catalogue
+    from echox.stream.store import open_catalogue
     from shards.stats import dataset_stats, plot_lengths, token_counts
 
-    catalogue = Catalogue.open(args.location)
+    catalogue = open_catalogue(args.location)
     extra = {}
     if args.tokenizer:
         tokenizer = resolve_model(args.tokenizer, weights=False) / "tokenizer.json"

@@ -10,11 +10,12 @@ import torch
 
 from echox.audio.batches import length_batches
 from echox.audio.io import SAMPLE_RATE, read_audio
+from echox.builders.encoded import RECORD, encoding_identity
 from echox.config.paths import resolve_data
 from echox.config.schema import ModelConfig, Recipe
 from echox.release.pretrained import load_whisper_encoder
 from echox.stream.collate import pad_audio
-from echox.stream.encoded import MEMBER, RECORD, encoding_identity, pack
+from echox.stream.encoded import MEMBER, pack
 from shards.records import PER_SHARD, read_json, write_json
 from shards.rewrite import read_samples, rewrite
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from echox.builders.stages import build_echo_stage, build_s2t, build_t2c, build_t2c_stage
 from echox.config.schema import LoraConfig, ModelConfig
 from echox.errors import DataError
 from echox.models.s2t import S2TModel
 from echox.models.t2c import T2CDecoder
 from echox.release.pretrained import add_lora
-from echox.stages.build import build_echo_stage, build_s2t, build_t2c, build_t2c_stage
 from echox.stages.echo import EchoStage
 from echox.stages.t2c import T2CStage
 from echox.stream.batch import SpeechBatch

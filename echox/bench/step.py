@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from echox.builders.setup import TextTools, build_stage
 from echox.engine.precision import resolve_precision, torch_dtype
-from echox.engine.setup import TextTools, build_stage
 from echox.models.packing import Layout
 from echox.release.pretrained import encoder_width, mel_bins
 from echox.stream.batch import SpeechBatch, UnitBatch

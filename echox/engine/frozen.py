@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.errors import AlteredModelError, MissingModelError
-from echox.files import write_atomically
+from echox.files import sha256_file, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -97,15 +97,9 @@ def _hash_cached(path: Path, known: dict[str, dict[str, Any]]) -> str:
     entry = known.get(str(path.resolve()))
     if entry is not None and {key: entry.get(key) for key in stamp} == stamp:
         return str(entry["sha256"])
-    digest = sha256_of(path)
+    digest = sha256_file(path)
     known[str(path.resolve())] = {**stamp, "sha256": digest}
     return digest
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_cache(cache: Path | None) -> dict[str, dict[str, Any]]:

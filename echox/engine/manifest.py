@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echox.engine.frozen import sha256_of
 from echox.errors import CheckpointError
-from echox.files import fsync
+from echox.files import fsync, sha256_file
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
@@ -46,6 +45,12 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), reverse=True)
 
 
+def newest_manifest(run_folder: Path) -> Path | None:
+    """Manifest of the newest published checkpoint of a run, not verified; None if there is none."""
+    manifests = (checkpoint / MANIFEST for checkpoint in list_checkpoints(run_folder))
+    return next((manifest for manifest in manifests if manifest.is_file()), None)
+
+
 def write_manifest(folder: Path, contents: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the manifest over `files` (relative name to bytes and sha256), sealed by its own hash, and fsync it."""
     body = {"version": VERSION, **contents, "files": dict(sorted(files.items()))}
@@ -60,7 +65,7 @@ def write_manifest(folder: Path, contents: Mapping[str, Any], files: Mapping[str
 def describe_file(path: Path) -> dict[str, Any]:
     """Size and hash of a file for the manifest, which is also forced to disk."""
     fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -99,7 +104,7 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any
             raise CheckpointError(
                 f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}", where=str(checkpoint)
             )
-        if sha256_of(path) != expected["sha256"]:
+        if sha256_file(path) != expected["sha256"]:
             raise CheckpointError(f"{name} does not match its hash", where=str(checkpoint))
     return manifest
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from echox.audio.io import read_audio
+from echox.audio.io import read_audio, resample
 from echox.evaluate.text import answer_match, wer
-from echox.stream.catalogue import Catalogue
-from echox.stream.store import Sample, ShardStore
+from echox.stream.store import Sample, ShardStore, open_catalogue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,7 +112,7 @@ def score_questions(
     for chunk in _chunks(samples, batch):
         questions = [read_audio(sample["question.flac"]) for sample in chunk]
         answers = model.answer(questions)
-        spoken = [at_16k(wave, vocoder.sample_rate) for wave in vocoder([answer.units for answer in answers])]
+        spoken = [resample(wave, vocoder.sample_rate) for wave in vocoder([answer.units for answer in answers])]
         heard = judge.transcribe(spoken)
         for sample, question, answer, wave, words in zip(chunk, questions, answers, spoken, heard, strict=True):
             items.append(_item(sample, question, answer.text, wave, words))
@@ -159,7 +158,7 @@ def resynthesis_wer(
     references, again, original = [], [], []
     for chunk in _chunks(samples, batch):
         units = [np.frombuffer(sample["answer.units"], dtype="<u2") for sample in chunk]
-        waves = [at_16k(wave, vocoder.sample_rate) for wave in vocoder(units)]
+        waves = [resample(wave, vocoder.sample_rate) for wave in vocoder(units)]
         references += [sample.meta["answer_text"] for sample in chunk]
         again += judge.transcribe(waves)
         original += judge.transcribe([read_audio(sample["answer.flac"]) for sample in chunk])
@@ -168,18 +167,9 @@ def resynthesis_wer(
     return wer(references, again), wer(references, original)
 
 
-def at_16k(wave: NDArray[np.float32], rate: int) -> NDArray[np.float32]:
-    """Resample to 16 kHz where needed."""
-    if rate == 16000:
-        return wave
-    import soxr
-
-    return np.asarray(soxr.resample(wave, rate, 16000), dtype=np.float32)
-
-
 def take(location: str | Path, limit: int | None) -> list[Sample]:
     """At most `limit` samples of a dataset at even distances, so that a cut-down set still covers the whole of it."""
-    catalogue = Catalogue.open(location)
+    catalogue = open_catalogue(location)
     count = catalogue.samples if limit is None else min(limit, catalogue.samples)
     places = np.linspace(0, catalogue.samples - 1, count).round().astype(int)
     store = ShardStore(catalogue)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from echox.errors import AlteredModelError, EchoXError, MissingModelError
+from echox.files import sha256_file
 from echox.release import smollm2_gguf, whisper_ct2
-from echox.release.checksums import SUMS_NAME, read_sums, sha256_file, verify, write_sums
+from echox.release.checksums import SUMS_NAME, read_sums, verify, write_sums
 from echox.release.download import Package, fetch_archive, fetch_from_hub
 
 log = logging.getLogger(__name__)

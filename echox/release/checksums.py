@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from echox.errors import AlteredModelError, MissingModelError
+from echox.files import sha256_file
 
 SUMS_NAME = "SHA256SUMS"
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sums(folder: Path, source: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from echox.errors import AlteredModelError, NetworkError
-from echox.release.checksums import sha256_file
+from echox.files import sha256_file
 
 log = logging.getLogger(__name__)
 

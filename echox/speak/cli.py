@@ -35,9 +35,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, answer, write."""
-    from echox.audio.io import SAMPLE_RATE, read_audio, write_audio
+    from echox.audio.io import SAMPLE_RATE, read_audio, resample, write_audio
     from echox.config.paths import cache_dir
-    from echox.evaluate.spoken import at_16k
     from echox.speak.pipeline import SpeechToSpeech
     from echox.speak.vocoder import load_vocoder
 
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         asked = len(question) / SAMPLE_RATE
         print(f"{args.question} has {asked:.0f} s; only the first {model.max_audio_s:.0f} s are heard", file=sys.stderr)
     answer = model.answer([question])[0]
-    wave = at_16k(vocoder([answer.units])[0], vocoder.sample_rate)
+    wave = resample(vocoder([answer.units])[0], vocoder.sample_rate)
     write_audio(args.out, wave)
     result = {"text": answer.text, "out": str(args.out), "seconds": round(len(wave) / SAMPLE_RATE, 2)}
     print(json.dumps(result) if args.json else f"{answer.text}\n{args.out} ({result['seconds']} s)")

@@ -19,11 +19,7 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from echox.errors import DataError
-from echox.stream.cache import NodeCache
-from echox.stream.remote import is_remote, open_remote
-from echox.stream.retry import Retry
 from echox.stream.scan import MEMBER, RECORD
-from echox.stream.staging import fetch_catalogue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,8 +40,9 @@ _OFFSET, _FIRST, _LAYOUT = (list(RECORD.names or ()).index(name) for name in ("o
 class Catalogue:
     """All samples of one dataset, numbered in shard order.
 
-    Open one with `Catalogue.open`. Opening maps the file and checks its header, its shard table and its records; keys
-    and member places are checked by `verify`, and by `ShardStore` with every sample it reads.
+    Open one with `Catalogue.open`, or with `open_catalogue` of the store where it may be remote. Opening maps the file
+    and checks its header, its shard table and its records; keys and member places are checked by `verify`, and by
+    `ShardStore` with every sample it reads.
 
     Attributes:
         location: folder or URL of the shards.
@@ -80,23 +77,12 @@ class Catalogue:
         self._names = self._segment("keys")
 
     @classmethod
-    def open(cls, location: str | Path, *, cache: NodeCache | None = None, retry: Retry | None = None) -> Catalogue:
-        """Open the catalogue of a folder of shards, or of a URL of one.
-
-        Args:
-            location: folder or URL; a folder may hold the catalogue of shards that are elsewhere.
-            cache: where a remote catalogue goes; None takes `NodeCache.default`.
-            retry: for its requests.
+    def open(cls, folder: Path) -> Catalogue:
+        """Open the catalogue in a local folder; its shards lie beside it, or where its `dataset.json` says.
 
         Raises:
-            TransientReadError: a remote one could not be fetched.
             DataError: no catalogue, a damaged one, one of other shards, or a shard missing or not of its size.
         """
-        if is_remote(location):
-            remote = open_remote(str(location))
-            path, digest = fetch_catalogue(remote, cache or NodeCache.default(), retry or Retry())
-            return cls(path, str(location))._expect(digest)
-        folder = Path(location)
         if not folder.is_dir():
             raise DataError("there is no such folder of shards", where=str(folder), fix="correct the path")
         listing, path = folder / DATASET_NAME, folder / CATALOGUE_NAME
@@ -105,7 +91,8 @@ class Catalogue:
                 raise _unusable(str(folder), f"there is no {file.name} in the folder of shards")
         described = read_listing(listing.read_bytes(), str(listing))
         shards_at: str = described.get("shards_at", "")
-        catalogue = cls(path, shards_at or str(folder))._expect(described["catalogue"])
+        catalogue = cls(path, shards_at or str(folder))
+        catalogue.expect(described["catalogue"])
         if not shards_at:
             catalogue._check_shards(folder)
         return catalogue
@@ -161,10 +148,14 @@ class Catalogue:
         """
         self._check(tuple(self._segments))
 
-    def _expect(self, digest: str) -> Catalogue:
+    def expect(self, digest: str) -> None:
+        """Compare with the digest in `dataset.json`.
+
+        Raises:
+            DataError: it is that of another catalogue.
+        """
         if digest != self._digest:
             raise _unusable(self.location, f"{DATASET_NAME} belongs to another catalogue than the one beside it")
-        return self
 
     def _read_header(self) -> dict[str, Any]:
         if len(self._bytes) < PREAMBLE.size:

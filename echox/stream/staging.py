@@ -11,18 +11,15 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_hexdigest
 
 from echox.errors import DataError
 from echox.stream.cache import CacheFullError, NodeCache, exclusive
+from echox.stream.catalogue import CATALOGUE_NAME, DATASET_NAME, Catalogue, read_listing
 from echox.stream.files import OpenShard
 from echox.stream.remote import Remote
 from echox.stream.retry import PassingError, Retry
-
-if TYPE_CHECKING:
-    from echox.stream.catalogue import Catalogue
 
 PART = 8 << 20
 """Bytes of one ranged request: large enough for an object store's full speed."""
@@ -197,7 +194,6 @@ def fetch_catalogue(remote: Remote, cache: NodeCache, retry: Retry) -> tuple[Pat
         TransientReadError: it could not be fetched.
         DataError: it is not there, or does not belong to the `dataset.json` beside it.
     """
-    from echox.stream.catalogue import CATALOGUE_NAME, DATASET_NAME, Catalogue, read_listing
 
     def listing() -> bytes:
         return b"".join(remote.stream(DATASET_NAME))

@@ -17,7 +17,27 @@ from echox.stream.files import LocalShards
 from echox.stream.remote import is_remote, open_remote
 from echox.stream.retry import PassingError, Retry, may_pass
 from echox.stream.scan import JSON, decode_meta
-from echox.stream.staging import StagedShards
+from echox.stream.staging import StagedShards, fetch_catalogue
+
+
+def open_catalogue(location: str | Path, *, cache: NodeCache | None = None, retry: Retry | None = None) -> Catalogue:
+    """Open the catalogue of a folder of shards, or of a URL of one.
+
+    Args:
+        location: folder or URL; a folder may hold the catalogue of shards that are elsewhere.
+        cache: where a remote catalogue goes; None takes `NodeCache.default`.
+        retry: for its requests.
+
+    Raises:
+        TransientReadError: a remote one could not be fetched.
+        DataError: no catalogue, a damaged one, one of other shards, or a shard missing or not of its size.
+    """
+    if not is_remote(location):
+        return Catalogue.open(Path(location))
+    path, digest = fetch_catalogue(open_remote(str(location)), cache or NodeCache.default(), retry or Retry())
+    catalogue = Catalogue(path, str(location))
+    catalogue.expect(digest)
+    return catalogue
 
 
 @dataclass(frozen=True)
@@ -148,9 +168,9 @@ def read_folder(location: str | Path, members: Collection[str] | None = None) ->
     """Every sample of a dataset in order, checked; see `ShardStore.read`.
 
     Raises:
-        DataError: see `Catalogue.open` and `ShardStore.read`.
+        DataError: see `open_catalogue` and `ShardStore.read`.
     """
-    catalogue = Catalogue.open(location)
+    catalogue = open_catalogue(location)
     store = ShardStore(catalogue)
     try:
         for sample in range(catalogue.samples):

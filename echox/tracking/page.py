@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echox.evaluate.report import as_png, write_page
+from echox.html import as_png, write_page
 from echox.tracking.compare import Outcome, common, differences, outcomes
 from echox.tracking.curves import AXES, Curves
 

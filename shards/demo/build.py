@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from echox.audio.io import encode_flac, read_audio
 from echox.errors import EchoXError
+from echox.files import sha256_file
 from echox.release.assets import ASSETS, fetch, is_present
-from echox.release.checksums import sha256_file
 from echox.stream.catalogue import DATASET_NAME
 from echox.stream.indexing import index_folder, is_indexed
 from echox.stream.writer import write_shards

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from echox.audio.io import read_audio
 from echox.errors import DataError
+from echox.files import sha256_file
 from echox.release.assets import ASSETS
-from echox.release.checksums import sha256_file
 from echox.stream.catalogue import DATASET_NAME
 from shards.records import CORPUS, INPUTS_NAME, digest, read_json, write_json
 from shards.rewrite import read_samples, rewrite

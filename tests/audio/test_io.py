@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from scipy.signal import resample_poly
 
-from echox.audio.io import encode_flac, read_audio, write_audio
+from echox.audio.io import encode_flac, read_audio, resample, write_audio
 from echox.errors import DataError
 
 
@@ -69,3 +69,11 @@ def test_missing_file_and_not_finite_samples_are_refused(tmp_path: Path) -> None
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan], np.float32), 16_000, subtype="FLOAT")
     with pytest.raises(DataError, match="not finite"):
         read_audio(tmp_path / "nan.wav")
+
+
+def test_resampling_to_16k() -> None:
+    wave = np.sin(np.arange(24000) / 24000 * 2 * np.pi * 440).astype(np.float32)
+    again = resample(wave, 24000)
+    assert len(again) == 16000
+    expected = np.sin(np.arange(16000) / 16000 * 2 * np.pi * 440)
+    np.testing.assert_allclose(again[500:-500], expected[500:-500], atol=0.01)

@@ -9,9 +9,9 @@ import pytest
 from torch import nn
 
 from echox.bench import step
+from echox.builders.stages import build_s2t_stage, build_t2c_stage
 from echox.cli import main
 from echox.config.load import load_recipe
-from echox.stages.build import build_s2t_stage, build_t2c_stage
 from echox.stream.collate import PromptTokens
 from tests import tiny
 

@@ -12,8 +12,8 @@ from launching import Context, work
 from toy import toy_recipe
 from worker import Killed, Scenario
 
+from echox.builders.data import open_sources, train_reader, valid_readers
 from echox.config.schema import Recipe
-from echox.engine.data import open_sources, train_reader, valid_readers
 from echox.engine.interfaces import StageSetup
 from echox.engine.train import train
 from echox.errors import EchoXError
@@ -44,7 +44,7 @@ class Witness:
 
 @dataclass(frozen=True)
 class Build:
-    """The injected build function: what `echox.engine.setup` does, around a tiny Stage II."""
+    """The injected build function: what `echox.builders.setup` does, around a tiny Stage II."""
 
     frozen: Path
     witness: Path | None = None

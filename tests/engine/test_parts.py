@@ -152,8 +152,8 @@ def test_identity_cache_is_used_and_expires(tmp_path: Path, monkeypatch: pytest.
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"one")
     hashed: list[Path] = []
-    real = identify.__globals__["sha256_of"]
-    monkeypatch.setitem(identify.__globals__, "sha256_of", lambda path: hashed.append(path) or real(path))
+    real = identify.__globals__["sha256_file"]
+    monkeypatch.setitem(identify.__globals__, "sha256_file", lambda path: hashed.append(path) or real(path))
     assert identify({"m": folder}, cache) == identify({"m": folder}, cache)
     assert len(hashed) == 1
     (folder / "model.safetensors").write_bytes(b"three")

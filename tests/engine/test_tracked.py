@@ -13,7 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from toy import toy_recipe
 
-from echox.engine import cli
+from echox import train as train_command
 from echox.engine import train as train_module
 
 
@@ -28,7 +28,7 @@ def test_system_metrics_are_sampled_where_the_recipe_asks(
     monkeypatch.setattr(train_module, "train", train)
     recipe = toy_recipe("sampled", Path("ds_configs/zero3_cpu.json"), tracking__system_metrics=sampled)
     args = argparse.Namespace(accept_new_data=False, allow=[], recipe="toy")
-    cli._tracked(recipe, args, cast(Any, SimpleNamespace(rank=0, storage=tmp_path)))
+    train_command._tracked(recipe, args, cast(Any, SimpleNamespace(rank=0, storage=tmp_path)))
     run_id = json.loads((tmp_path / "sampled" / "mlflow.json").read_text())["run_id"]
     run = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(run_id)
     assert run.info.status == "FINISHED"

@@ -8,7 +8,7 @@ for _name in (
     "deepspeed",
     "deepspeed.ops.adam",
     "echox.config.deepspeed",
-    "echox.engine.setup",
+    "echox.builders.setup",
     "echox.engine.train",
     "echox.stream.collate",
     "safetensors.torch",

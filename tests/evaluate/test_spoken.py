@@ -8,7 +8,7 @@ import pytest
 
 from echox.audio.io import encode_flac
 from echox.errors import DataError
-from echox.evaluate.spoken import at_16k, resynthesis_wer, score_questions, score_transcription, take
+from echox.evaluate.spoken import resynthesis_wer, score_questions, score_transcription, take
 from echox.evaluate.store import load_evaluation, read_metrics, save_evaluation
 from echox.speak.pipeline import SpokenAnswer
 from echox.stream.store import Sample, read_folder
@@ -109,14 +109,6 @@ def test_resynthesis_uses_units_and_original_audio(samples: list[Sample]) -> Non
 def test_take_spreads_over_the_set(samples: list[Sample], tmp_path: Path) -> None:
     assert [s.key for s in take(tmp_path / "set", 2)] == ["France", "Egypt"]
     assert take(tmp_path / "set", None) == take(tmp_path / "set", 9) == samples
-
-
-def test_resampling_to_16k() -> None:
-    wave = np.sin(np.arange(24000) / 24000 * 2 * np.pi * 440).astype(np.float32)
-    again = at_16k(wave, 24000)
-    assert len(again) == 16000
-    expected = np.sin(np.arange(16000) / 16000 * 2 * np.pi * 440)
-    np.testing.assert_allclose(again[500:-500], expected[500:-500], atol=0.01)
 
 
 def test_an_evaluation_survives_the_disk(tmp_path: Path) -> None:

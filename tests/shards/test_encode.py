@@ -10,10 +10,10 @@ import torch
 
 from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
+from echox.builders.encoded import check_encoded, encoding_identity
 from echox.config.schema import ModelConfig
 from echox.errors import DataError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate
-from echox.stream.encoded import check_encoded, encoding_identity
 from echox.stream.store import read_folder
 from echox.stream.writer import write_shards
 from shards import encode

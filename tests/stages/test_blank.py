@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from echox.audio.features import LogMel
-from echox.stages.build import build_s2t_stage
+from echox.builders.stages import build_s2t_stage
 from echox.stream.collate import PromptTokens, SpeechCollate, UnitCollate
 from tests import tiny
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from echox.stages.build import build_s2t_stage, build_t2c_stage
+from echox.builders.stages import build_s2t_stage, build_t2c_stage
 from echox.stream.batch import SpeechBatch, UnitBatch
 from tests import tiny
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from echox.stages.build import build_s2t_stage
+from echox.builders.stages import build_s2t_stage
 from tests import tiny
 
 
@@ -57,7 +57,7 @@ def test_both_losses_leave_encoder_and_llm_base_without_gradient() -> None:
 
 
 def test_ctc_classes_of_a_corpus_vocabulary() -> None:
-    from echox.engine.setup import ctc_tokens
+    from echox.builders.setup import ctc_tokens
     from echox.models.speech import CtcHead
 
     tokens = ctc_tokens(48, [30, 7, 30, 9])

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from echox.builders.setup import ctc_tokens
+from echox.builders.stages import build_echo_stage, build_s2t, build_t2c
 from echox.config.load import load_recipe
-from echox.engine.setup import ctc_tokens
 from echox.release.pretrained import add_lora, load_causal_lm, load_whisper_encoder
-from echox.stages.build import build_echo_stage, build_s2t, build_t2c
 
 MILLION = 1e6
 

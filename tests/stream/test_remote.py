@@ -14,11 +14,10 @@ import pytest
 from echox.errors import CorruptSampleError, DataError, TransientReadError
 from echox.stream import staging
 from echox.stream.cache import NodeCache
-from echox.stream.catalogue import Catalogue
 from echox.stream.remote import locate, open_remote
 from echox.stream.remote_index import index_remote
 from echox.stream.retry import Retry
-from echox.stream.store import Sample, ShardStore, read_folder
+from echox.stream.store import Sample, ShardStore, open_catalogue, read_folder
 from echox.stream.writer import write_shards
 from tests.stream import http_server
 from tests.stream.http_server import Fault, Server, serve
@@ -52,7 +51,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NodeCache:
 
 
 def store_of(location: str, cache: NodeCache, retry: Retry = QUICK) -> ShardStore:
-    return ShardStore(Catalogue.open(location, cache=cache, retry=retry), cache=cache, retry=retry)
+    return ShardStore(open_catalogue(location, cache=cache, retry=retry), cache=cache, retry=retry)
 
 
 def all_samples(store: ShardStore) -> list[Sample]:
@@ -149,18 +148,18 @@ def test_absent_shards_and_datasets_are_refused_at_once(dataset: Path, server: S
         store.read(11)
     store.close()
     with pytest.raises(DataError, match="404") as caught:
-        Catalogue.open(f"{server.url}/elsewhere", cache=cache, retry=QUICK)
+        open_catalogue(f"{server.url}/elsewhere", cache=cache, retry=QUICK)
     assert "dataset.json" in caught.value.where
 
 
 def test_a_catalogue_that_arrives_damaged_is_fetched_again(server: Server, cache: NodeCache) -> None:
     server.faults = [("dataset.catalogue", http_server.flipped, 1), ("dataset.json", http_server.unavailable, 1)]
-    Catalogue.open(server.url, cache=cache, retry=QUICK).verify()
+    open_catalogue(server.url, cache=cache, retry=QUICK).verify()
     assert [name for name, _ in server.requests].count("dataset.catalogue") == 2
     # One that was damaged in the cache since, too.
     copy = next((cache.folder / "catalogues").glob("*.catalogue"))
     flip(copy, copy.stat().st_size - 70)
-    Catalogue.open(server.url, cache=cache, retry=QUICK).verify()
+    open_catalogue(server.url, cache=cache, retry=QUICK).verify()
     assert [name for name, _ in server.requests].count("dataset.catalogue") == 3
 
 
@@ -201,7 +200,7 @@ def test_a_pipe_is_the_sequential_fallback(dataset: Path, cache: NodeCache) -> N
     with pytest.raises(DataError, match="needs {}"):
         open_remote("pipe:cat x")
     with pytest.raises(TransientReadError, match="exit code 1"):
-        Catalogue.open(f"pipe:cat {dataset}/no/{{}}", cache=cache, retry=QUICK)
+        open_catalogue(f"pipe:cat {dataset}/no/{{}}", cache=cache, retry=QUICK)
 
 
 def test_a_pipe_that_breaks_is_run_again(dataset: Path, cache: NodeCache, tmp_path: Path) -> None:
@@ -263,7 +262,7 @@ def test_samples_of_an_object_store_are_those_of_the_folder(dataset: Path, s3: s
     assert index_remote(location, out)["shards_at"] == location
     assert all_samples(store_of(str(out), cache)) == list(read_folder(dataset))
     with pytest.raises(DataError, match="there is no such file"):
-        Catalogue.open(f"s3://{s3}/sets/two", cache=cache, retry=QUICK)
+        open_catalogue(f"s3://{s3}/sets/two", cache=cache, retry=QUICK)
     cache = NodeCache(cache.folder / "new", 10**9)
     store = store_of(location, cache)
     fs.pipe_file(f"{s3}/sets/one/shard-000000.tar", b"short")
@@ -275,10 +274,10 @@ def test_samples_of_an_object_store_are_those_of_the_folder(dataset: Path, s3: s
 def test_processes_of_a_node_share_one_fetch(dataset: Path, server: Server, cache: NodeCache) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from echox.stream.cache import NodeCache; from echox.stream.catalogue import Catalogue\n"
-        "from echox.stream.store import ShardStore\n"
+        "from echox.stream.cache import NodeCache\n"
+        "from echox.stream.store import ShardStore, open_catalogue\n"
         "cache = NodeCache(Path(sys.argv[2]), 10**9)\n"
-        "store = ShardStore(Catalogue.open(sys.argv[1], cache=cache), cache=cache)\n"
+        "store = ShardStore(open_catalogue(sys.argv[1], cache=cache), cache=cache)\n"
         "print(sum(len(store.read(n).members['question.flac']) for n in range(12)))\n"
         "store.close()\n"
     )

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echox.builders.data import open_sources, train_reader, transcripts, valid_readers
+from echox.builders.encoded import check_encoded, encoding_identity
+from echox.builders.stages import build_echo_stage, build_s2t, build_s2t_stage, build_t2c, build_t2c_stage
 from echox.config.paths import resolve_data_file
 from echox.config.schema import Recipe
 from echox.engine.checkpoint import find_weights
-from echox.engine.data import open_sources, train_reader, transcripts, valid_readers
 from echox.engine.interfaces import StageSetup
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
-from echox.stages.build import build_echo_stage, build_s2t, build_s2t_stage, build_t2c, build_t2c_stage
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
 from echox.stream.collate import Collate, PromptTokens, SpeechCollate, UnitCollate
-from echox.stream.encoded import check_encoded, encoding_identity
 from echox.stream.source import Source
 from echox.units.language import UnitLanguage
 

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import resolve_data
 from echox.errors import EchoXError
-from echox.stream.catalogue import DATASET_NAME, Catalogue
+from echox.stream.catalogue import DATASET_NAME
 from echox.stream.packing import Budget, CostBudget, SampleBudget
 from echox.stream.plan import Plan
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
-from echox.stream.remote import is_remote
+from echox.stream.remote import is_remote, locate
 from echox.stream.source import Source
-from echox.stream.store import ShardStore
+from echox.stream.store import ShardStore, open_catalogue
 from echox.stream.validation import ValidReader
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def open_sources(configs: Iterable[SourceConfig]) -> list[Source]:
         Source(
             path=config.path,
             task=config.task,
-            catalogue=Catalogue.open(config.path if is_remote(config.path) else resolve_data(config.path)),
+            catalogue=open_catalogue(locate(config.path)),
             repeat=config.repeat,
             weight=config.weight,
         )

@@ -1,0 +1,48 @@
+"""Identifies the speech encoder that made the precomputed features of a dataset, and checks it against a recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from echox.config.paths import resolve_model
+from echox.config.schema import ModelConfig
+from echox.errors import DataError
+from echox.files import sha256_file
+
+RECORD = "encoded.json"
+"""What encoded a folder's samples, beside its `dataset.json`."""
+
+
+def encoding_identity(model: ModelConfig) -> dict[str, Any]:
+    """Everything the features depend on beside the audio: the encoder's weights and how its input is cut."""
+    speech = model.speech_encoder
+    assert speech is not None
+    return {
+        "weights": sha256_file(resolve_model(speech.path) / "model.safetensors"),
+        "input": speech.input,
+        "margin_s": speech.margin_s,
+        "max_audio_s": speech.max_audio_s,
+        "stack": model.alignment.stack,
+    }
+
+
+def check_encoded(folder: Path, identity: dict[str, Any]) -> None:
+    """Make sure that a folder's features are those of this encoder.
+
+    Raises:
+        DataError: the folder has no features, or others.
+    """
+    record = folder / RECORD
+    found = json.loads(record.read_text()) if record.is_file() else None
+    if found == identity:
+        return
+    differs = (
+        "has none" if found is None else f"differs in {', '.join(k for k in identity if found.get(k) != identity[k])}"
+    )
+    raise DataError(
+        f"model.speech_encoder.precomputed=true needs encoded questions in the shards; {folder.name} {differs}",
+        where=str(folder),
+        fix="run `echox shards encode` with this recipe, or set it to false",
+    )
