@@ -17,7 +17,7 @@ from echox.errors import EchoXError
 # Command -> module that registers it; several commands may share a module.
 COMMANDS: dict[str, str] = {
     "train": "echox.train",
-    "checkpoint": "echox.engine.cli",
+    "checkpoint": "echox.engine.checkpoint.cli",
     "submit": "launch.cli",
     "resume": "launch.cli",
     "status": "launch.cli",

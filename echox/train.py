@@ -68,7 +68,7 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
     from echox.builders.setup import build_setup
     from echox.engine.interfaces import NullTracker
     from echox.engine.stop import clear_stop
-    from echox.engine.train import train
+    from echox.engine.trainer import train
     from echox.tracking.run import open_run
     from echox.tracking.system import SystemMetrics
 

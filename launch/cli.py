@@ -13,7 +13,7 @@ from echox.errors import LaunchError
 from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 
 if TYPE_CHECKING:
-    from launch.submit import Jobs
+    from launch.client.jobs import Jobs
 
 ADDRESS_HELP = "address of the cluster's dashboard; default: $RAY_ADDRESS, then a head on this machine"
 RUN_HELP = "run name, submission id, or the run's folder"
@@ -55,7 +55,7 @@ def run_submit(args: argparse.Namespace) -> int:
 
 def run_resume(args: argparse.Namespace) -> int:
     """Submit the recipe that a run's folder holds, with changes."""
-    from launch.status import resolved_recipe
+    from launch.client.status import resolved_recipe
 
     jobs = connect(args.address)
     return _submit(args, str(resolved_recipe(args.job, jobs.list())))
@@ -63,7 +63,7 @@ def run_resume(args: argparse.Namespace) -> int:
 
 def run_status(args: argparse.Namespace) -> int:
     """Print one line a job, oldest first, or everything about one run."""
-    from launch.status import locate, report, run_status, short
+    from launch.client.status import locate, report, run_status, short
 
     jobs, found = _jobs_if_any(args)
     if args.job is None:
@@ -88,8 +88,8 @@ def run_status(args: argparse.Namespace) -> int:
 
 def run_logs(args: argparse.Namespace) -> int:
     """Print the log; with --follow, until the job ends, and 0 only if it succeeds."""
+    from launch.client.status import error_report, locate
     from launch.events import follow_events, line, read_events, read_progress
-    from launch.status import error_report, locate
 
     by_folder = os.sep in args.job or Path(args.job).is_dir()
     jobs, found = _jobs_if_any(args) if by_folder or args.errors else (connect(args.address), [])
@@ -136,8 +136,8 @@ def run_stop(args: argparse.Namespace) -> int:
 
 def connect(address: str | None) -> Jobs:
     """The job API at an address, at $RAY_ADDRESS, or of a head this project left running here."""
-    from launch.cluster import remembered
-    from launch.submit import Jobs
+    from launch.client.jobs import Jobs
+    from launch.client.local_head import remembered
 
     if address is None and not os.environ.get("RAY_ADDRESS"):
         head = remembered()
@@ -156,7 +156,7 @@ def _command(subparsers: Any, name: str, summary: str, example: str) -> argparse
 
 
 def _submit(args: argparse.Namespace, recipe: str) -> int:
-    from launch.again import submit_and_follow
+    from launch.client.resubmit import submit_and_follow
 
     extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
     extra += [ALLOW, ",".join(args.allow)] if args.allow else []
@@ -174,7 +174,7 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
 
 
 def _follow(args: argparse.Namespace, jobs: Jobs, job: str) -> int:
-    from launch.again import follow_to_end
+    from launch.client.resubmit import follow_to_end
 
     _, state = follow_to_end(partial(connect, args.address), jobs, job, write=_write)
     return 0 if state == "SUCCEEDED" else 1
@@ -186,7 +186,7 @@ def _jobs_if_any(args: argparse.Namespace) -> tuple[Jobs | None, list[dict[str, 
         jobs = connect(args.address)
         return jobs, jobs.list()
     except LaunchError:
-        from launch.status import locate
+        from launch.client.status import locate
 
         if args.job is None or locate(args.job) is None:
             raise
@@ -198,7 +198,7 @@ def _write(text: str) -> None:
 
 
 def _row(job: dict[str, Any], progress: str) -> str:
-    from launch.status import duration
+    from launch.client.status import duration
 
     words = progress or _first(job["message"])
     return f"{job['id']:32} {job['status']:10} {duration(job):>9}  {words}"

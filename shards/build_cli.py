@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shards.corpora import CORPORA
+from shards.corpora.registry import CORPORA
 from shards.corpus import Corpus
 
 
@@ -57,8 +57,8 @@ def _add(corpora: Any, corpus: Corpus) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build the corpus; progress goes to stderr, the result to stdout."""
-    from shards.answer_units import add_answer_units, finish_interrupted
-    from shards.build import Settings, build_corpus
+    from shards.build.answer_units import add_answer_units, finish_interrupted
+    from shards.build.corpus_build import Settings, build_corpus
     from shards.corpus import Request
 
     corpus = CORPORA[args.corpus]

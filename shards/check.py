@@ -15,10 +15,10 @@ from xxhash import xxh3_64_intdigest
 
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import DataError
-from echox.stream.catalogue import Catalogue
-from echox.stream.indexing import earlier_optional, find_shards
-from echox.stream.scan import JSON, decode_meta, describe, member_rule
-from echox.stream.walk import ShardDefect, Spans, mapped, walk
+from echox.stream.format.catalogue import Catalogue
+from echox.stream.format.indexing import earlier_optional, find_shards
+from echox.stream.format.scan import JSON, decode_meta, describe, member_rule
+from echox.stream.format.tar_headers import ShardDefect, Spans, mapped, walk
 
 AUDIO = (".flac", ".wav", ".ogg", ".mp3", ".opus")
 _TOLERANCE_S = 0.05

@@ -53,9 +53,9 @@ def run_build(args: argparse.Namespace) -> int:
     """Build the demo's corpus and all that its recipes read; progress goes to stderr, the result to stdout."""
     from echox.config.load import load_recipe
     from echox.config.paths import cache_dir
+    from shards.build.encode import encode_sources
     from shards.demo.build import build
     from shards.demo.voice import ensure_vocoder
-    from shards.encode import encode_sources
 
     corpus = build(cache_dir(), _say, limit=args.limit)
     encode_sources(load_recipe("demo/s2t"), _say)
@@ -71,7 +71,7 @@ def run_encode(args: argparse.Namespace) -> int:
     """Encode every folder the recipe trains or validates on."""
     from echox.config.load import load_recipe
     from echox.errors import RecipeError
-    from shards.encode import encode_sources
+    from shards.build.encode import encode_sources
 
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.stage == "t2c":

@@ -71,9 +71,9 @@ def _workers(action: Any) -> None:
 
 def run_index(args: argparse.Namespace) -> int:
     """Index every location given."""
-    from echox.stream.indexing import index_folder
-    from echox.stream.remote import is_remote
-    from echox.stream.remote_index import index_remote
+    from echox.stream.format.indexing import index_folder
+    from echox.stream.storage.remote import is_remote
+    from echox.stream.storage.remote_index import index_remote
 
     found: list[dict[str, Any]] = []
     for location in args.location:
@@ -123,7 +123,7 @@ def run_check(args: argparse.Namespace) -> int:
 def run_stats(args: argparse.Namespace) -> int:
     """Print the numbers; draw the histograms if asked."""
     from echox.config.paths import resolve_model
-    from echox.stream.store import open_catalogue
+    from echox.stream.storage.store import open_catalogue
     from shards.stats import dataset_stats, plot_lengths, token_counts
 
     catalogue = open_catalogue(args.location)

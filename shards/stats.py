@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echox.stream.catalogue import Catalogue
-from echox.stream.scan import JSON
-from echox.stream.store import ShardStore
+from echox.stream.format.catalogue import Catalogue
+from echox.stream.format.scan import JSON
+from echox.stream.storage.store import ShardStore
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,7 +16,7 @@ import yaml
 from echox import cli, errors
 from echox.config.load import load_recipe
 from echox.config.schema import DataConfig
-from echox.engine.watchdog import HUNG
+from echox.engine.monitor.watchdog import HUNG
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

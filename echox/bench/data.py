@@ -27,18 +27,18 @@ from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
 from echox.bench.table import Row
 from echox.stream import cursor
 from echox.stream.accounting import Accounts
-from echox.stream.catalogue import CATALOGUE_NAME, Catalogue
 from echox.stream.collate import Item
-from echox.stream.indexing import CatalogueBuilder, index_folder
-from echox.stream.packing import CostBudget, SampleBudget
-from echox.stream.plan import Place, Plan
+from echox.stream.format.catalogue import CATALOGUE_NAME, Catalogue
+from echox.stream.format.indexing import CatalogueBuilder, index_folder
+from echox.stream.format.scan import ShardTable, scan_shard
+from echox.stream.format.tar_headers import walk
+from echox.stream.format.writer import write_shards
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
-from echox.stream.scan import ShardTable, scan_shard
-from echox.stream.source import Source
-from echox.stream.store import ShardStore
-from echox.stream.walk import walk
-from echox.stream.writer import write_shards
+from echox.stream.sampling.batching import CostBudget, SampleBudget
+from echox.stream.sampling.plan import Place, Plan
+from echox.stream.sampling.source import Source
+from echox.stream.storage.store import ShardStore
 
 Progress = Callable[[str, int, int], None]
 QUESTION, UNITS = "question.flac", "answer.units"

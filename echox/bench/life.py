@@ -21,11 +21,11 @@ import torch
 
 from echox.bench.step import synthetic_batch
 from echox.bench.table import Row
-from echox.engine.ballot import Ballot, Vote
 from echox.engine.context import LocalContext
-from echox.engine.health import LossHealth
 from echox.engine.interfaces import StageSetup
-from echox.engine.train import train
+from echox.engine.loss_guard import LossHealth
+from echox.engine.rank_status import Ballot, Vote
+from echox.engine.trainer import train
 
 if TYPE_CHECKING:
     from echox.bench.step import Load

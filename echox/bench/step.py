@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from echox.builders.setup import TextTools, build_stage
 from echox.engine.precision import resolve_precision, torch_dtype
-from echox.models.packing import Layout
+from echox.models.ragged import Layout
 from echox.release.pretrained import encoder_width, mel_bins
 from echox.stream.batch import SpeechBatch, UnitBatch
 

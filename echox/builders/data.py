@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import resolve_data
 from echox.errors import EchoXError
-from echox.stream.catalogue import DATASET_NAME
-from echox.stream.packing import Budget, CostBudget, SampleBudget
-from echox.stream.plan import Plan
+from echox.stream.format.catalogue import DATASET_NAME
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
-from echox.stream.remote import is_remote, locate
-from echox.stream.source import Source
-from echox.stream.store import ShardStore, open_catalogue
+from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
+from echox.stream.sampling.plan import Plan
+from echox.stream.sampling.source import Source
+from echox.stream.storage.remote import is_remote, locate
+from echox.stream.storage.store import ShardStore, open_catalogue
 from echox.stream.validation import ValidReader
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from echox.builders.encoded import check_encoded, encoding_identity
 from echox.builders.stages import build_echo_stage, build_s2t, build_s2t_stage, build_t2c, build_t2c_stage
 from echox.config.paths import resolve_data_file
 from echox.config.schema import Recipe
-from echox.engine.checkpoint import find_weights
+from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.interfaces import StageSetup
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
@@ -25,7 +25,7 @@ from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
 from echox.stream.collate import Collate, PromptTokens, SpeechCollate, UnitCollate
-from echox.stream.source import Source
+from echox.stream.sampling.source import Source
 from echox.units.language import UnitLanguage
 
 _RANDOM_WORDS = 7500

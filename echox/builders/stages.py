@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from echox.config.schema import EchoConfig, ModelConfig, T2cConfig
 from echox.models.echo import DenoisingAdapter, TriggerRule
-from echox.models.packing import Layout
+from echox.models.ragged import Layout
 from echox.models.s2t import S2TModel
 from echox.models.speech import AlignmentAdapter, CtcHead, ShrinkAdapter, SpeechFrontEnd, TrimmedWhisperEncoder
 from echox.models.t2c import T2CDecoder

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from echox.engine.schedule import rate_at
+from echox.engine.lr_schedule import rate_at
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echox.engine import rng
-from echox.engine.ballot import Ballot, Vote
-from echox.engine.checkpoint import Checkpointer, Published, find_checkpoint
-from echox.engine.metrics import step_metrics
+from echox.engine import rng_state
+from echox.engine.checkpoint.checkpointer import Checkpointer, Published, find_checkpoint
+from echox.engine.monitor.metrics import step_metrics
+from echox.engine.rank_status import Ballot, Vote
 from echox.engine.step import StepSums, Stopwatch, train_step, validate
 from echox.errors import CheckpointError
 from echox.stream.quarantine import merge as merge_ledgers
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe
     from echox.engine.context import RunContext
     from echox.engine.deepspeed_engine import Engine
-    from echox.engine.gang import Gang
-    from echox.engine.health import LossHealth
     from echox.engine.interfaces import StageSetup
-    from echox.engine.reporter import Reporter
+    from echox.engine.loss_guard import LossHealth
+    from echox.engine.monitor.reporter import Reporter
+    from echox.engine.monitor.watchdog import Watchdog
     from echox.engine.stop import StopListener
-    from echox.engine.watchdog import Watchdog
+    from echox.engine.world import Gang
 
 
 @dataclass(kw_only=True)
@@ -141,7 +141,7 @@ class Loop:
         self.reporter.progress("validating")
         metrics: dict[str, float] = {}
         pooled: dict[str, tuple[float, float]] = {}
-        with rng.untouched():
+        with rng_state.untouched():
             for name, batches in self.setup.valid_loaders.items():
                 sums = validate(self.engine, batches, self.gang, self._goes_on)
                 if self.stopped:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
-    from echox.engine.gang import Gang
-    from echox.engine.health import LossHealth
     from echox.engine.interfaces import Batch, LossTerm
+    from echox.engine.loss_guard import LossHealth
+    from echox.engine.world import Gang
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy as np
 
 from echox.audio.io import read_audio, resample
 from echox.evaluate.text import answer_match, wer
-from echox.stream.store import Sample, ShardStore, open_catalogue
+from echox.stream.storage.store import Sample, ShardStore, open_catalogue
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.models.packed_attention import packed_attention
-from echox.models.packing import PackedRows, PaddedRows, Rows
+from echox.models.ragged import PackedRows, PaddedRows, Rows
 
 
 class Attention(nn.Module):

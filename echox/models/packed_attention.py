@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echox.errors import RecipeError
-from echox.models.packing import PackedRows
-from echox.models.rows import lengths_to_mask
+from echox.models.ragged import PackedRows, lengths_to_mask
 
 NAME = "echox_packed"
 """Of the attention in transformers' registry: packed rows where they are given, transformers' own SDPA elsewhere."""

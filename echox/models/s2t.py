@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from echox.models.packed_attention import use_packed_attention
-from echox.models.packing import Layout, Rows, join
-from echox.models.rows import join_rows, positions
+from echox.models.ragged import Layout, Rows, join, join_rows, positions
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
 
 

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from echox.models.attention import Attention, EncoderBlock
 from echox.models.packed_attention import use_packed_attention
-from echox.models.packing import Layout, Rows, rows_of
-from echox.models.rows import lengths_to_mask
+from echox.models.ragged import Layout, Rows, lengths_to_mask, rows_of
 
 
 class TrimmedWhisperEncoder(nn.Module):

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.models.packed_attention import use_packed_attention
-from echox.models.packing import Layout, Rows, join
-from echox.models.rows import JoinedRows, join_rows, positions
+from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, positions
 
 
 class TextPart(NamedTuple):

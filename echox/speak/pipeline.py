@@ -14,8 +14,8 @@ import torch
 from echox.audio.io import SAMPLE_RATE
 from echox.builders.setup import TextTools, build_speech_collate, build_stage, load_tensors
 from echox.config.schema import InitConfig, Recipe
-from echox.engine.checkpoint import find_weights
-from echox.engine.manifest import MANIFEST
+from echox.engine.checkpoint.checkpointer import find_weights
+from echox.engine.checkpoint.manifest import MANIFEST
 from echox.errors import CheckpointError
 from echox.models.echo import segment_rows
 from echox.models.s2t import Generated

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.errors import DataError, MissingModelError
-from echox.models.rows import lengths_to_mask
+from echox.models.ragged import lengths_to_mask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -233,7 +233,7 @@ def read_clips(folder: Path) -> list[tuple[Units, Units, Floats]]:
         DataError: a sample without units, durations or audio, or a damaged shard.
     """
     from echox.audio.io import read_audio
-    from echox.stream.store import read_folder
+    from echox.stream.storage.store import read_folder
 
     def units(member: bytes) -> Units:
         return np.frombuffer(member, dtype="<u2")

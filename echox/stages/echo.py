@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from echox.models.echo import DenoisingAdapter, TriggerRule, segment_rows, trigger_scores, trigger_segments
-from echox.models.packing import padding_share
+from echox.models.ragged import padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
 from echox.models.t2c import T2CDecoder, Teacher, repeats, text_part
+from echox.stages.losses import LossTerm, denoising_loss
 from echox.stages.s2t import response_loss, speech_parameter_groups
-from echox.stages.terms import LossTerm, denoising_loss
 from echox.stream.batch import SpeechBatch
 
 PseudoText = Literal["argmax_teacher_forced", "reference", "free_run"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from echox.models.packing import Rows, padding_share
+from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
-from echox.stages.terms import LossTerm, ctc_loss, text_loss
+from echox.stages.losses import LossTerm, ctc_loss, text_loss
 from echox.stream.batch import SpeechBatch
 
 

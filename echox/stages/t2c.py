@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echox.models.packing import padding_share
+from echox.models.ragged import padding_share
 from echox.models.t2c import T2CDecoder, TextPart, text_part
-from echox.stages.terms import LossTerm
+from echox.stages.losses import LossTerm
 from echox.stream.batch import UnitBatch
 
 

@@ -17,7 +17,7 @@ from echox.errors import DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from echox.stream.plan import Window
+    from echox.stream.sampling.plan import Window
 
 KINDS = ("checksum", "truncated", "member", "decode", "schema", "other")
 """Classes of damage that are counted apart."""

@@ -14,9 +14,9 @@ from echox.audio.features import LogMel
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import CorruptSampleError, DataError
 from echox.stream.batch import SpeechBatch, UnitBatch
-from echox.stream.encoded import MEMBER, pad_features, unpack
-from echox.stream.scan import UNITS
-from echox.stream.store import Sample
+from echox.stream.format.encoded_features import MEMBER, pad_features, unpack
+from echox.stream.format.scan import UNITS
+from echox.stream.storage.store import Sample
 
 AUDIO = "question.flac"
 _BLANK_FRAMES = 32

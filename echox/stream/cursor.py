@@ -10,8 +10,8 @@ from typing import Any
 
 from echox.errors import CheckpointError
 from echox.stream.accounting import Accounts
-from echox.stream.blend import Blend, BlendVersion
-from echox.stream.plan import Place, Plan
+from echox.stream.sampling.blend import Blend, BlendVersion
+from echox.stream.sampling.plan import Place, Plan
 
 VERSION = 2
 _FIELDS = {

@@ -14,13 +14,13 @@ import numpy as np
 from echox.errors import CorruptSampleError
 from echox.stream import cursor
 from echox.stream.accounting import Accounts, micro_batch_account
-from echox.stream.plan import Place, Plan, Window, check_divides, visit_hash
 from echox.stream.quarantine import Allowance, Entry, Ledger
+from echox.stream.sampling.plan import Place, Plan, Window, check_divides, visit_hash
 
 if TYPE_CHECKING:
     from echox.stream.collate import Collate
-    from echox.stream.packing import Places
-    from echox.stream.store import ShardStore
+    from echox.stream.sampling.batching import Places
+    from echox.stream.storage.store import ShardStore
 
 
 @dataclass(frozen=True)

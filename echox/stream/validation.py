@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echox.stream.packing import Budget
+from echox.stream.sampling.batching import Budget
 
 if TYPE_CHECKING:
     from echox.stream.collate import Collate
-    from echox.stream.packing import Places
-    from echox.stream.source import Source
-    from echox.stream.store import ShardStore
+    from echox.stream.sampling.batching import Places
+    from echox.stream.sampling.source import Source
+    from echox.stream.storage.store import ShardStore
 
 
 class ValidReader:

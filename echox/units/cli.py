@@ -173,8 +173,8 @@ def read_recordings(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         DataError: no recording there, or one that cannot be decoded.
     """
     from echox.audio.io import read_audio
-    from echox.stream.catalogue import DATASET_NAME
-    from echox.stream.store import read_folder
+    from echox.stream.format.catalogue import DATASET_NAME
+    from echox.stream.storage.store import read_folder
 
     empty = True
     if (source / DATASET_NAME).is_file():
@@ -203,8 +203,8 @@ def read_units(source: Path) -> list[NDArray[np.int64]]:
     """
     import numpy as np
 
-    from echox.stream.scan import UNITS
-    from echox.stream.store import read_folder
+    from echox.stream.format.scan import UNITS
+    from echox.stream.storage.store import read_folder
 
     if source.is_dir():
         samples = [sample for sample in read_folder(source, {UNITS}) if UNITS in sample.members]

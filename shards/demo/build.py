@@ -12,16 +12,16 @@ from echox.audio.io import encode_flac, read_audio
 from echox.errors import EchoXError
 from echox.files import sha256_file
 from echox.release.assets import ASSETS, fetch, is_present
-from echox.stream.catalogue import DATASET_NAME
-from echox.stream.indexing import index_folder, is_indexed
-from echox.stream.writer import write_shards
+from echox.stream.format.catalogue import DATASET_NAME
+from echox.stream.format.indexing import index_folder, is_indexed
+from echox.stream.format.writer import write_shards
+from shards.build.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
 from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import TRAIN_QUESTIONS, question
 from shards.demo.plan import CorpusPlan, Fact, Item, plan_corpus, slug
 from shards.demo.prompts import Prompt, read_prompts, split_prompts
 from shards.demo.speech import HELDOUT_VOICES, TRAIN_RENDERINGS, Speaker, seconds
 from shards.demo.units import UnitSettings, add_units, settings_for
-from shards.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from echox.stream.catalogue import DATASET_NAME
-from shards.records import CORPUS
+from echox.stream.format.catalogue import DATASET_NAME
+from shards.build.records import CORPUS
 
 VOCODER_STEPS = 300
 

@@ -22,9 +22,9 @@ import numpy as np
 from launching import Ranks, prepare, start
 from safetensors.torch import load_file
 
-from echox.engine.checkpoint import find_weights
-from echox.engine.manifest import list_checkpoints, read_manifest
-from echox.stream.writer import write_shards
+from echox.engine.checkpoint.checkpointer import find_weights
+from echox.engine.checkpoint.manifest import list_checkpoints, read_manifest
+from echox.stream.format.writer import write_shards
 
 WORKER = Path(__file__).with_name("stream_worker.py")
 WORLD, SAMPLES = 2, 50

@@ -11,7 +11,7 @@ from toy import UncountedLoader, toy_recipe
 
 from echox.config.schema import Recipe
 from echox.engine.interfaces import StageSetup
-from echox.engine.train import train
+from echox.engine.trainer import train
 from echox.stream.batch import SpeechBatch
 from tests import tiny
 

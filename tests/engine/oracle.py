@@ -8,7 +8,7 @@ import torch
 from toy import ToyOptions, ToyStage, collate, sample
 
 from echox.config.schema import Recipe
-from echox.engine.schedule import lr_at
+from echox.engine.lr_schedule import lr_at
 
 
 def plain_training(

@@ -15,7 +15,7 @@ from worker import Killed, Scenario
 from echox.builders.data import open_sources, train_reader, valid_readers
 from echox.config.schema import Recipe
 from echox.engine.interfaces import StageSetup
-from echox.engine.train import train
+from echox.engine.trainer import train
 from echox.errors import EchoXError
 from echox.stream.collate import UnitCollate
 from tests import tiny

@@ -14,7 +14,7 @@ import torch
 from launching import launch, prepare
 from safetensors.torch import load_file
 
-from echox.engine.checkpoint import find_weights
+from echox.engine.checkpoint.checkpointer import find_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 WORKER = Path(__file__).with_name("layout_worker.py")

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from echox.config.schema import HealthConfig
-from echox.engine.ballot import Ballot, Vote
-from echox.engine.changes import changes, refused_changes
-from echox.engine.gang import Gang
-from echox.engine.health import LossHealth
-from echox.engine.retention import Retention
-from echox.engine.run_folder import RunFolder
+from echox.engine.checkpoint.recipe_diff import changes, refused_changes
+from echox.engine.checkpoint.retention import Retention
+from echox.engine.loss_guard import LossHealth
+from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.monitor.watchdog import Watchdog
+from echox.engine.rank_status import Ballot, Vote
 from echox.engine.stop import StopListener, clear_stop, read_stop, request_stop, signals_stop
-from echox.engine.watchdog import Watchdog
+from echox.engine.world import Gang
 from echox.errors import CheckpointError, EchoXError
 
 ALONE = Gang(0, 1, torch.device("cpu"))

@@ -14,9 +14,9 @@ from oracle import plain_training
 from safetensors.torch import load_file
 from toy import ToyOptions, toy_recipe
 
-from echox.engine.checkpoint import find_weights
-from echox.engine.manifest import list_checkpoints, read_manifest, step_of
-from echox.engine.watchdog import HUNG
+from echox.engine.checkpoint.checkpointer import find_weights
+from echox.engine.checkpoint.manifest import list_checkpoints, read_manifest, step_of
+from echox.engine.monitor.watchdog import HUNG
 
 WORKER = Path(__file__).with_name("worker.py")
 REWIND = {"engine__checkpoint_every": 4, "health__on_bad_step": "rewind"}

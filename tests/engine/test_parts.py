@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from toy import ToyOptions, ToyStage, toy_recipe
 
-from echox.engine import precision, rng
+from echox.engine import precision, rng_state
 from echox.engine.deepspeed_engine import leaf_modules, parameter_groups
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
-from echox.engine.log import EventLog
-from echox.engine.movement import fingerprint
-from echox.engine.run_folder import RunFolder
-from echox.engine.schedule import lr_at, rate_at
+from echox.engine.lr_schedule import lr_at, rate_at
+from echox.engine.monitor.event_log import EventLog
+from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.monitor.update_check import fingerprint
 from echox.errors import AlteredModelError, MissingModelError
 from tests import tiny
 
@@ -167,14 +167,14 @@ def test_random_states_come_back() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    rng.seed_all(5)
+    rng_state.seed_all(5)
     draw()
-    state = rng.capture()
+    state = rng_state.capture()
     expected = draw()
-    rng.restore(state)
+    rng_state.restore(state)
     assert draw() == expected
-    rng.restore(state)
-    with rng.untouched():
+    rng_state.restore(state)
+    with rng_state.untouched():
         draw()
     assert draw() == expected
 

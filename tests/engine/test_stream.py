@@ -12,9 +12,9 @@ import torch
 from launching import launch, prepare
 from safetensors.torch import load_file
 
-from echox.engine.checkpoint import find_weights
-from echox.stream.catalogue import Catalogue
-from echox.stream.writer import write_shards
+from echox.engine.checkpoint.checkpointer import find_weights
+from echox.stream.format.catalogue import Catalogue
+from echox.stream.format.writer import write_shards
 
 WORKER = Path(__file__).with_name("stream_worker.py")
 SAMPLES, DAMAGED, STEP, STEPS = 21, "s007", 6, 8

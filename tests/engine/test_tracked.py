@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from toy import toy_recipe
 
 from echox import train as train_command
-from echox.engine import train as train_module
+from echox.engine import trainer as train_module
 
 
 @pytest.mark.parametrize("sampled", [True, False])

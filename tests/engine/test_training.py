@@ -14,7 +14,7 @@ from oracle import plain_training
 from safetensors.torch import load_file
 from toy import ToyOptions, ToyStage, toy_recipe
 
-from echox.engine.checkpoint import find_weights
+from echox.engine.checkpoint.checkpointer import find_weights
 
 pytestmark = pytest.mark.timeout(900)  # The launches of the fixture count into the first test.
 

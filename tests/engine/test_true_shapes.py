@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from echox.audio.io import encode_flac
-from echox.stream.writer import write_shards
+from echox.stream.format.writer import write_shards
 
 
 @pytest.mark.slow

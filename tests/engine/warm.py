@@ -9,7 +9,7 @@ for _name in (
     "deepspeed.ops.adam",
     "echox.config.deepspeed",
     "echox.builders.setup",
-    "echox.engine.train",
+    "echox.engine.trainer",
     "echox.stream.collate",
     "safetensors.torch",
     "transformers.models.llama.modeling_llama",

@@ -12,7 +12,7 @@ from typing import Any
 from launching import Context, work
 from toy import ToyBuild, ToyOptions, toy_recipe
 
-from echox.engine.train import train
+from echox.engine.trainer import train
 from echox.errors import EchoXError
 
 

@@ -11,8 +11,8 @@ from echox.errors import DataError
 from echox.evaluate.spoken import resynthesis_wer, score_questions, score_transcription, take
 from echox.evaluate.store import load_evaluation, read_metrics, save_evaluation
 from echox.speak.pipeline import SpokenAnswer
-from echox.stream.store import Sample, read_folder
-from echox.stream.writer import write_shards
+from echox.stream.format.writer import write_shards
+from echox.stream.storage.store import Sample, read_folder
 
 CAPITALS = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Egypt": "Cairo"}
 

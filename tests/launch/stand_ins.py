@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from echox.engine.interfaces import TrainResult
-from echox.engine.log import EventLog
-from echox.engine.run_folder import RunFolder
+from echox.engine.monitor.event_log import EventLog
+from echox.engine.monitor.run_dir import RunFolder
 from echox.engine.stop import StopListener
 from echox.errors import DataError
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from echox.errors import LaunchError
-from launch import cli, cluster
-from launch.again import submit_and_follow
-from launch.submit import EXCLUDES, Jobs, token_header
+from launch import cli
+from launch.client import local_head
+from launch.client.jobs import EXCLUDES, Jobs, token_header
+from launch.client.resubmit import submit_and_follow
 
 
 class FakeJobs:
@@ -185,7 +186,7 @@ def test_the_job_apis_errors_become_sentences(error: Exception, words: str) -> N
 
 
 def test_no_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "remembered", lambda: None)
+    monkeypatch.setattr(local_head, "remembered", lambda: None)
     with pytest.raises(LaunchError, match="no Ray cluster answers at http://127.0.0.1:9"):
         cli.connect("http://127.0.0.1:9")
 
@@ -208,7 +209,11 @@ def test_the_token_comes_from_where_ray_looks(monkeypatch: pytest.MonkeyPatch, t
 def test_the_package_that_travels_is_small_and_whole(tmp_path: Path) -> None:
     from ray._private.runtime_env.packaging import create_package
 
-    for name in ("launch/train.py", "launch/recipes/demo/s2t.yaml", "ds_configs/zero3_cpu.json", "echox/cli.py"):
+    travels = (
+        *("launch/train.py", "launch/recipes/demo/s2t.yaml", "ds_configs/zero3_cpu.json", "echox/cli.py"),
+        "shards/build/rewrite.py",
+    )
+    for name in travels:
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "p" / name).write_text("x")
     for name in (
@@ -226,4 +231,4 @@ def test_the_package_that_travels_is_small_and_whole(tmp_path: Path) -> None:
     package = tmp_path / "package.zip"
     create_package(str(tmp_path / "p"), package, include_gitignore=True, excludes=list(EXCLUDES))
     files = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
-    assert files == {"launch/train.py", "launch/recipes/demo/s2t.yaml", "ds_configs/zero3_cpu.json", "echox/cli.py"}
+    assert files == set(travels)

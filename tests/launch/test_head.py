@@ -12,9 +12,9 @@ import psutil
 import pytest
 from test_ray import STAND_INS, progress
 
-from launch import cluster
-from launch.again import submit_and_follow
-from launch.submit import Jobs
+from launch.client import local_head
+from launch.client.jobs import Jobs
+from launch.client.resubmit import submit_and_follow
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 DAEMONS = ("gcs_server", "raylet")
@@ -27,9 +27,9 @@ def wait(condition: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.2)
 
 
-def kill_daemons(head: cluster.Head) -> None:
+def kill_daemons(head: local_head.Head) -> None:
     """What a crash of the head's machine takes first; job and workers are left to find out."""
-    for process in cluster.processes_of(head):
+    for process in local_head.processes_of(head):
         with contextlib.suppress(psutil.NoSuchProcess):
             if Path((process.cmdline() or [""])[0]).name in DAEMONS:
                 process.kill()
@@ -53,7 +53,7 @@ def test_a_restarted_head_gets_the_run_again(tmp_path: Path, monkeypatch: pytest
     def follow() -> None:
         states.append(submit_and_follow(Jobs, submit, retries=1, write=said.append))
 
-    heads = [cluster.start_head(cpus=2)]
+    heads = [local_head.start_head(cpus=2)]
     try:
         for name, value in heads[0].environment().items():
             monkeypatch.setenv(name, value)
@@ -63,7 +63,7 @@ def test_a_restarted_head_gets_the_run_again(tmp_path: Path, monkeypatch: pytest
         lost = progress(run)["step"]
         kill_daemons(heads[0])
         wait(lambda: not heads[0].alive())
-        heads.append(cluster.start_head(cpus=2))
+        heads.append(local_head.start_head(cpus=2))
         for name, value in heads[1].environment().items():
             monkeypatch.setenv(name, value)
         wait(lambda: progress(run)["attempt"] > 1 and progress(run)["state"] == "training")
@@ -74,7 +74,7 @@ def test_a_restarted_head_gets_the_run_again(tmp_path: Path, monkeypatch: pytest
         follower.join(60)
         assert states == ["STOPPED"] and progress(run)["state"] == "stopped"
         assert any("submitting the run again, 0 retries left" in line for line in said)
-        assert not [p for p in cluster.processes_of(heads[0]) if p.is_running()], "the old head's processes live on"
+        assert not [p for p in local_head.processes_of(heads[0]) if p.is_running()], "the old head's processes live on"
     finally:
         for head in heads:
-            cluster.stop_head(head)
+            local_head.stop_head(head)

@@ -17,11 +17,11 @@ import psutil
 import pytest
 from test_ray import STAND_INS, progress, wait
 
-from launch import cluster
+from launch.client import local_head
+from launch.client.jobs import Jobs
+from launch.client.status import run_status
 from launch.events import read_events
-from launch.ray_context import DRAINED
-from launch.status import run_status
-from launch.submit import Jobs
+from launch.job.ray_context import DRAINED
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 class Node:
     """A raylet with one CPU that joins a head on this machine."""
 
-    def __init__(self, head: cluster.Head) -> None:
+    def __init__(self, head: local_head.Head) -> None:
         noted = Path(head.folder) / "ray_current_cluster"  # Ray writes it after the head answers
         deadline = time.monotonic() + 60
         while not noted.exists() and time.monotonic() < deadline:
@@ -42,7 +42,7 @@ class Node:
         command += [f"--temp-dir={self._folder}"]
         self._process = subprocess.Popen(
             [*command, "--block", "--disable-usage-stats", "--object-store-memory=100000000"],
-            env={**os.environ, **head.environment(), cluster.MARK: head.mark, "RAY_ADDRESS": ""},
+            env={**os.environ, **head.environment(), local_head.MARK: head.mark, "RAY_ADDRESS": ""},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -70,18 +70,18 @@ class Node:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Head]:
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_head.Head]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECHOX_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
             patch.delenv(name, raising=False)
-        head = cluster.start_head(cpus=1)
+        head = local_head.start_head(cpus=1)
         for name, value in head.environment().items():
             patch.setenv(name, value)
         try:
             yield head
         finally:
-            cluster.stop_head(head)
+            local_head.stop_head(head)
 
 
 def submit(jobs: Jobs, storage: Path, name: str, *overrides: str) -> str:
@@ -98,7 +98,7 @@ def world_of(run: Path) -> int:
     return len(json.loads((run / "pids.json").read_text())["pids"])
 
 
-def test_a_lost_node_is_waited_for_and_training_goes_on(head: cluster.Head, tmp_path: Path) -> None:
+def test_a_lost_node_is_waited_for_and_training_goes_on(head: local_head.Head, tmp_path: Path) -> None:
     jobs, node, run = Jobs(), Node(head), tmp_path / "fixed"
     job = submit(jobs, tmp_path, "fixed", "scaling.workers=2", "scaling.max_failures=1")
     try:
@@ -116,7 +116,7 @@ def test_a_lost_node_is_waited_for_and_training_goes_on(head: cluster.Head, tmp_
 
 
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
-    head: cluster.Head, tmp_path: Path
+    head: local_head.Head, tmp_path: Path
 ) -> None:
     jobs, node, run = Jobs(), Node(head), tmp_path / "elastic"
     time.sleep(5)  # a node takes a while to be counted, and the run would begin without it
@@ -135,7 +135,7 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
         node.kill()
 
 
-def test_a_node_that_is_taken_away_with_notice_costs_no_step(head: cluster.Head, tmp_path: Path) -> None:
+def test_a_node_that_is_taken_away_with_notice_costs_no_step(head: local_head.Head, tmp_path: Path) -> None:
     jobs, node, run = Jobs(), Node(head), tmp_path / "drained"
     job = submit(jobs, tmp_path, "drained", "scaling.workers=2", "scaling.max_failures=0")
     try:

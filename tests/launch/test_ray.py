@@ -18,10 +18,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from echox.errors import LaunchError, RecipeError
-from launch import cluster
+from launch.client import local_head
+from launch.client.jobs import Jobs
+from launch.client.status import error_report, run_status
 from launch.events import read_events
-from launch.status import error_report, run_status
-from launch.submit import Jobs
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -36,25 +36,25 @@ def patched() -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.fixture(scope="module")
-def head(patched: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Head]:
+def head(patched: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[local_head.Head]:
     folder = tmp_path_factory.mktemp("cluster")
     patched.setenv("ECHOX_CACHE", str(folder / "cache"))
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         patched.delenv(name, raising=False)
-    head = cluster.start_head(cpus=2)
+    head = local_head.start_head(cpus=2)
     try:
         yield head
     finally:
-        stragglers = cluster.processes_of(head)
-        cluster.stop_head(head)
+        stragglers = local_head.processes_of(head)
+        local_head.stop_head(head)
         assert stragglers and not any(process.is_running() for process in stragglers)
-        assert cluster.processes_of(head) == [] and not Path(head.folder).exists()
-        assert cluster.remembered() is None
+        assert local_head.processes_of(head) == [] and not Path(head.folder).exists()
+        assert local_head.remembered() is None
 
 
 @pytest.fixture(scope="module")
-def jobs(head: cluster.Head, patched: pytest.MonkeyPatch) -> Jobs:
-    assert cluster.remembered() == head
+def jobs(head: local_head.Head, patched: pytest.MonkeyPatch) -> Jobs:
+    assert local_head.remembered() == head
     with pytest.raises(LaunchError) as refused:
         Jobs(head.address)
     assert "401" in str(refused.value) and "RAY_AUTH_TOKEN" in str(refused.value)
@@ -106,7 +106,7 @@ def wait(jobs: Jobs, job: str, condition: Callable[[], bool]) -> None:
 
 
 def test_a_killed_worker_is_replaced_and_a_stopped_job_saves_first(
-    jobs: Jobs, head: cluster.Head, storage: Path
+    jobs: Jobs, head: local_head.Head, storage: Path
 ) -> None:
     name = "train_steps"
     run = storage / name
@@ -114,7 +114,7 @@ def test_a_killed_worker_is_replaced_and_a_stopped_job_saves_first(
     with pytest.raises(LaunchError, match="already has job"):
         submit(jobs, storage, name)
     wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
-    assert "AutoscalingCoordinator" not in names(cluster.processes_of(head)), "a fixed count asks no autoscaler"
+    assert "AutoscalingCoordinator" not in names(local_head.processes_of(head)), "a fixed count asks no autoscaler"
     first = json.loads((run / "pids.json").read_text())
     os.kill(first["pids"][1], signal.SIGKILL)
     wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
@@ -136,7 +136,7 @@ def test_a_killed_worker_is_replaced_and_a_stopped_job_saves_first(
     assert stopped.info.status == "KILLED" and stopped.data.tags["stopped"] == "SIGTERM"
     assert stopped.data.params["optim.steps"] == "19610"
     deadline = time.monotonic() + 60
-    while "RayTrainWorker" in names(cluster.processes_of(head)):
+    while "RayTrainWorker" in names(local_head.processes_of(head)):
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
@@ -226,7 +226,7 @@ def test_a_wrong_recipe_is_refused_before_submission(jobs: Jobs) -> None:
     assert len(jobs.list()) == before
 
 
-def test_a_taken_port_is_one_clear_sentence(head: cluster.Head) -> None:
+def test_a_taken_port_is_one_clear_sentence(head: local_head.Head) -> None:
     port = int(head.address.rsplit(":", 1)[1])
     with pytest.raises(LaunchError, match=f"port {port} is already in use"):
-        cluster.start_head(cpus=1, dashboard_port=port)
+        local_head.start_head(cpus=1, dashboard_port=port)

@@ -8,8 +8,8 @@ import pytest
 
 from echox.config.load import load_recipe
 from echox.errors import DataError, LaunchError, TransientReadError
-from launch.causes import error_file, find_cause
-from launch.driver import grace_s, worker_environment
+from launch.job.driver import grace_s, worker_environment
+from launch.job.failure_cause import error_file, find_cause
 from launch.train import main
 
 
@@ -112,6 +112,6 @@ def test_a_wrong_recipe_ends_with_its_sentence_and_code(capsys: pytest.CaptureFi
 
 
 def test_the_driver_loads_no_torch_before_the_recipe_is_right() -> None:
-    modules = "launch.train, launch.submit, launch.cli, launch.demo"
+    modules = "launch.train, launch.client.jobs, launch.cli, launch.demo.pipeline"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from echox.models.packing import Layout, rows_of
+from echox.models.ragged import Layout, rows_of
 from echox.models.speech import AlignmentAdapter, ShrinkAdapter, TrimmedWhisperEncoder
 from tests import tiny
 

@@ -13,8 +13,8 @@ import numpy as np
 import soundfile
 import webdataset
 
-from shards.build import Settings, build_corpus
-from shards.corpora import CORPORA
+from shards.build.corpus_build import Settings, build_corpus
+from shards.corpora.registry import CORPORA
 from shards.corpus import Request
 
 RATE = 16_000

@@ -12,9 +12,9 @@ import pytest
 
 from echox.audio.io import encode_flac
 from echox.cli import main
-from echox.stream.catalogue import CATALOGUE_NAME, Catalogue
-from echox.stream.store import ShardStore, read_folder
-from echox.stream.writer import write_shards
+from echox.stream.format.catalogue import CATALOGUE_NAME, Catalogue
+from echox.stream.format.writer import write_shards
+from echox.stream.storage.store import ShardStore, read_folder
 from tests.stream.http_server import serve
 from tests.stream.tars import flip, header_of, write_tar
 
@@ -78,7 +78,7 @@ def test_index_of_shards_behind_a_url(folder: Path, tmp_path: Path, capsys: pyte
         catalogue = Catalogue.open(out)
         assert catalogue.location == server.url and catalogue.samples == 10
         assert sorted(path.name for path in out.iterdir()) == [CATALOGUE_NAME, "dataset.json"]
-        from echox.stream.cache import NodeCache
+        from echox.stream.storage.cache import NodeCache
 
         store = ShardStore(catalogue, cache=NodeCache(tmp_path / "staged", 10**9))
         assert [store.read(number) for number in range(10)] == before

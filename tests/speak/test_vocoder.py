@@ -151,7 +151,7 @@ def test_what_it_cannot_say_is_one_sentence(folder: Path, tmp_path: Path) -> Non
 
 def test_it_trains_from_a_folder_of_shards(tmp_path: Path) -> None:
     from echox.audio.io import encode_flac
-    from echox.stream.writer import write_shards
+    from echox.stream.format.writer import write_shards
     from echox.units.kmeans import KMeans
 
     made = [clip(seed) for seed in range(3)]

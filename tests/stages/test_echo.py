@@ -86,7 +86,7 @@ def test_rows_of_weight_zero_add_nothing() -> None:
 
 
 def test_denoising_is_zero_when_the_adapter_returns_the_embedding_and_ignores_padding() -> None:
-    from echox.stages.terms import denoising_loss
+    from echox.stages.losses import denoising_loss
 
     target = torch.randn(2, 4, 8)
     mask = torch.tensor([[True, True, True, False], [True, False, False, False]])

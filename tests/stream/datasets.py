@@ -9,10 +9,10 @@ from typing import Literal, cast
 
 import numpy as np
 
-from echox.stream.catalogue import Catalogue
-from echox.stream.scan import RECORD
-from echox.stream.source import Source
-from echox.stream.writer import write_shards
+from echox.stream.format.catalogue import Catalogue
+from echox.stream.format.scan import RECORD
+from echox.stream.format.writer import write_shards
+from echox.stream.sampling.source import Source
 
 Task = Literal["sqa", "tts"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from echox.stream.packing import SampleBudget
-from echox.stream.plan import Plan
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
-from echox.stream.retry import Retry
-from echox.stream.store import ShardStore
+from echox.stream.sampling.batching import SampleBudget
+from echox.stream.sampling.plan import Plan
+from echox.stream.storage.retry import Retry
+from echox.stream.storage.store import ShardStore
 from tests.stream.datasets import source
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import pytest
 
 from echox.errors import DataError
 from echox.stream.accounting import Accounts, join64, micro_batch_account, split64, sum64
-from echox.stream.packing import Budget, CostBudget, SampleBudget
-from echox.stream.plan import Plan, Window
-from echox.stream.store import Sample, ShardStore
+from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
+from echox.stream.sampling.plan import Plan, Window
+from echox.stream.storage.store import Sample, ShardStore
 from tests.stream.datasets import make_dataset, sized
 from tests.stream.streaming import Run, Setting
 

@@ -14,9 +14,9 @@ from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
 from echox.errors import CorruptSampleError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate, UnitCollate
-from echox.stream.encoded import pack
-from echox.stream.store import Sample, read_folder
-from echox.stream.writer import write_shards
+from echox.stream.format.encoded_features import pack
+from echox.stream.format.writer import write_shards
+from echox.stream.storage.store import Sample, read_folder
 from tests import tiny
 
 PROMPT = PromptTokens(before=[1], after=[2, 3], after_asr=[9, 2, 3], end=4)

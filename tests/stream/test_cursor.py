@@ -13,9 +13,9 @@ import pytest
 from echox.errors import CheckpointError, DataError
 from echox.stream import cursor
 from echox.stream.accounting import Accounts, micro_batch_account
-from echox.stream.packing import Budget, CostBudget, SampleBudget
-from echox.stream.plan import Place, Plan
-from echox.stream.source import Source
+from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
+from echox.stream.sampling.plan import Place, Plan
+from echox.stream.sampling.source import Source
 from tests.stream.datasets import sized
 
 Trained = list[tuple[str, int, int, int]]

@@ -15,14 +15,15 @@ import pytest
 from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
 from echox.errors import DataError, TransientReadError
-from echox.stream import quarantine, scan
+from echox.stream import quarantine
 from echox.stream.batch import SpeechBatch
-from echox.stream.catalogue import Catalogue
 from echox.stream.collate import PromptTokens, SpeechCollate
-from echox.stream.packing import SampleBudget
-from echox.stream.plan import Plan
+from echox.stream.format import scan
+from echox.stream.format.catalogue import Catalogue
+from echox.stream.format.writer import write_shards
 from echox.stream.quarantine import Allowance, Entry, Ledger
-from echox.stream.writer import write_shards
+from echox.stream.sampling.batching import SampleBudget
+from echox.stream.sampling.plan import Plan
 from tests.stream.datasets import make_dataset, source
 from tests.stream.streaming import Run, Setting
 from tests.stream.tars import flip, header_of

@@ -11,11 +11,11 @@ import pytest
 
 from echox.errors import RecipeError
 from echox.stream.collate import Item
-from echox.stream.packing import Budget, CostBudget, SampleBudget
-from echox.stream.plan import Plan
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
-from echox.stream.store import Sample, ShardStore
+from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
+from echox.stream.sampling.plan import Plan
+from echox.stream.storage.store import Sample, ShardStore
 from tests.stream.datasets import make_dataset, source
 from tests.stream.streaming import Collate, Run, Setting, plan_of
 

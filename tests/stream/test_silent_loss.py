@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from echox.errors import CorruptSampleError, DataError
-from echox.stream.catalogue import CATALOGUE_NAME, Catalogue
-from echox.stream.indexing import index_folder
-from echox.stream.store import ShardStore
+from echox.stream.format.catalogue import CATALOGUE_NAME, Catalogue
+from echox.stream.format.indexing import index_folder
+from echox.stream.storage.store import ShardStore
 from tests.stream.tars import files, flip, header_of, meta, plain_webdataset, write_tar
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from echox.errors import CorruptSampleError
-from echox.stream.packing import Budget, CostBudget, SampleBudget
-from echox.stream.store import ShardStore
+from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
+from echox.stream.storage.store import ShardStore
 from echox.stream.validation import ValidReader
 from tests.stream.datasets import make_dataset, source
 from tests.stream.streaming import Collate

@@ -1,0 +1,96 @@
+"""`echox checkpoint`: lists and verifies the checkpoints of a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command and its actions."""
+    checkpoint = subparsers.add_parser(
+        "checkpoint",
+        help="list or verify the checkpoints of a run",
+        epilog="example: echox checkpoint verify runs/demo/demo-s2t",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = checkpoint.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, function, text in (
+        ("list", run_list, "step, time, size and weighted loss of each checkpoint"),
+        ("verify", run_verify, "compare every file with the hashes in its manifest; exit code 5 if one is damaged"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=text, epilog=f"example: echox checkpoint {name} runs/demo/demo-s2t"
+        )
+        action.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or one checkpoint folder")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.set_defaults(run=function)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """List checkpoints, newest first; damaged manifests are named, not fatal."""
+    from echox.engine.checkpoint.manifest import read_manifest
+    from echox.errors import CheckpointError
+
+    rows: list[dict[str, Any]] = []
+    for path in _checkpoints(args.run_folder):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError as error:
+            rows.append({"checkpoint": path.name, "problem": error.what})
+            continue
+        rows.append(
+            {
+                "checkpoint": path.name,
+                "step": manifest["step"],
+                "created": manifest["created"],
+                "workers": manifest["world_size"],
+                "mib": round(sum(file["bytes"] for file in manifest["files"].values()) / 2**20, 1),
+                "loss": manifest["metrics"].get("loss/total"),
+            }
+        )
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    for row in rows:
+        if "problem" in row:
+            print(f"{row['checkpoint']}  damaged: {row['problem']}")
+        else:
+            loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+            print(f"{row['checkpoint']}  {row['created']}  {row['workers']} workers  {row['mib']} MiB  loss {loss}")
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Verify every checkpoint; the exit code tells whether all are whole."""
+    from echox.engine.checkpoint.manifest import verify
+    from echox.errors import CheckpointError
+
+    verdicts: dict[str, str] = {}
+    for path in _checkpoints(args.run_folder):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            verdicts[path.name] = str(error)
+        else:
+            verdicts[path.name] = "ok"
+    if args.json:
+        print(json.dumps(verdicts))
+    else:
+        for name, verdict in verdicts.items():
+            print(f"{name}  {verdict}")
+    return 0 if all(verdict == "ok" for verdict in verdicts.values()) else CheckpointError.exit_code
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    from echox.engine.checkpoint.manifest import MANIFEST, list_checkpoints
+    from echox.errors import CheckpointError
+
+    found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
+    if not found:
+        raise CheckpointError(
+            "no checkpoint found", where=str(folder), fix="give a run folder such as runs/demo/demo-s2t"
+        )
+    return found

@@ -1,0 +1,86 @@
+"""What a run says of itself while it trains: events, metrics and progress, to its folder and to the tracker."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from echox.config.schema import Recipe
+    from echox.engine.interfaces import Tracker
+    from echox.engine.monitor.event_log import EventLog
+    from echox.engine.monitor.run_dir import RunFolder
+
+# Metrics in the line for people; the JSON line has them all.
+_SHOWN = ("loss/", "valid/loss/", "lr/", "grad_norm", "perf/step_ms", "perf/samples_per_s", "check/", "health/")
+
+
+@dataclass
+class Reporter:
+    """The voice of one rank; files and tracker are rank 0's business, the log every rank's.
+
+    Attributes:
+        recipe: the run.
+        folder: where it lies.
+        log: this rank's events.
+        tracker: of rank 0, or one that records nothing.
+        leads: whether this is rank 0.
+        attempt: number of this attempt.
+        step: optimizer steps done in all attempts.
+        metrics: the last value of each metric.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    log: EventLog
+    tracker: Tracker
+    leads: bool
+    attempt: int
+    step: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def event(self, name: str, **values: Any) -> None:
+        """One event at the present step."""
+        self.log(name, step=self.step, **values)
+
+    def record(self, event: str, metrics: Mapping[str, float]) -> None:
+        """Metrics of the present step, as an event too."""
+        self.metrics.update(metrics)
+        shown = {name: value for name, value in metrics.items() if name.startswith(_SHOWN)}
+        self.log(event, step=self.step, aside={k: v for k, v in metrics.items() if k not in shown}, **shown)
+        if self.leads:
+            with self._unless_full():
+                self.folder.append_metrics(self.step, metrics)
+            self.tracker.log_metrics(metrics, self.step)
+
+    def tag(self, **tags: Any) -> None:
+        """Tags of the tracked run."""
+        if self.leads:
+            self.tracker.set_tags({name: str(value) for name, value in tags.items()})
+
+    def progress(self, state: str) -> None:
+        """Replace the progress file; see `RunFolder.write_progress` for the states."""
+        if not self.leads:
+            return
+        left = self.recipe.optim.steps - self.step
+        step_ms = self.metrics.get("perf/step_ms")
+        with self._unless_full():
+            self.folder.write_progress(
+                stage=self.recipe.stage,
+                step=self.step,
+                steps=self.recipe.optim.steps,
+                state=state,
+                attempt=self.attempt,
+                loss=self.metrics.get("loss/total"),
+                samples_per_s=self.metrics.get("perf/samples_per_s"),
+                eta_s=None if step_ms is None else left * step_ms / 1000,
+            )
+
+    @contextlib.contextmanager
+    def _unless_full(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.log.lose(error)

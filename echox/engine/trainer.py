@@ -1,0 +1,379 @@
+"""The train function: the same in one process, under torchrun and in a Ray Train worker."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from echox.engine import rng_state
+from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_checkpoint
+from echox.engine.checkpoint.manifest import Choice, set_aside, sweep
+from echox.engine.checkpoint.recipe_diff import changes
+from echox.engine.checkpoint.retention import Retention
+from echox.engine.context import RunContext, device_of
+from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
+from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
+from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
+from echox.engine.loop import Loop
+from echox.engine.loss_guard import LossHealth
+from echox.engine.monitor.event_log import EventLog
+from echox.engine.monitor.metrics import peak_gib
+from echox.engine.monitor.reporter import Reporter
+from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.monitor.startup_timer import Laps
+from echox.engine.monitor.update_check import Movement, MovementCheck
+from echox.engine.monitor.watchdog import Watchdog
+from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
+from echox.engine.stop import StopListener, signals_stop
+from echox.engine.world import Gang
+from echox.errors import CheckpointError, DataError, EchoXError
+from echox.stream.quarantine import merge as merge_ledgers
+from echox.stream.sampling.plan import check_divides
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from echox.config.schema import Recipe
+
+
+def train(
+    recipe: Recipe,
+    context: RunContext,
+    build: BuildSetup,
+    tracker: Tracker | None = None,
+    *,
+    accept_new_data: bool = False,
+    allow: Sequence[str] = (),
+) -> TrainResult:
+    """Train one stage to its last step, resuming from the newest good checkpoint of the run's folder.
+
+    Asked to stop (see `echox.engine.stop`), it finishes the step, saves and returns.
+
+    Args:
+        recipe: the run.
+        context: the process's place in the world; torch.distributed is initialised.
+        build: makes the stage and the loaders of one rank.
+        tracker: gets the metrics of rank 0; the caller finishes it.
+        accept_new_data: go on where datasets, plan or seed are not those of the checkpoint, with a new epoch.
+        allow: keys of the recipe that may differ from the checkpoint's, such as `lr`.
+
+    Returns:
+        The result, the same on every rank.
+
+    Raises:
+        RecipeError: the batch does not divide by the world.
+        CheckpointError: no good checkpoint among those found, one that does not fit, or one that cannot be written.
+        DataError: damaged data beyond what the recipe allows, or other samples than planned.
+        AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
+        EchoXError: the loss is not a finite number, and the recipe's `health` has no more patience.
+    """
+    laps = Laps()
+    gang = Gang.of(context.rank, context.world_size, device_of(context))
+    folder = RunFolder(context.storage / recipe.name)
+    listener = StopListener(folder.path if gang.leads else None, context.stop_requested)
+    try:
+        with signals_stop(listener):
+            run = _Run.open(recipe, context, gang, tracker or NullTracker(), laps, allow=allow)
+            return run.attend(build, listener, accept_new_data=accept_new_data)
+    finally:
+        listener.close()
+
+
+@dataclass
+class _Run:
+    """One attempt at a run."""
+
+    recipe: Recipe
+    context: RunContext
+    gang: Gang
+    reporter: Reporter
+    choice: Choice
+    laps: Laps
+
+    @classmethod
+    def open(
+        cls, recipe: Recipe, context: RunContext, gang: Gang, tracker: Tracker, laps: Laps, *, allow: Sequence[str]
+    ) -> _Run:
+        """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
+        prepare_deepspeed(gang.device)
+        folder = RunFolder(context.storage / recipe.name)
+        found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
+        if gang.leads:
+            attempt = 0
+            try:
+                attempt = folder.next_attempt()
+                choice = find_checkpoint(folder.path, context.checkpoint_in)
+                check_fits(choice, recipe, allow)
+                found = (attempt, choice, None)
+            except EchoXError as error:
+                found = (attempt, None, error)
+            except OSError as error:
+                found = (attempt, None, _unwritable(folder.path, error))
+        attempt, chosen, problem = gang.broadcast(found)
+        try:
+            log = EventLog(folder.path, rank=gang.rank, attempt=attempt)
+        except OSError as error:
+            raise problem or _unwritable(folder.path, error) from error
+        reporter = Reporter(recipe, folder, log, tracker, gang.leads, attempt)
+        if problem is not None or chosen is None:
+            reporter.event("failed", error=str(problem))
+            raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
+        reporter.step = int(chosen.manifest.get("step", 0))
+        for path, why in chosen.rejected:
+            reporter.event("checkpoint_rejected", path=path, why=why)
+            if gang.leads:
+                reporter.event("checkpoint_set_aside", path=set_aside(path))
+        laps.lap("run")
+        return cls(recipe, context, gang, reporter, chosen, laps)
+
+    def attend(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
+        """Train, and say how the attempt ended in every case."""
+        reporter = self.reporter
+        tags = {"host": socket.gethostname(), "world_size": str(self.gang.size)}
+        if self.choice.checkpoint is not None:
+            tags["resumed_from"] = str(self.choice.checkpoint)
+        reporter.tracker.begin_attempt(reporter.attempt, reporter.step, tags)
+        try:
+            result = self.already_done() or self.train(build, listener, accept_new_data=accept_new_data)
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+            reporter.event("failed", error=said)
+            reporter.progress("failed")
+            reporter.tracker.end_attempt(
+                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", {"ended": said[:500]}
+            )
+            raise
+        ended = f"stopped: {result.stopped}" if result.stopped else "finished"
+        reporter.tracker.end_attempt("KILLED" if result.stopped else "FINISHED", {"ended": ended})
+        return result
+
+    def already_done(self) -> TrainResult | None:
+        """The result of a run that has reached its last step, or None."""
+        reporter = self.reporter
+        if self.choice.checkpoint is None or reporter.step < self.recipe.optim.steps:
+            return None
+        reporter.event("already_done", run=self.recipe.name, checkpoint=self.choice.checkpoint)
+        reporter.progress("finished")
+        return TrainResult(
+            run_folder=reporter.folder.path,
+            step=reporter.step,
+            checkpoint=self.choice.checkpoint,
+            metrics=self.choice.manifest["metrics"],
+            already_done=True,
+        )
+
+    def train(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
+        """Build everything, resume, loop, and check what moved."""
+        recipe, gang, reporter = self.recipe, self.gang, self.reporter
+        reporter.progress("starting")
+        precision: Resolved = "fp32" if "fp32" in gang.gather(resolve_precision(recipe.engine.precision)) else "bf16"
+        ds_config = self._deepspeed_config(precision)
+        rng_state.seed_all(recipe.seed)  # The same on all ranks: buffers with random contents must agree.
+        setup = build(recipe, gang.rank, gang.size)
+        self.laps.lap("models")
+        frozen = self._identify(setup)
+        self._start_data(setup.train_loader, accept_new_data=accept_new_data)
+        self.laps.lap("data")
+        buffers = frozenset[str]()
+        if recipe.engine.frozen_placement == "replicate":
+            buffers = replicate_as_buffers(setup.module, gang.device, torch_dtype(precision))
+        engine = Engine(recipe, setup.module, device=gang.device, precision=precision, config=ds_config)
+        self.laps.lap("engine")
+        rng_state.seed_all(recipe.seed + 1000 * (gang.rank + 1))  # Dropout differs between ranks.
+        census = dtype_census(engine.stage, buffers)
+        checkpointer = Checkpointer(
+            engine=engine,
+            gang=gang,
+            folder=reporter.folder,
+            attempt=reporter.attempt,
+            retention=Retention(last=recipe.engine.keep, every=recipe.engine.keep_every, best=recipe.engine.keep_best),
+            contents={
+                "run": recipe.name,
+                "stage": recipe.stage,
+                "recipe": recipe.model_dump(mode="json"),
+                "frozen": frozen,
+                "dtypes": census,
+                "precision": precision,
+            },
+        )
+        self._announce(precision, census, ds_config)
+        health = LossHealth(recipe.health, gang.device)
+        if self.choice.checkpoint is not None:
+            self._resume(checkpointer, health)
+        elif gang.leads:
+            reporter.folder.metrics_path.unlink(missing_ok=True)
+        if gang.leads:
+            sweep(reporter.folder.path)
+            reporter.folder.forget_after(reporter.step)
+        check = MovementCheck(engine, buffers)
+        loop = Loop(
+            recipe=recipe,
+            context=self.context,
+            gang=gang,
+            engine=engine,
+            setup=setup,
+            checkpointer=checkpointer,
+            reporter=reporter,
+            health=health,
+            listener=listener,
+            watchdog=self._watchdog(),
+            checkpoint=self.choice.checkpoint,
+        )
+        began = reporter.step
+        try:
+            loop.run()
+        finally:
+            loop.watchdog.close()
+            setup.train_loader.close()
+            if gang.leads:
+                merge_ledgers(reporter.folder.path)
+        movement = check.compare(gang) if reporter.step > began else Movement(unmoved_trainable=(), moved_frozen=())
+        self._finish(movement, loop.stopped)
+        engine.close()
+        return TrainResult(
+            run_folder=reporter.folder.path,
+            step=reporter.step,
+            checkpoint=loop.checkpoint,
+            metrics=reporter.metrics,
+            unmoved_trainable=movement.unmoved_trainable,
+            moved_frozen=movement.moved_frozen,
+            stopped=loop.stopped,
+        )
+
+    def _resume(self, checkpointer: Checkpointer, health: LossHealth) -> None:
+        """Bring everything but the data to the chosen checkpoint, and say what is not as it was."""
+        manifest, reporter = self.choice.manifest, self.reporter
+        checkpointer.load(self.choice, self.recipe.seed)
+        health.load(manifest["cursor"]["health"])
+        reporter.event(
+            "resuming",
+            run=self.recipe.name,
+            checkpoint=self.choice.checkpoint,
+            world_size=self.gang.size,
+            saved_world_size=manifest["world_size"],
+        )
+        for key, old, new in changes(manifest["recipe"], self.recipe.model_dump(mode="json")):
+            reporter.event("recipe_changed", key=key, was=old, now=new)
+            reporter.tag(**{f"attempt.{reporter.attempt}.{key}": new})
+
+    def _watchdog(self) -> Watchdog:
+        reporter, health = self.reporter, self.recipe.health
+
+        def report(waited: float, stacks: Path) -> None:
+            reporter.event("hang", waited_s=round(waited, 1), stacks=stacks)
+            reporter.progress("failed")
+
+        return Watchdog(
+            reporter.folder.path / "hangs",
+            name=f"attempt-{reporter.attempt}",
+            rank=self.gang.rank,
+            factor=health.hang_factor,
+            least_s=health.hang_least_s,
+            report=report,
+        )
+
+    def _finish(self, movement: Movement, stopped: str) -> None:
+        reporter = self.reporter
+        names = {"unmoved_trainable": movement.unmoved_trainable, "moved_frozen": movement.moved_frozen}
+        reporter.record("moved", {f"check/{key}": float(len(found)) for key, found in names.items()})
+        for key, found in names.items():
+            if found:
+                reporter.event(f"warning_{key}", tensors=list(found))
+        if stopped:
+            reporter.event("stopped", run=self.recipe.name, why=stopped, folder=reporter.folder.path)
+            reporter.progress("stopped")
+        else:
+            reporter.event("finished", run=self.recipe.name, folder=reporter.folder.path)
+            reporter.progress("finished")
+
+    def _deepspeed_config(self, precision: Any) -> dict[str, Any]:
+        from echox.config.deepspeed import load_deepspeed
+
+        (step_batch, micro_batch), workers = self.recipe.data.nominal_batch, self.gang.size
+        if step_batch % (micro_batch * workers):
+            check_divides(step_batch // micro_batch, workers)
+        return load_deepspeed(
+            self.recipe.engine.deepspeed,
+            global_batch=step_batch,
+            micro_batch=micro_batch,
+            world_size=workers,
+            clip=self.recipe.optim.clip,
+            precision=precision,
+        )
+
+    def _identify(self, setup: StageSetup) -> dict[str, dict[str, Any]]:
+        """Hash the frozen models on every node, and compare nodes with each other and with the checkpoint."""
+        from echox.config.paths import cache_dir
+
+        mine: dict[str, dict[str, Any]] | EchoXError | None = None
+        if self.context.local_rank == 0:
+            try:
+                mine = identify(setup.frozen_models, cache_dir() / "sha256.json")
+            except EchoXError as error:
+                mine = error
+        found = [identity for identity in self.gang.gather(mine) if identity is not None]
+        for identity in found:
+            if isinstance(identity, EchoXError):
+                raise identity
+            compare_identities(_checked(found[0]), identity)
+        identities = _checked(found[0])
+        if self.choice.checkpoint is not None:
+            compare_identities(self.choice.manifest["frozen"], identities)
+        return identities
+
+    def _start_data(self, loader: TrainLoader, *, accept_new_data: bool) -> None:
+        """Bring the data to where the checkpoint stood, after all ranks were found to see the same."""
+        identities = self.gang.gather(json.dumps(loader.identity(), sort_keys=True))
+        for rank, identity in enumerate(identities):
+            if identity != identities[0]:
+                raise DataError(
+                    f"rank {rank} sees other training data than rank 0",
+                    where=str(self.reporter.folder.path),
+                    fix="give every node the same datasets, best in a folder that all of them share",
+                )
+        resumes = self.choice.checkpoint is not None
+        step, cursor = (self.choice.manifest["step"], self.choice.manifest["cursor"]) if resumes else (0, {})
+        for clause in loader.start(
+            step=step,
+            run_folder=self.reporter.folder.path,
+            saved=cursor.get("stream"),
+            accept_new_data=accept_new_data,
+        ):
+            self.reporter.event("new_data", what=clause)
+
+    def _announce(self, precision: str, census: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:
+        self.reporter.event(
+            "start",
+            run=self.recipe.name,
+            stage=self.recipe.stage,
+            world_size=self.gang.size,
+            device=self.gang.device,
+            precision=precision,
+            frozen_placement=self.recipe.engine.frozen_placement,
+            dtypes=json.dumps(census),
+            start_s=self.laps.seconds,
+            peak_gib=peak_gib(self.gang.device),
+        )
+        if self.gang.leads:
+            self.reporter.tracker.log_params(self.recipe.model_dump(mode="json"))
+            for name, contents in (("recipe.json", self.recipe.model_dump(mode="json")), ("deepspeed.json", ds_config)):
+                path = self.reporter.folder.path / name
+                path.write_text(json.dumps(contents, indent=1))
+                self.reporter.tracker.artifact(path)
+
+
+def _unwritable(folder: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the run's folder cannot be written: {error}",
+        where=str(folder),
+        fix="make room, or give storage= a folder that every node may write to",
+    )
+
+
+def _checked(identity: dict[str, dict[str, Any]] | EchoXError) -> dict[str, dict[str, Any]]:
+    if isinstance(identity, EchoXError):
+        raise identity
+    return identity

@@ -1,0 +1,274 @@
+"""The packed catalogue of a dataset: every sample's place, lengths and checksum, mapped into memory and never changed.
+
+File `dataset.catalogue`, little-endian: magic, version, length and XXH3-64 of a JSON header; the header lists segments
+with offset, length and XXH3-64 each; segments start at multiples of 64 bytes. So the header's hash stands for the whole
+file, and `dataset.json` beside it holds that hash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from xxhash import xxh3_64, xxh3_64_hexdigest
+
+from echox.errors import DataError
+from echox.stream.format.scan import MEMBER, RECORD
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+DATASET_NAME = "dataset.json"
+CATALOGUE_NAME = "dataset.catalogue"
+MAGIC = b"ECHOXCAT"
+VERSION = 1
+ALIGN = 64
+PREAMBLE = struct.Struct("<8sII16s")
+"""Magic, version, length of the header, hexadecimal XXH3-64 of the header."""
+SHARD = np.dtype([("bytes", "<u8"), ("first", "<u8"), ("name", "<u8"), ("sha256", "V32")])
+"""One shard: size of its file, number of its first sample, where its name begins, hash."""
+
+_OFFSET, _FIRST, _LAYOUT = (list(RECORD.names or ()).index(name) for name in ("offset", "first", "layout"))
+
+
+class Catalogue:
+    """All samples of one dataset, numbered in shard order.
+
+    Open one with `Catalogue.open`, or with `open_catalogue` of the store where it may be remote. Opening maps the file
+    and checks its header, its shard table and its records; keys and member places are checked by `verify`, and by
+    `ShardStore` with every sample it reads.
+
+    Attributes:
+        location: folder or URL of the shards.
+        fingerprint: SHA-256 over the shards' SHA-256, in order.
+        samples: N.
+        optional: extensions that a sample may lack.
+        sources: what `records["source"]` numbers.
+        layouts: what `records["layout"]` numbers: extensions in the order of the tar.
+        records: one row a sample, see `echox.stream.format.scan.RECORD`; [N].
+    """
+
+    def __init__(self, path: Path, location: str) -> None:
+        """Map one catalogue file; use `open`, which also finds it and compares it with its shards."""
+        self.location = location
+        self._path = path
+        try:
+            # As a plain array: element access through memmap's own class takes several times as long.
+            self._bytes: NDArray[np.uint8] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        except (OSError, ValueError) as error:
+            raise _unusable(location, f"the catalogue cannot be read: {error}") from error
+        header = self._read_header()
+        self._segments: dict[str, dict[str, Any]] = header["segments"]
+        self.fingerprint: str = header["fingerprint"]
+        self.samples: int = header["samples"]
+        self.optional: tuple[str, ...] = tuple(header["optional"])
+        self.sources: list[str] = header["sources"]
+        self.layouts: list[tuple[str, ...]] = [tuple(layout) for layout in header["layouts"]]
+        self._check(("shards", "shard_names", "records"))
+        self.records: NDArray[Any] = self._table("records", RECORD)
+        self._members: NDArray[Any] = self._table("members", MEMBER)
+        self._shards: NDArray[Any] = self._table("shards", SHARD)
+        self._names = self._segment("keys")
+
+    @classmethod
+    def open(cls, folder: Path) -> Catalogue:
+        """Open the catalogue in a local folder; its shards lie beside it, or where its `dataset.json` says.
+
+        Raises:
+            DataError: no catalogue, a damaged one, one of other shards, or a shard missing or not of its size.
+        """
+        if not folder.is_dir():
+            raise DataError("there is no such folder of shards", where=str(folder), fix="correct the path")
+        listing, path = folder / DATASET_NAME, folder / CATALOGUE_NAME
+        for file in (listing, path):
+            if not file.is_file():
+                raise _unusable(str(folder), f"there is no {file.name} in the folder of shards")
+        described = read_listing(listing.read_bytes(), str(listing))
+        shards_at: str = described.get("shards_at", "")
+        catalogue = cls(path, shards_at or str(folder))
+        catalogue.expect(described["catalogue"])
+        if not shards_at:
+            catalogue._check_shards(folder)
+        return catalogue
+
+    @property
+    def digest(self) -> str:
+        """Hash of the whole catalogue, 16 hexadecimal digits."""
+        return self._digest
+
+    @cached_property
+    def shard_names(self) -> Sequence[str]:
+        """File name of every shard; [S]."""
+        return _split(self._segment("shard_names"), self._shards["name"])
+
+    @cached_property
+    def shard_starts(self) -> NDArray[np.int64]:
+        """Number of each shard's first sample, then N; [S + 1] int64."""
+        return np.append(self._shards["first"].astype(np.int64), self.samples)
+
+    @property
+    def shard_bytes(self) -> NDArray[np.int64]:
+        """Size of every shard's file; [S] int64."""
+        return self._shards["bytes"].astype(np.int64)
+
+    def shard_sha256(self, shard: int) -> str:
+        """Hash of one shard's file."""
+        return bytes(self._shards["sha256"][shard]).hex()
+
+    def key(self, sample: int) -> str:
+        """Name of one sample."""
+        start = int(self.records["key"][sample])
+        end = int(self.records["key"][sample + 1]) if sample + 1 < self.samples else len(self._names)
+        return self._names[start:end].tobytes().decode()
+
+    def members(self, sample: int) -> dict[str, tuple[int, int]]:
+        """Extension to (offset in the shard, size) of one sample's members."""
+        return {name: (offset, size) for name, (offset, size, _) in self.places(sample).items()}
+
+    def places(self, sample: int) -> dict[str, tuple[int, int, int]]:
+        """Extension to (offset in the shard, size, XXH3-64) of one sample's members."""
+        record: tuple[int, ...] = self.records[sample].item()
+        base, first, layout = record[_OFFSET], record[_FIRST], self.layouts[record[_LAYOUT]]
+        rows: list[tuple[int, int, int]] = self._members[first : first + len(layout)].tolist()
+        return {
+            name: (base + offset, size, checksum) for name, (checksum, offset, size) in zip(layout, rows, strict=True)
+        }
+
+    def verify(self) -> None:
+        """Check every segment against its hash.
+
+        Raises:
+            DataError: one is not what was written.
+        """
+        self._check(tuple(self._segments))
+
+    def expect(self, digest: str) -> None:
+        """Compare with the digest in `dataset.json`.
+
+        Raises:
+            DataError: it is that of another catalogue.
+        """
+        if digest != self._digest:
+            raise _unusable(self.location, f"{DATASET_NAME} belongs to another catalogue than the one beside it")
+
+    def _read_header(self) -> dict[str, Any]:
+        if len(self._bytes) < PREAMBLE.size:
+            raise _unusable(self.location, "the catalogue is cut short")
+        magic, version, length, digest = PREAMBLE.unpack(self._bytes[: PREAMBLE.size].tobytes())
+        if magic != MAGIC or version != VERSION:
+            raise _unusable(self.location, f"the catalogue is not of format version {VERSION}")
+        text = self._bytes[PREAMBLE.size : PREAMBLE.size + length].tobytes()
+        self._digest: str = digest.decode(errors="replace")
+        if xxh3_64_hexdigest(text) != self._digest:
+            raise _unusable(self.location, "the catalogue's header is damaged")
+        header: dict[str, Any] = json.loads(text)
+        if any(part["offset"] + part["bytes"] > len(self._bytes) for part in header["segments"].values()):
+            raise _unusable(self.location, "the catalogue is cut short")
+        return header
+
+    def _segment(self, name: str) -> NDArray[np.uint8]:
+        part = self._segments[name]
+        return self._bytes[part["offset"] : part["offset"] + part["bytes"]]
+
+    def _table(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        return self._segment(name).view(dtype)
+
+    def _check(self, names: Sequence[str]) -> None:
+        for name in names:
+            if xxh3_64_hexdigest(self._segment(name).data) != self._segments[name]["xxh3"]:
+                raise _unusable(self.location, f"the catalogue is damaged in its segment {name}")
+
+    def _check_shards(self, folder: Path) -> None:
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry.stat().st_size for entry in entries if entry.name.endswith(".tar")}
+        for name, size in zip(self.shard_names, self.shard_bytes.tolist(), strict=True):
+            path = folder / name
+            there = found.get(name)
+            if there is None and (not path.is_file()):
+                raise DataError(
+                    f"shard {name} of the catalogue is missing",
+                    where=str(path),
+                    fix=f"copy it there again, or run `echox shards index {folder}` to go on without it",
+                )
+            there = path.stat().st_size if there is None else there
+            if there != size:
+                raise DataError(
+                    f"shard {name} has {there:,} bytes where the catalogue records {size:,}: it was cut or replaced",
+                    where=str(path),
+                    fix=f"copy it again, or run `echox shards index {folder}` if it was meant to change",
+                )
+
+
+def read_listing(content: bytes, where: str) -> dict[str, Any]:
+    """Decode `dataset.json`.
+
+    Raises:
+        DataError: it is not one, or one from before datasets had a catalogue.
+    """
+    try:
+        listing = json.loads(content)
+        if not isinstance(listing["catalogue"], str) or not isinstance(listing["shards"], list):
+            raise ValueError("fields of another type")
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unusable(str(Path(where).parent), f"{DATASET_NAME} does not name a catalogue") from error
+    return dict(listing)
+
+
+def write_segments(path: Path, header: dict[str, Any], segments: dict[str, Path]) -> str:
+    """Put a catalogue together from files of its segments; it appears under its name complete or not at all.
+
+    Returns:
+        Its digest.
+    """
+    layout: dict[str, dict[str, Any]] = {}
+    # The header's length depends on the offsets it names, so they count from a first aligned place after it.
+    for name, file in segments.items():
+        layout[name] = {"offset": 0, "bytes": file.stat().st_size, "xxh3": _file_hash(file)}
+    room = len(json.dumps({**header, "segments": layout})) + 24 * len(layout)
+    at = _aligned(PREAMBLE.size + room)
+    for part in layout.values():
+        part["offset"] = at
+        at = _aligned(at + part["bytes"])
+    text = json.dumps({**header, "segments": layout}, sort_keys=True).encode()
+    digest = xxh3_64_hexdigest(text)
+    scratch = path.with_name(f".{path.name}.part")
+    with scratch.open("wb") as out:
+        out.write(PREAMBLE.pack(MAGIC, VERSION, len(text), digest.encode()) + text)
+        for name, file in segments.items():
+            out.seek(layout[name]["offset"])
+            with file.open("rb") as source:
+                while block := source.read(1 << 22):
+                    out.write(block)
+        out.truncate(max(at, out.tell()))
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(scratch, path)
+    return digest
+
+
+def _file_hash(path: Path) -> str:
+    hasher = xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _aligned(place: int) -> int:
+    return -(-place // ALIGN) * ALIGN
+
+
+def _split(text: NDArray[np.uint8], starts: NDArray[Any]) -> list[str]:
+    blob = text.tobytes()
+    ends = [*starts[1:].tolist(), len(blob)]
+    return [blob[start:end].decode() for start, end in zip(starts.tolist(), ends, strict=True)]
+
+
+def _unusable(location: str, reason: str) -> DataError:
+    return DataError(reason, where=location, fix=f"run `echox shards index {location}`")

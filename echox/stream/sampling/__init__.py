@@ -1,0 +1,1 @@
+"""Decides which sample comes when, as pure functions of datasets, seed and recipe; reads no sample."""

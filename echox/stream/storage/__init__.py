@@ -1,0 +1,1 @@
+"""Brings verified bytes of a sample from a folder, a server or an object store; knows nothing of order or batches."""

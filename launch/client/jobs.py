@@ -1,0 +1,303 @@
+"""Ray's job API: submit a recipe, ask for its state, follow its log, stop it. Sugar over `ray job submit`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from echox.config.load import find_recipe, load_recipe
+from echox.config.paths import project_root
+from echox.errors import LaunchError
+from launch.paths import HOME, RESOLVED
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from echox.config.schema import Recipe
+
+EXCLUDES = (
+    *("/.git", "/.venv", "/venv", "/runs", "/mlruns", "/caches", "/dist", "/build", "/tests"),
+    *("**/__pycache__", "**/*.pyc", "**/.mypy_cache", "**/.ruff_cache", "**/.pytest_cache", "**/*.egg-info"),
+    *("**/*.tar", "**/*.safetensors", "**/*.bin", "**/*.pt", "**/*.onnx", "**/*.wav", "**/*.flac", "**/*.db"),
+)
+"""What is not code does not travel: Ray ships the folder as one message with a size limit."""
+STOP_WAIT_S = 120
+TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
+PASSED_ON = ("MLFLOW_", "HF_", "ECHOX_")
+
+
+def token_header() -> dict[str, str]:
+    """The header that carries Ray's token, from $RAY_AUTH_TOKEN, $RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token."""
+    token = os.environ.get("RAY_AUTH_TOKEN", "")
+    if not token:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+        with contextlib.suppress(OSError):
+            token = path.read_text().strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+class Jobs:
+    """The job API of one cluster.
+
+    Args:
+        address: `http://host:port` of the dashboard; None takes $RAY_ADDRESS, then Ray's default on this machine.
+
+    Raises:
+        LaunchError: nothing answers, or the token is missing or wrong.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
+        if not address or not address.startswith("http"):
+            address = "http://127.0.0.1:8265"
+        self.address = address.rstrip("/")
+        self._client: JobSubmissionClient = self._call(self._connect)
+
+    def submit(
+        self,
+        recipe: str,
+        overrides: Sequence[str] = (),
+        *,
+        env: Mapping[str, str] | None = None,
+        extra_arguments: Sequence[str] = (),
+        stop_wait_s: int = STOP_WAIT_S,
+    ) -> str:
+        """Submit a recipe after checking it here; returns the submission id, `<run name>-a<attempt>`.
+
+        Args:
+            recipe: YAML file or short name.
+            overrides: `key=value` each.
+            env: variables the job gets besides the ones passed on.
+            extra_arguments: further arguments of `launch.train`.
+            stop_wait_s: seconds between the polite and the final signal when the job is stopped.
+
+        Raises:
+            RecipeError: the recipe is wrong; nothing was submitted.
+            LaunchError: the run already has a job, or the cluster refuses it.
+        """
+        checked = load_recipe(recipe, overrides)
+        root = project_root()
+        busy = [job for job in self.list(checked.name) if job["status"] not in TERMINAL]
+        if busy:
+            raise LaunchError(
+                f"run {checked.name} already has job {busy[0]['id']} ({busy[0]['status']}), "
+                "and two jobs must not write one run",
+                fix=f"follow it with `echox logs {busy[0]['id']} -f`, stop it with `echox stop`, or give another name=",
+            )
+        attempt = 1 + max((job["attempt"] for job in self.list(checked.name)), default=0)
+        python = sys.executable if self.is_local else "python"
+        words = [python, "-m", "launch.train", self._shipped(recipe, root), *overrides, *extra_arguments]
+        variables = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+        if self.is_local:
+            variables.setdefault(HOME, os.getcwd())
+        variables |= {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **(env or {})}
+        runtime_env = {"working_dir": str(root), "excludes": list(EXCLUDES), "env_vars": variables}
+        metadata = {
+            "run": checked.name,
+            "folder": self._run_folder(checked),
+            "stage": checked.stage,
+            "scale": checked.scale,
+            "recipe": str(recipe),
+            "attempt": str(attempt),
+            "user": _user(),
+            "git": _git_revision(root),
+        }
+        return str(
+            self._call(
+                lambda: self._client.submit_job(
+                    entrypoint=shlex.join(words),
+                    submission_id=f"{checked.name}-a{attempt}",
+                    runtime_env=runtime_env,
+                    metadata=metadata,
+                )
+            )
+        )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the cluster's head is this machine."""
+        return urlparse(self.address).hostname in ("127.0.0.1", "localhost", "::1")
+
+    def list(self, run: str | None = None) -> list[dict[str, Any]]:
+        """Jobs of the cluster, oldest first: id, run, attempt, status, message, folder, start and end in seconds."""
+        found = []
+        for job in self._call(self._client.list_jobs):
+            if job.submission_id is None:
+                continue
+            metadata = dict(job.metadata or {})
+            if (
+                run is not None
+                and metadata.get("run", "") != run
+                and not re.fullmatch(rf"{re.escape(run)}-a\d+", job.submission_id)
+            ):
+                continue
+            found.append(
+                {
+                    "id": job.submission_id,
+                    "run": metadata.get("run", job.submission_id),
+                    "attempt": int(re.sub(r"\D", "", metadata.get("attempt", "")) or 0),
+                    "status": _text(job.status),
+                    "message": job.message or "",
+                    "exit_code": job.driver_exit_code,
+                    "folder": metadata.get("folder", ""),
+                    "start": (job.start_time or 0) / 1000,
+                    "end": job.end_time / 1000 if job.end_time else None,
+                }
+            )
+        return sorted(found, key=lambda job: job["start"])
+
+    def find(self, job: str) -> str:
+        """The submission id behind an id or a run's name (its newest job).
+
+        Raises:
+            LaunchError: no such job.
+        """
+        jobs = self.list()
+        for match in (
+            [entry for entry in jobs if entry["id"] == job],
+            [entry for entry in jobs if entry["run"] == job],
+        ):
+            if match:
+                return str(match[-1]["id"])
+        known = ", ".join(entry["id"] for entry in jobs[-5:]) or "none"
+        raise LaunchError(f"no job or run named {job} at {self.address}", fix=f"the newest jobs are: {known}")
+
+    def status(self, job: str) -> str:
+        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+        return _text(self._call(lambda: self._client.get_job_status(job)))
+
+    def message(self, job: str) -> str:
+        """Ray's own words on a job's state."""
+        return str(self._call(lambda: self._client.get_job_info(job)).message or "")
+
+    def logs(self, job: str) -> str:
+        """All the job has written so far."""
+        return str(self._call(lambda: self._client.get_job_logs(job)))
+
+    def follow(self, job: str) -> Iterator[str]:
+        """Pieces of the job's log as they are written, until the job ends."""
+        loop = asyncio.new_event_loop()
+        stream = self._client.tail_job_logs(job)
+        try:
+            while True:
+                try:
+                    yield self._call(lambda: loop.run_until_complete(anext(stream)))
+                except StopAsyncIteration:
+                    return
+        finally:
+            with contextlib.suppress(Exception):
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def failure(self, job: str) -> str:
+        """One sentence on why a job failed: the driver's own error line, else the last line of its log."""
+        lines = [line.strip() for line in self.logs(job).splitlines() if line.strip()]
+        own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (own or lines or [self.message(job) or "it wrote nothing"])[-1]
+
+    def wait(self, job: str, *, poll_s: float = 0.5, on_poll: Callable[[], None] | None = None) -> str:
+        """Wait for the end of a job; returns its final status."""
+        while (status := self.status(job)) not in TERMINAL:
+            if on_poll is not None:
+                on_poll()
+            time.sleep(poll_s)
+        return status
+
+    def stop(self, job: str, *, timeout_s: float = STOP_WAIT_S + 30) -> str:
+        """Ask a job to stop and wait until it has; returns its final status."""
+        if self.status(job) not in TERMINAL:
+            self._call(lambda: self._client.stop_job(job))
+        deadline = time.monotonic() + timeout_s
+        while (status := self.status(job)) not in TERMINAL and time.monotonic() < deadline:
+            time.sleep(0.3)
+        return status
+
+    def _connect(self) -> JobSubmissionClient:
+        # With a token at hand, use it: the client sends one only in Ray's token mode.
+        if "RAY_AUTH_MODE" not in os.environ and token_header():
+            os.environ["RAY_AUTH_MODE"] = "token"
+        from ray.job_submission import JobSubmissionClient
+
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they list every file that does not travel
+        return JobSubmissionClient(self.address, headers=token_header())
+
+    def _call(self, request: Callable[[], Any]) -> Any:
+        """Run one request; Ray's errors come out as sentences."""
+        try:
+            return request()
+        except (StopAsyncIteration, LaunchError):
+            raise
+        except Exception as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: Exception) -> LaunchError:
+        text = str(error)
+        if "Authentication required" in text or "401" in text:
+            return LaunchError(
+                f"the Ray cluster at {self.address} asks for a token and got none (401)",
+                fix="set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, or put it in ~/.ray/auth_token; on the head node, "
+                "`ray get-auth-token` shows it",
+            )
+        if "Authentication failed" in text or "403" in text:
+            return LaunchError(
+                f"the Ray cluster at {self.address} refuses this token (403)",
+                fix="copy the head's token (`ray get-auth-token` there) to RAY_AUTH_TOKEN or ~/.ray/auth_token",
+            )
+        if isinstance(error, ConnectionError) or "Failed to connect" in text or "Connection" in type(error).__name__:
+            return LaunchError(
+                f"no Ray cluster answers at {self.address}",
+                fix="start one with `ray start --head`, or name yours with --address or RAY_ADDRESS=http://host:8265",
+            )
+        lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+        return LaunchError(f"Ray's job API at {self.address} failed: {lines[0][:400]}")
+
+    def _run_folder(self, recipe: Recipe) -> str:
+        """The run's folder as the job will see it; empty where only the cluster knows."""
+        storage = Path(recipe.storage).expanduser()
+        if self.is_local:
+            storage = (Path(os.environ.get(HOME) or os.getcwd()) / storage).absolute()
+        return str(storage / recipe.name) if storage.is_absolute() else ""
+
+    def _shipped(self, recipe: str, root: Path) -> str:
+        """How the job names the recipe: as given if it travels with the project, absolute where the job sees it."""
+        file = find_recipe(recipe).resolve()
+        if file.is_relative_to(root):
+            return str(file.relative_to(root))
+        # A run's own folder lies in storage that every node sees.
+        if self.is_local or file.name == RESOLVED:
+            return str(file)
+        raise LaunchError(
+            f"recipe {recipe} lies outside the project folder, which is all that travels", fix=f"copy it below {root}"
+        )
+
+
+def _text(status: object) -> str:
+    return str(getattr(status, "value", status))
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())
+
+
+def _git_revision(root: Path) -> str:
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

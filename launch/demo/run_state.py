@@ -1,0 +1,58 @@
+"""Whether a stage's earlier run can be reused, continued, or has to make room for a new one."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from echox.builders.data import listings
+from echox.config.load import fingerprint
+from echox.config.schema import Recipe
+from echox.engine.checkpoint.manifest import newest_manifest
+
+State = Literal["none", "partial", "done", "stale"]
+
+
+def run_state(recipe: Recipe) -> tuple[State, str]:
+    """What an earlier run of this recipe (paths absolute) is worth, and why.
+
+    `done`: trained to the end by an equal recipe, after the runs it starts from and after its data were made.
+    `partial`: the same, not yet at the end: submitting it continues it. `stale`: made by another recipe or from other
+    inputs. `none`: nothing was saved.
+    """
+    folder = Path(recipe.storage) / recipe.name
+    path = newest_manifest(folder)
+    if path is None:
+        return "none", "nothing trained yet"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        before = Recipe.model_validate(manifest["recipe"])
+    except (OSError, ValueError, KeyError, ValidationError):
+        return "stale", "its checkpoint is of another version"
+    if fingerprint(before) != fingerprint(recipe):
+        return "stale", "the recipe changed"
+    made = path.stat().st_mtime
+    for source in (recipe.init.s2t, recipe.init.t2c):
+        upstream = newest_manifest(Path(source)) if source else None
+        if upstream is not None and upstream.stat().st_mtime > made:
+            return "stale", f"{Path(source or '').name} was trained again"
+    for name, listing in listings(recipe.data.train).items():
+        if listing.stat().st_mtime > made:
+            return "stale", f"{name} was built again"
+    if int(manifest.get("step", 0)) < recipe.optim.steps:
+        return "partial", f"continues at step {manifest['step']} of {recipe.optim.steps}"
+    return "done", f"{recipe.name} has its {recipe.optim.steps} steps"
+
+
+def set_aside(recipe: Recipe) -> Path | None:
+    """Move a run's folder out of the way, keeping it; returns where it went."""
+    folder = Path(recipe.storage) / recipe.name
+    if not folder.exists():
+        return None
+    aside = folder.parent / "replaced" / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    return folder.rename(aside)

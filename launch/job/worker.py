@@ -1,0 +1,85 @@
+"""What each Ray Train worker runs: the engine's train function, with a tracker where this rank has something to say."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from echox.config.schema import Recipe
+from echox.errors import EchoXError
+from echox.tracking.client import MlflowTracker, RunHandle
+from echox.tracking.run import attach
+from echox.tracking.system import SystemMetrics
+from launch.job.failure_cause import error_file
+from launch.job.ray_context import RayContext
+
+
+def run_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train on one rank.
+
+    Args:
+        config: `recipe` (plain tree), `handle` (fields of `RunHandle`), `train` and `setup` (`module:function`),
+            `accept_new_data` and `allow`, as the engine takes them.
+
+    Returns:
+        `step`, `checkpoint` and `stopped` (why, or "") of the engine's result.
+
+    Raises:
+        EchoXError: what the user can act on, for the driver to print.
+        Exception: anything else; its traceback is also in `<run folder>/errors/`.
+    """
+    from echox.engine.interfaces import NullTracker
+
+    recipe = Recipe.model_validate(config["recipe"])
+    handle: RunHandle = config["handle"]
+    context = RayContext(Path(recipe.storage))
+    traceback_file = error_file(handle.run_folder, context.rank)
+    traceback_file.unlink(missing_ok=True)
+    # DeepSpeed reads these even where the process group exists.
+    os.environ.update(
+        RANK=str(context.rank),
+        WORLD_SIZE=str(context.world_size),
+        LOCAL_RANK=str(context.local_rank),
+        LOCAL_WORLD_SIZE=str(context.local_world_size),
+    )
+    os.environ["ECHOX_ATTEMPT"] = str(handle.attempt)
+    tracker: MlflowTracker | NullTracker = NullTracker()
+    if context.local_rank == 0:
+        tracker = attach(handle, f"rank{context.rank}")
+    sampler = None
+    if isinstance(tracker, MlflowTracker) and recipe.tracking.system_metrics:
+        several = context.world_size > context.local_world_size
+        sampler = SystemMetrics(tracker, node=f"node-{context.node_rank}" if several else None)
+    try:
+        train, setup = named(config["train"]), named(config["setup"])
+        heard = tracker if context.rank == 0 else NullTracker()
+        result = train(
+            recipe, context, setup, heard, accept_new_data=config["accept_new_data"], allow=tuple(config["allow"])
+        )
+        return {"step": result.step, "checkpoint": str(result.checkpoint or ""), "stopped": result.stopped}
+    except EchoXError:
+        if not config.get("debug"):
+            # The driver prints the sentence; Ray would print the traceback of every rank before it.
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL + 1)
+        raise
+    except Exception:
+        text = traceback.format_exc()
+        traceback_file.parent.mkdir(parents=True, exist_ok=True)
+        traceback_file.write_text(text)
+        print(text, file=sys.stderr, flush=True)
+        raise
+    finally:
+        if sampler is not None:
+            sampler.close()
+        tracker.finish("FINISHED")
+
+
+def named(reference: str) -> Any:
+    """The object behind `module:name`."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,1 @@
+"""Turns what a corpus lists into shards: conversion, units, encoding, publishing; knows no corpus by name."""

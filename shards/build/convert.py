@@ -1,0 +1,258 @@
+"""One shard of a corpus: utterances in, a tar and its record out; runs in worker processes, so it imports little."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
+from echox.errors import DataError, EchoXError
+from echox.files import sha256_file
+from shards.build.records import digest, read_json, write_json
+from shards.corpus import Audio, Utterance
+
+SHORTEST_S = 0.1
+"""Shorter audio holds no word."""
+_VERSION = 1
+"""Of what is done here: another one makes all shards anew."""
+_KEY_CHARACTERS = 80
+"""A tar header has room for 100, and extensions follow."""
+
+
+class Rejected(Exception):
+    """An utterance that cannot become a sample, and why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a shard is made from.
+
+    Attributes:
+        number: of the shard, from 0.
+        root: where the corpus lies.
+        longest_s: longest audio in seconds.
+        keyed: key and utterance of each sample to be.
+    """
+
+    number: int
+    root: Path
+    longest_s: float
+    keyed: Sequence[tuple[str, Utterance]]
+
+    def digest(self) -> str:
+        """Hash over all that decides the shard's bytes, save the audio files' own: where the corpus lies does not."""
+
+        def relative(path: Path) -> str:
+            return os.path.relpath(path, self.root)
+
+        described = json.dumps([[key, asdict(utterance)] for key, utterance in self.keyed], default=relative)
+        return digest([_VERSION, self.number, self.longest_s, described])
+
+
+def tar_path(folder: Path, number: int) -> Path:
+    """The shard's file while the corpus is being built."""
+    return folder / f"part-{number:06d}.tar"
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """What is known of the shard."""
+    return folder / f"part-{number:06d}.json"
+
+
+def keys(utterances: Iterable[Utterance]) -> Iterator[tuple[str, Utterance]]:
+    """Give every utterance a key: its id in the letters a key may have, numbered where two would be equal."""
+    seen: set[str] = set()
+    for number, utterance in enumerate(utterances):
+        key = name = re.sub(r"[^A-Za-z0-9_-]+", "_", utterance.id)[:_KEY_CHARACTERS].strip("_") or "utterance"
+        while key in seen:
+            key, number = f"{name}-{number}", number + 1
+        seen.add(key)
+        yield key, utterance
+
+
+def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
+    """Write a shard and its record, each under its name only when it is complete.
+
+    Args:
+        job: the shard.
+        identity: `job.digest()` before members of archives were located.
+        folder: where they go.
+
+    Returns:
+        The record: {"identity", "sha256", "bytes", "samples", "members", "question_s", "answer_s", "rejected"};
+            members are counted by their extension.
+
+    Raises:
+        EchoXError: the folder cannot be written to.
+    """
+    record: dict[str, Any] = {"identity": identity, "samples": 0, "members": {}, "rejected": []}
+    record |= {"question_s": 0.0, "answer_s": 0.0}
+    final = tar_path(folder, job.number)
+    # A worker that outlives a killed build for a moment must not write into the file of the next one.
+    partial = final.with_suffix(f".{os.getpid()}")
+    with writing(folder):
+        with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, utterance in job.keyed:
+                try:
+                    members = sample_members(utterance, job.longest_s)
+                except Rejected as rejected:
+                    files = [_stamp(path) for path in _files(utterance)]
+                    record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
+                    continue
+                record["samples"] += 1
+                for seconds in ("question_s", "answer_s"):
+                    record[seconds] += members["json"][seconds] or 0.0
+                count_members(record["members"], members)
+                write_sample(tar, key, members)
+        record |= {"sha256": sha256_file(partial), "bytes": partial.stat().st_size}
+        partial.rename(final)
+        write_json(record_path(folder, job.number), record)
+    return record
+
+
+def count_members(counts: dict[str, int], extensions: Iterable[str]) -> None:
+    """Note that one more sample has these members."""
+    for extension in extensions:
+        counts[extension] = counts.get(extension, 0) + 1
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the system says of a full disk or a lost share into a sentence.
+
+    Raises:
+        EchoXError: instead of `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise EchoXError(
+            f"Cannot write a shard: {error.strerror or error}",
+            where=str(folder),
+            fix="Make room or mend the folder and run the same command again: finished shards are kept.",
+        ) from error
+
+
+def is_kept(folder: Path, number: int) -> bool:
+    """Whether the shard is the one its record tells of, byte for byte."""
+    record, tar = read_json(record_path(folder, number)), tar_path(folder, number)
+    return bool(record) and tar.is_file() and sha256_file(tar) == record["sha256"]
+
+
+def may_be_kept(folder: Path, number: int, identity: str) -> dict[str, Any] | None:
+    """The record of a shard made from the same utterances, unless audio that was rejected then has changed since."""
+    record: dict[str, Any] | None = read_json(record_path(folder, number))
+    if not record or record["identity"] != identity:
+        return None
+    stamps = [stamp for rejected in record["rejected"] for stamp in rejected["files"]]
+    return record if all(stamp == _stamp(Path(stamp[0])) for stamp in stamps) else None
+
+
+def write_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, Any]) -> None:
+    """Append a sample's members, byte for byte as webdataset's `TarWriter` does with fixed owner, mode and time."""
+    for extension, value in sorted(members.items()):
+        data = value if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False, sort_keys=True).encode()
+        info = tarfile.TarInfo(f"{key}.{extension}")
+        info.size, info.mode, info.mtime = len(data), 0o644, 0
+        info.uname = info.gname = "echox"
+        tar.addfile(info, io.BytesIO(data))
+
+
+def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
+    """Members of the data contract.
+
+    Raises:
+        Rejected: a text or sound that the task needs is missing, empty, undecodable or absurdly short or long.
+    """
+    if utterance.problem:
+        raise Rejected(utterance.problem)
+    if utterance.task in ("asr", "sqa"):
+        _need(utterance.question, "no spoken question" if utterance.task == "sqa" else "no recording")
+        _need(utterance.question_text, "no transcript")
+    if utterance.task in ("sqa", "tts"):
+        _need(utterance.answer_text, "no answer text")
+    if utterance.task == "tts":
+        _need(utterance.answer or utterance.units, "no spoken answer")
+    members: dict[str, Any] = {}
+    question_s = answer_s = None
+    if utterance.question is not None:
+        members["question.flac"], question_s = _flac(utterance.question, "question", longest_s)
+    if utterance.answer is not None:
+        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s)
+    if utterance.units is not None:
+        members["answer.units"] = np.asarray(utterance.units, dtype="<u2").tobytes()
+    members["json"] = {
+        "id": utterance.id,
+        "question_text": utterance.question_text,
+        "answer_text": utterance.answer_text,
+        "task": utterance.task,
+        "question_s": question_s,
+        "answer_s": answer_s,
+        "source": utterance.source,
+        "split": utterance.split,
+        "turns": [dict(turn) for turn in utterance.turns],
+        **utterance.extra,
+    }
+    return members
+
+
+def _need(value: object, otherwise: str) -> None:
+    if not value:
+        raise Rejected(otherwise)
+
+
+def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
+    """16 kHz mono FLAC and its seconds; bytes that are that already stay as they are, once decoded to the end."""
+    try:
+        data = audio.read()
+        samples = read_audio(data)
+        info = soundfile.info(io.BytesIO(data))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
+    except DataError as error:
+        raise Rejected(f"{what}: {error.what}") from error
+    except OSError as error:
+        # Not the utterance's fault: a share that is away must not cost a corpus its samples.
+        raise EchoXError(
+            f"Cannot read audio: {error.strerror or error}",
+            where=str(audio.stands_in()),
+            fix="Mend the source and run the same command again: finished shards are kept.",
+        ) from error
+    seconds = len(samples) / SAMPLE_RATE
+    if _is_cut(data) or seconds < 0.98 * info.duration:
+        raise Rejected(f"{what}: the file is cut short")
+    if not SHORTEST_S <= seconds <= longest_s:
+        raise Rejected(f"{what}: {seconds:.2f} s of audio, outside {SHORTEST_S:g} to {longest_s:g} s")
+    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
+    return data if fits else encode_flac(samples), round(seconds, 3)
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a WAV promises more bytes than there are: libsndfile then decodes what is left without a word."""
+    promised = int.from_bytes(data[4:8], "little")
+    # Programs that write WAV into a pipe cannot know its length, and promise nothing or everything.
+    return data[:4] == b"RIFF" and promised < 0x7FFFFFFF and promised + 8 > len(data)
+
+
+def _files(utterance: Utterance) -> list[Path]:
+    return [audio.stands_in() for audio in (utterance.question, utterance.answer) if audio is not None]
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Path, size and time of a file: enough to see that it was replaced."""
+    try:
+        state = path.stat()
+    except OSError:
+        return [str(path), None, None]
+    return [str(path), state.st_size, state.st_mtime_ns]

@@ -1,0 +1,269 @@
+"""The demo's own decisions, with stand-ins for everything it calls."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import pytest
+from rich.console import Console
+
+from echox.errors import DataError
+from launch.demo import __main__ as command
+from launch.demo import pipeline as demo_module
+from launch.demo.__main__ import main
+from launch.demo.pipeline import Demo, final_losses
+
+SCORES = {
+    "sets": {
+        "sqa-heldout-phrasing": {
+            "text_llm_acc": 1.0,
+            "s2t_acc": 0.95,
+            "s2s_acc": 0.8,
+            "retention": 0.84,
+            "wer": 0.25,
+            "n": 60,
+        }
+    },
+    "resynthesis_wer": 0.2,
+    "original_wer": 0.1,
+}
+
+INTERRUPTED = """
+    import subprocess, sys, time, os
+    from pathlib import Path
+    import psutil
+    from launch.client import local_head
+    from launch.demo.__main__ import main
+    from launch.demo.pipeline import Demo
+    import launch.client.jobs
+
+    def start_head(*, cpus):
+        child = subprocess.Popen([sys.executable, "-c",
+            "import subprocess, sys, time; "
+            "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); "
+            "print('up', flush=True); time.sleep(600)"],
+            env={**os.environ, local_head.MARK: "demo-test"}, stdout=subprocess.PIPE, start_new_session=True)
+        child.stdout.readline()
+        me, process, folder = psutil.Process(), psutil.Process(child.pid), Path(sys.argv[1]) / "ray"
+        folder.mkdir()
+        return local_head.Head(pid=child.pid, created=process.create_time(), mark="demo-test", address="http://127.0.0.1:9",
+                            token_file="token", folder=str(folder), starter=me.pid, starter_created=me.create_time())
+
+    class Jobs:
+        def __init__(self, address): self.address = address
+        def submit(self, *args, **more):
+            for process in psutil.process_iter():
+                try:
+                    if process.environ().get(local_head.MARK) == "demo-test":
+                        print("pid", process.pid, flush=True)
+                except psutil.Error:
+                    pass
+            return "demo-s2t-a1"
+        def wait(self, *args, **more):
+            print("following", flush=True)
+            time.sleep(600)
+        def stop(self, job, timeout_s):
+            print("stopped", job, flush=True)
+
+    local_head.start_head = start_head
+    local_head.running_elsewhere = lambda: None
+    local_head.remembered = lambda: None
+    launch.client.jobs.Jobs = Jobs
+    local_head.STOP_S = 1.0
+    Demo._data = lambda self: None
+    sys.exit(main(["--storage", sys.argv[1] + "/runs"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_what_was_started_and_only_that(tmp_path: Path, number: signal.Signals) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    running = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(INTERRUPTED), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "ECHOX_CACHE": str(tmp_path / "cache")},
+    )
+    pids: list[int] = []
+    try:
+        assert running.stdout is not None
+        lines = []
+        for line in running.stdout:
+            lines.append(line.strip())
+            if line.startswith("following"):
+                break
+        pids = [int(line.split()[1]) for line in lines if line.startswith("pid ")]
+        assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+        running.send_signal(number)
+        rest, _ = running.communicate(timeout=60)
+        assert running.returncode == 130
+        assert "stopped demo-s2t-a1" in rest and "interrupted" in rest and "Traceback" not in rest
+        assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
+        assert bystander.poll() is None
+        result = json.loads((tmp_path / "runs" / "result.json").read_text())
+        assert result["failed"] == {"phase": "s2t", "error": "KeyboardInterrupt"}
+        assert result["peak_memory_gib"] > 0
+    finally:
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
+        running.kill()
+        bystander.kill()
+        bystander.wait()
+
+
+class Stub(Demo):
+    """A demo whose phases are given."""
+
+    def _data(self) -> None:
+        with self.phases.phase("corpus", "speech"):
+            pass
+
+    def _train(self) -> None:
+        with self.phases.phase("s2t", "stage"):
+            raise DataError("a shard is cut short", where="sqa-train", fix="build it again")
+
+
+def test_a_failed_phase_is_a_sentence_a_code_and_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "Demo", Stub)
+    assert main(["--storage", str(tmp_path)]) == DataError.exit_code
+    assert "a shard is cut short" in capsys.readouterr().out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["failed"]["phase"] == "s2t" and "corpus" in result["phases"]
+
+
+class Recorder:
+    """Stands for the job API."""
+
+    def __init__(self) -> None:
+        self.submitted: list[str] = []
+
+    def submit(self, recipe: str, overrides: list[str], *, stop_wait_s: int) -> str:
+        self.submitted.append(recipe)
+        return recipe
+
+
+@pytest.mark.parametrize(
+    ("stage", "cpus", "eta_s", "expected"),
+    [
+        ("s2t", 2, 61.0, []),
+        ("s2t", 2, None, []),
+        ("s2t", 8, 59.0, ["demo/t2c"]),  # they have nothing to do with each other
+        ("t2c", 2, 59.0, ["demo/echo"]),  # there is no room for it yet
+        ("t2c", 8, 59.0, []),  # it would begin before its teacher is trained
+        ("echo", 2, 1.0, []),
+    ],
+)
+def test_the_next_stage_gets_in_line_when_one_is_about_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, cpus: int, eta_s: float | None, expected: list[str]
+) -> None:
+    monkeypatch.setattr(demo_module, "_head_cpus", lambda: cpus)
+    demo, jobs = Demo(storage=tmp_path, console=Console(file=io.StringIO()), _head_is_ours=True), Recorder()
+    look = demo._near_end(cast(Any, jobs), demo.recipe(stage))
+    for _ in range(2):
+        look({"eta_s": eta_s})
+    assert jobs.submitted == expected
+
+
+def test_a_wrong_override_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--set", "optim.steps=3"]) == 2
+    assert "STAGE.key=value" in capsys.readouterr().out
+
+
+def test_every_stage_has_a_quick_recipe_that_is_right(tmp_path: Path) -> None:
+    overrides = {stage: command.QUICK_ALWAYS + command.QUICK[stage] for stage in demo_module.STAGES}
+    demo = Demo(storage=tmp_path, console=Console(file=io.StringIO()), overrides=overrides)
+    for stage in demo_module.STAGES:
+        recipe = demo.recipe(stage)
+        assert recipe.stage == stage and recipe.optim.steps <= 3 and recipe.storage == str(tmp_path)
+    assert demo.recipe("echo").init.s2t == str(tmp_path / "demo-s2t")
+
+
+def test_a_cut_down_corpus_gets_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / "shared"
+    (shared / "models" / "m").mkdir(parents=True)
+    monkeypatch.setenv("ECHOX_CACHE", str(shared))
+    whole = Demo(storage=tmp_path / "a", console=Console(file=io.StringIO()))
+    whole._own_cache()
+    assert os.environ["ECHOX_CACHE"] == str(shared)
+    cut = Demo(storage=tmp_path / "b", console=Console(file=io.StringIO()), limit=3)
+    for _ in range(2):
+        cut._own_cache()
+        own = Path(os.environ["ECHOX_CACHE"])
+        assert own == tmp_path / "b" / "cache" and (own / "models" / "m").is_dir() and not (own / "data").exists()
+
+
+class Evaluated:
+    """Stands for `echox.evaluate.demo`."""
+
+    calls = 0
+
+    @classmethod
+    def evaluate_demo(cls, run: Path, *, limit: int | None, progress: Any) -> Evaluated:
+        cls.calls += 1
+        progress("sqa-heldout-phrasing", 60, 60)
+        return cls()
+
+    def to_json(self) -> dict[str, Any]:
+        return SCORES
+
+    def samples(self) -> list[dict[str, Any]]:
+        return []
+
+
+def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "echox.evaluate.demo", cast(Any, Evaluated))
+    monkeypatch.setattr(Evaluated, "calls", 0)
+    monkeypatch.setenv("ECHOX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Demo, "_data", lambda self: None)
+    monkeypatch.setattr(Demo, "_train", lambda self: None)
+    for stage in demo_module.STAGES:
+        folder = tmp_path / f"demo-{stage}"
+        manifest = folder / "checkpoints" / "step-00000002" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text("{}")
+        rows = [{"step": 1, "loss/total": 2.0, "lr/lora": 1.0}, {"step": 2, "loss/total": 1.25}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+
+    def run(**more: Any) -> tuple[dict[str, Any], str]:
+        demo = Demo(storage=tmp_path, console=Console(file=io.StringIO(), width=120), **more)
+        demo.run()
+        demo.show()
+        return json.loads((tmp_path / "result.json").read_text()), cast(io.StringIO, demo.console.file).getvalue()
+
+    result, said = run()
+    assert result["sets"] == SCORES["sets"] and result["original_wer"] == 0.1 and "failed" not in result
+    assert result["final_losses"]["echo"] == {"loss/total": 1.25}
+    assert set(result) == {
+        *("phases", "reused", "peak_memory_gib", "final_losses", "sets", "resynthesis_wer", "original_wer")
+    }
+    for shown in ("95.0 %", "80.0 %", "0.84", "echo 1.250", f"{tmp_path}/report.html", "mlflow ui", "--repeat echo"):
+        assert shown in said, shown
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 3
+
+    result, said = run()
+    assert Evaluated.calls == 1 and result["reused"] == ["evaluation", "report"] and "80.0 %" in said
+    run(evaluated=5)
+    assert Evaluated.calls == 2
+    later = tmp_path / "demo-echo" / "checkpoints" / "step-00000003" / "manifest.json"
+    later.parent.mkdir()
+    later.write_text("{}")
+    os.utime(later, (later.stat().st_mtime + 60,) * 2)
+    run(evaluated=5)
+    assert Evaluated.calls == 3
+
+
+def test_losses_of_a_missing_run_are_empty() -> None:
+    assert final_losses([]) == {}

@@ -1,0 +1,123 @@
+"""The node's cache: bounded, shared, and never without a file that somebody uses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from echox.errors import DataError
+from echox.stream.storage.cache import CacheFullError, NodeCache
+
+
+def writing(content: bytes, calls: list[bytes] | None = None, sound: bool = True) -> Callable[[int], bool]:
+    def fetch(file: int) -> bool:
+        if calls is not None:
+            calls.append(content)
+        os.pwrite(file, content, 0)
+        return sound
+
+    return fetch
+
+
+def names(cache: NodeCache) -> list[str]:
+    return sorted(path.name for path in cache.folder.iterdir() if path.name != ".lock")
+
+
+def test_a_file_is_fetched_once_and_found_again(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 1000)
+    calls: list[bytes] = []
+    for _ in range(2):
+        held = cache.take("a", 100, writing(b"a" * 100, calls))
+        assert os.pread(held.descriptor, 200, 0) == b"a" * 100
+    assert len(calls) == 1 and names(cache) == ["a.tar"]
+
+
+def test_the_file_used_longest_ago_makes_room(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 300)
+    for place, name in enumerate("abc"):
+        cache.take(name, 100, writing(b"x" * 100))
+        os.utime(tmp_path / f"{name}.tar", ns=(place, place))
+    cache.take("a", 100, writing(b""))
+    cache.take("d", 150, writing(b"x" * 150))
+    assert names(cache) == ["a.tar", "d.tar"]
+
+
+def test_what_is_in_use_stays_also_in_another_process(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 300)
+    code = (
+        "import sys; from pathlib import Path; from echox.stream.storage.cache import NodeCache\n"
+        "held = NodeCache(Path(sys.argv[1]), 300).take('theirs', 100, lambda file: True)\n"
+        "print('held', flush=True); sys.stdin.read()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    mine = cache.take("mine", 100, writing(b"x" * 100))
+    cache.take("free", 100, writing(b"x" * 100))
+    cache.take("new", 100, writing(b"x" * 100))
+    assert names(cache) == ["mine.tar", "new.tar", "theirs.tar"]
+    with pytest.raises(CacheFullError, match="full of shards in use"):
+        cache.take("large", 101, writing(b""))
+    assert not (tmp_path / "large.part").exists()
+    # The other's lock ends with it, however it ends.
+    other.kill()
+    other.communicate()
+    cache.take("large", 200, writing(b"x" * 200))
+    assert names(cache) == ["large.tar", "mine.tar"]
+    assert mine.descriptor
+
+
+def test_a_fetch_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    (tmp_path / "old.part").write_bytes(b"x" * 250)
+    cache = NodeCache(tmp_path, 300)
+    cache.take("a", 100, writing(b"x" * 100))
+    assert names(cache) == ["a.tar"]
+    (tmp_path / "b.part").write_bytes(b"y" * 500)
+    assert os.pread(cache.take("b", 3, writing(b"abc")).descriptor, 9, 0) == b"abc"
+    assert names(cache) == ["a.tar", "b.tar"]
+
+
+def test_a_fetch_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 300)
+
+    def fails(file: int) -> bool:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        cache.take("a", 100, fails)
+
+    def disk_full(file: int) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match="the disk of the shard cache is full"):
+        cache.take("a", 100, disk_full)
+    assert names(cache) == []
+
+
+def test_a_file_of_another_length_and_a_damaged_one_are_fetched_again(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 300)
+    (tmp_path / "a.tar").write_bytes(b"half")
+    assert os.pread(cache.take("a", 8, writing(b"complete")).descriptor, 9, 0) == b"complete"
+    calls: list[bytes] = []
+    first = cache.take("b", 3, writing(b"bad", calls, sound=False))
+    second = cache.take("b", 3, writing(b"not", calls))
+    assert os.pread(first.descriptor, 3, 0) == b"bad" and os.pread(second.descriptor, 3, 0) == b"not"
+
+
+def test_its_place_and_size_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECHOX_STAGE_DIR", str(tmp_path / "disk"))
+    monkeypatch.setenv("ECHOX_STAGE_GB", "1.5")
+    cache = NodeCache.default()
+    assert (cache.folder, cache.limit) == (tmp_path / "disk", 1_500_000_000)
+    monkeypatch.setenv("ECHOX_STAGE_GB", "much")
+    with pytest.raises(DataError, match="ECHOX_STAGE_GB is 'much'"):
+        NodeCache.default()
+    monkeypatch.delenv("ECHOX_STAGE_GB")
+    assert 0 < NodeCache.default().limit <= 200 * 10**9
