@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     """Register `echox doctor`."""
     parser = subparsers.add_parser(
         "doctor",
-        help="show what is installed, found and missing, and how to mend it",
+        help="show what is installed, found and missing, and how to fix it",
         description="Exit code 0 where training can run, 1 where it cannot.",
         epilog="example: echox doctor --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,7 +116,7 @@ def _bytecode() -> Finding:
     return Finding(
         "bytecode",
         "note",
-        "PYTHONDONTWRITEBYTECODE is set: every process compiles its modules anew, some 20 s of its start",
+        "PYTHONDONTWRITEBYTECODE is set: every process compiles its modules again, some 20 s of its start",
         f"unset it, or run once `{sys.executable} -m compileall -q -j 0 {Path(origin).parents[1]}`",
     )
 

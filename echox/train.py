@@ -52,13 +52,13 @@ def run_train(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     storage = Path(recipe.storage).resolve()
     if TorchrunContext.detected():
-        with TorchrunContext(storage, timeout_s=recipe.scaling.collective_timeout_s) as gang:
-            result = _tracked(recipe, args, gang)
-            leads = gang.rank == 0
+        with TorchrunContext(storage, timeout_s=recipe.scaling.collective_timeout_s) as world:
+            result = _tracked(recipe, args, world)
+            is_main = world.rank == 0
     else:
         with LocalContext(storage) as alone:
-            result, leads = _tracked(recipe, args, alone), True
-    if leads:
+            result, is_main = _tracked(recipe, args, alone), True
+    if is_main:
         _print_result(recipe, result, as_json=args.json)
     return 0
 

@@ -148,7 +148,7 @@ def _recorded(shard: Path) -> dict[str, dict[str, int]]:
     number = catalogue.shard_names.index(shard.name)
     samples = range(int(catalogue.shard_starts[number]), int(catalogue.shard_starts[number + 1]))
     return {
-        catalogue.key(sample): {name: checksum for name, (*_, checksum) in catalogue.places(sample).items()}
+        catalogue.key(sample): {name: checksum for name, (*_, checksum) in catalogue.member_spans(sample).items()}
         for sample in samples
     }
 

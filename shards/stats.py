@@ -176,7 +176,7 @@ def _duplicates(catalogue: Catalogue, column: str) -> Duplicates:
     ordered = hashes[order]
     repeats = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
     examples = [
-        (catalogue.key(int(order[place])), catalogue.key(int(order[place + 1])))
-        for place in repeats[:_EXAMPLES].tolist()
+        (catalogue.key(int(order[position])), catalogue.key(int(order[position + 1])))
+        for position in repeats[:_EXAMPLES].tolist()
     ]
     return Duplicates(len(repeats), examples)

@@ -84,7 +84,7 @@ def test_a_listening_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_exit_code_follows_the_worst_finding(
     state: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    finding = doctor.Finding("thing", state, "what", "mend it")  # type: ignore[arg-type]
+    finding = doctor.Finding("thing", state, "what", "repair it")  # type: ignore[arg-type]
     monkeypatch.setattr(doctor, "examine", lambda: [finding])
     assert doctor.run(doctor.argparse.Namespace(json=False)) == int(state == "fail")
-    assert "fix: mend it" in capsys.readouterr().out
+    assert "fix: repair it" in capsys.readouterr().out

@@ -11,10 +11,10 @@ def length_batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     A clip longer than that is a batch of its own.
     """
     batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[place] > most:
+    for clip in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[clip] > most:
             yield batch
             batch = []
-        batch.append(place)
+        batch.append(clip)
     if batch:
         yield batch

@@ -1,7 +1,7 @@
 """The data layer against plain webdataset with soundfile, and against reading the same bytes from the page cache.
 
 All numbers of one table come from one run, best of several repeats that take turns, so that what else a machine does
-falls on all of them alike.
+falls on all of them equally.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from echox.stream.format.writer import write_shards
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
 from echox.stream.sampling.batching import CostBudget, SampleBudget
-from echox.stream.sampling.plan import Place, Plan
+from echox.stream.sampling.plan import Plan, StepAddress
 from echox.stream.sampling.source import Source
 from echox.stream.storage.store import ShardStore
 
@@ -189,8 +189,8 @@ def resuming(bench: DataBench) -> list[Row]:
     source = Source(path="set", task="sqa", catalogue=Catalogue.open(bench.dataset))
     plan = Plan([source], seed=1, budget=SampleBudget(step=8, micro_batches=2), window_shards=1)
     windows = plan.order.windows(0) or 1
-    places = [Place(0, share * windows // 100, 0) for share in (5, 95)]
-    saved = [cursor.record(plan, place, Accounts([source.name])) for place in places]
+    addresses = [StepAddress(0, share * windows // 100, 0) for share in (5, 95)]
+    saved = [cursor.record(plan, address, Accounts([source.name])) for address in addresses]
 
     def resume(record: dict[str, Any]) -> None:
         reader = StreamReader(

@@ -23,8 +23,8 @@ from echox.bench.step import synthetic_batch
 from echox.bench.table import Row
 from echox.engine.context import LocalContext
 from echox.engine.interfaces import StageSetup
-from echox.engine.loss_guard import LossHealth
-from echox.engine.rank_status import Ballot, Vote
+from echox.engine.loss_guard import LossGuard
+from echox.engine.rank_status import RankStatus, Vote
 from echox.engine.trainer import train
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class OneBatch:
     def commit(self) -> None:
         """Nothing to note."""
 
-    def settle(self, account: Sequence[float]) -> Mapping[str, float]:
+    def check_accounts(self, account: Sequence[float]) -> Mapping[str, float]:
         """Nothing to account for."""
         return {}
 
@@ -98,9 +98,9 @@ def measure_life(recipe: Recipe, load: Load, *, steps: int, every: int, repeats:
     }
     found: dict[str, list[Timed]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory(prefix="echox-bench-") as folder, LocalContext(folder) as context:
-        for turn in range(repeats):
+        for repeat in range(repeats):
             for kind, (engine, checked) in kinds.items():
-                name = f"{kind.replace(' ', '-')}-{turn}"
+                name = f"{kind.replace(' ', '-')}-{repeat}"
                 with contextlib.nullcontext() if checked else _unchecked(), contextlib.redirect_stderr(io.StringIO()):
                     found[kind].append(_run(context, recipe.model_copy(update={"name": name}), load, steps, engine))
     middle = {kind: statistics.median(run.step_ms for run in runs) for kind, runs in found.items()}
@@ -119,7 +119,7 @@ def measure_life(recipe: Recipe, load: Load, *, steps: int, every: int, repeats:
         Row(f"step, saved in front every {every}", middle["in front"], "ms", ratio("in front", "checked"), "no saves"),
         Row("training blocked a save, behind", of("behind", "blocked_ms"), "ms"),
         Row("training blocked a save, in front", of("in front", "blocked_ms"), "ms"),
-        Row("save until it has its name, behind", 1000 * of("behind", "save_s"), "ms"),
+        Row("save until it is published, behind", 1000 * of("behind", "save_s"), "ms"),
     ]
 
 
@@ -153,8 +153,8 @@ def _run(context: LocalContext, recipe: Recipe, load: Load, steps: int, engine: 
 def _unchecked() -> Iterator[None]:
     """Steps without verdict and vote."""
     with (
-        mock.patch.object(LossHealth, "poison", lambda self, total: torch.ones_like(total)),
-        mock.patch.object(LossHealth, "book", lambda self, total, *, skipped: None),
-        mock.patch.object(Ballot, "turn", lambda self, vote: Vote()),
+        mock.patch.object(LossGuard, "nan_if_bad", lambda self, total: torch.ones_like(total)),
+        mock.patch.object(LossGuard, "record", lambda self, total, *, skipped: None),
+        mock.patch.object(RankStatus, "exchange", lambda self, vote: Vote()),
     ):
         yield

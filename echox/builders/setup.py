@@ -207,7 +207,9 @@ def build_collate(recipe: Recipe, text: TextTools) -> Collate[Any, Any]:
     """Samples to batches for the recipe's stage."""
     if recipe.stage == "t2c":
         if text.language is None:
-            raise RecipeError("stage t2c needs a fitted unit language", fix="fit one, or mend model.t2c.unit_language")
+            raise RecipeError(
+                "stage t2c needs a fitted unit language", fix="fit one, or correct model.t2c.unit_language"
+            )
         return UnitCollate(text.tokenize, text.language)
     return build_speech_collate(recipe, text)
 

@@ -35,10 +35,10 @@ def prepare_deepspeed(device: torch.device) -> None:
     """
     os.environ["DS_ACCELERATOR"] = device.type
     if "deepspeed" not in sys.modules:
-        for place, name in _UNUSED.items():
-            absent = ModuleType(place)
+        for module_name, name in _UNUSED.items():
+            absent = ModuleType(module_name)
             setattr(absent, name, type(name, (), {}))
-            sys.modules[place] = absent
+            sys.modules[module_name] = absent
 
 
 def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ class Engine:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Compiled at first start for inference only; a start that is interrupted there leaves a lock on which every
-        # later start waits for ever.
+        # later start waits indefinitely.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if list(module.parameters(recurse=False)):
             # ZeRO-3 hooks backward through tensors and tuples alone, so it could not bring these back in time.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe
 
 
-class Batch(Protocol):
+class BatchLike(Protocol):
     """One micro-batch of one rank: a dataclass of tensors.
 
     A batch may also have `stats() -> dict[str, float]` with host numbers that are added up over the step:
@@ -30,7 +30,7 @@ class Batch(Protocol):
         ...
 
 
-class LossTerm(Protocol):
+class LossTermLike(Protocol):
     """One named loss of one rank: the sum over its tokens and their number, both scalar tensors."""
 
     @property
@@ -51,7 +51,7 @@ class Stage(Protocol):
     `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward.
     """
 
-    def __call__(self, batch: Any) -> Mapping[str, LossTerm]:
+    def __call__(self, batch: Any) -> Mapping[str, LossTermLike]:
         """Run the forward and return every loss of the stage, the same names on all ranks and steps."""
         ...
 
@@ -72,7 +72,7 @@ class TrainLoader(Protocol):
     """The rank's training data, step after step, read ahead in the background.
 
     A batch may have an `account`: a vector of numbers (float64, of the same length in all batches of all ranks) that
-    the engine adds up beside the losses and hands to `settle`.
+    the engine adds up beside the losses and hands to `check_accounts`.
     """
 
     def identity(self) -> Mapping[str, Any]:
@@ -92,7 +92,7 @@ class TrainLoader(Protocol):
         """
         ...
 
-    def step(self, step: int) -> Sequence[Batch]:
+    def step(self, step: int) -> Sequence[BatchLike]:
         """The micro-batches of optimizer step `step`, as many as gradient accumulation takes; each step once."""
         ...
 
@@ -100,7 +100,7 @@ class TrainLoader(Protocol):
         """Note that the step delivered last was trained."""
         ...
 
-    def settle(self, account: Sequence[float]) -> Mapping[str, float]:
+    def check_accounts(self, account: Sequence[float]) -> Mapping[str, float]:
         """Metrics of the data trained since the last call, from the sum of their accounts over ranks and steps.
 
         Raises:
@@ -109,7 +109,7 @@ class TrainLoader(Protocol):
         ...
 
     def record(self) -> Mapping[str, Any]:
-        """Where the data stand after the committed and settled steps, for the checkpoint; JSON types."""
+        """Where the data stand after the committed and checked steps, for the checkpoint; JSON types."""
         ...
 
     def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
@@ -137,7 +137,7 @@ class StageSetup:
 
     module: torch.nn.Module
     train_loader: TrainLoader
-    valid_loaders: Mapping[str, Iterable[Batch]] = field(default_factory=dict)
+    valid_loaders: Mapping[str, Iterable[BatchLike]] = field(default_factory=dict)
     frozen_models: Mapping[str, Path] = field(default_factory=dict)
 
 

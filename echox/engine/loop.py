@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from echox.engine import rng_state
 from echox.engine.checkpoint.checkpointer import Checkpointer, Published, find_checkpoint
 from echox.engine.monitor.metrics import step_metrics
-from echox.engine.rank_status import Ballot, Vote
+from echox.engine.rank_status import RankStatus, Vote
 from echox.engine.step import StepSums, Stopwatch, train_step, validate
 from echox.errors import CheckpointError
 from echox.stream.quarantine import merge as merge_ledgers
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from echox.engine.context import RunContext
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.interfaces import StageSetup
-    from echox.engine.loss_guard import LossHealth
+    from echox.engine.loss_guard import LossGuard
     from echox.engine.monitor.reporter import Reporter
     from echox.engine.monitor.watchdog import Watchdog
     from echox.engine.stop import StopListener
-    from echox.engine.world import Gang
+    from echox.engine.world import World
 
 
 @dataclass(kw_only=True)
@@ -40,36 +40,36 @@ class Loop:
 
     recipe: Recipe
     context: RunContext
-    gang: Gang
+    world: World
     engine: Engine
     setup: StageSetup
     checkpointer: Checkpointer
     reporter: Reporter
-    health: LossHealth
+    health: LossGuard
     listener: StopListener
     watchdog: Watchdog
     checkpoint: Path | None = None
     stopped: str = ""
-    _ballot: Ballot = field(init=False)
+    _rank_status: RankStatus = field(init=False)
     _watch: Stopwatch = field(default_factory=Stopwatch)
     _account_A: Tensor | None = None
     _saved_step: int = -1
     _bad: bool = False
 
     def __post_init__(self) -> None:
-        self._ballot = Ballot(self.gang)
+        self._rank_status = RankStatus(self.world)
 
     def run(self) -> None:
         """Train to the last step, or until the ranks agree to stop; what was trained is saved when this returns."""
         reporter, steps = self.reporter, self.recipe.optim.steps
         first = self._saved_step = reporter.step
-        self._hear(self._ballot.settle(self._vote()))
+        self._apply_votes(self._rank_status.exchange_now(self._vote()))
         self.engine.ds.train()
         while reporter.step < steps and not self.stopped:
             self._train(first)
             if self._bad and self._go_back():
                 continue
-            self._hear(self._ballot.turn(self._vote()))
+            self._apply_votes(self._rank_status.exchange(self._vote()))
             due = self._due(self.recipe.engine.validate_every) and not self.stopped
             if due:
                 self._validate()
@@ -77,7 +77,7 @@ class Loop:
                 self._save()
             reporter.progress("stopping" if self.stopped else "training")
         self._finish_save(last=True)
-        self._ballot.count()
+        self._rank_status.collect()
 
     def _train(self, first: int) -> None:
         """One optimizer step, with its metrics where they are due."""
@@ -86,9 +86,9 @@ class Loop:
         self.watchdog.beat(step, timed=True)
         rates = self.engine.set_learning_rates(step)
         batches = self._watch.fetch(loader, step)
-        sums = train_step(self.engine, batches, step, self.gang, self.health)
+        sums = train_step(self.engine, batches, step, self.world, self.health)
         self._bad = self.engine.skipped_last_step
-        self.health.book(sums.total, skipped=self._bad)
+        self.health.record(sums.total, skipped=self._bad)
         loader.commit()
         if sums.account_A is not None:
             self._account_A = sums.account_A if self._account_A is None else self._account_A + sums.account_A
@@ -98,8 +98,10 @@ class Loop:
             self._report_step(sums, rates)
 
     def _report_step(self, sums: StepSums, rates: Mapping[str, float]) -> None:
-        metrics = step_metrics(self.engine, sums, rates, self._watch, self.gang)  # host sync
-        self.reporter.record("step", {**metrics, **self._settle(), "health/bad_steps": float(self.health.bad_steps)})
+        metrics = step_metrics(self.engine, sums, rates, self._watch, self.world)  # host sync
+        self.reporter.record(
+            "step", {**metrics, **self._check_accounts(), "health/bad_steps": float(self.health.bad_steps)}
+        )
         if self._bad:
             losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             self.reporter.event("bad_step", why=self.health.reason(losses), policy=self.recipe.health.on_bad_step)
@@ -107,11 +109,11 @@ class Loop:
             self.health.check(self.reporter.step, losses, str(self.reporter.folder.path))
         self._watch.restart()
 
-    def _settle(self) -> Mapping[str, float]:
+    def _check_accounts(self) -> Mapping[str, float]:
         """Hand the accounts of the steps since the last call to the loader."""
         account = [] if self._account_A is None else self._account_A.tolist()  # host sync
         self._account_A = None
-        return self.setup.train_loader.settle(account)
+        return self.setup.train_loader.check_accounts(account)
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -121,16 +123,16 @@ class Loop:
     def _vote(self) -> Vote:
         return self.checkpointer.vote(stop=self.listener.why is not None)
 
-    def _hear(self, outcome: Vote) -> None:
+    def _apply_votes(self, outcome: Vote) -> None:
         """Do what the ranks have voted."""
         if outcome.stop and not self.stopped:
-            self.stopped = next(why for why in self.gang.gather(self.listener.why) if why)
+            self.stopped = next(why for why in self.world.all_gather(self.listener.why) if why)
             self.reporter.event("stopping", why=self.stopped)
             self.reporter.progress("stopping")
         try:
             published = self.checkpointer.advance(outcome)
         except CheckpointError as error:
-            self._bear(error, last=False)
+            self._tolerate_failed_save(error, last=False)
             return
         if published is not None:
             self._announce(published)
@@ -143,7 +145,7 @@ class Loop:
         pooled: dict[str, tuple[float, float]] = {}
         with rng_state.untouched():
             for name, batches in self.setup.valid_loaders.items():
-                sums = validate(self.engine, batches, self.gang, self._goes_on)
+                sums = validate(self.engine, batches, self.world, self._goes_on)
                 if self.stopped:
                     return  # a part of a validation set says nothing
                 if sums.sums_K2 is None:
@@ -160,7 +162,7 @@ class Loop:
     def _goes_on(self) -> bool:
         """Between batches of validation: whether nobody asked to stop."""
         self.watchdog.beat(self.reporter.step, timed=False)
-        self._hear(self._ballot.turn(self._vote()))
+        self._apply_votes(self._rank_status.exchange(self._vote()))
         return not self.stopped
 
     def _save(self) -> None:
@@ -173,7 +175,7 @@ class Loop:
         last = bool(self.stopped) or reporter.step == self.recipe.optim.steps
         self._finish_save(last=False)
         if self._account_A is not None:
-            reporter.record("settled", self._settle())
+            reporter.record("settled", self._check_accounts())
         cursor = {
             "step": reporter.step,
             "stream": dict(self.setup.train_loader.record()),
@@ -187,18 +189,18 @@ class Loop:
 
     def _finish_save(self, *, last: bool) -> None:
         try:
-            published = self.checkpointer.finish(self._ballot, stop=self.listener.why is not None)
+            published = self.checkpointer.finish(self._rank_status, stop=self.listener.why is not None)
         except CheckpointError as error:
-            self._bear(error, last=last)
+            self._tolerate_failed_save(error, last=last)
             return
         if published is not None:
             self._announce(published)
 
     def _announce(self, published: Published) -> None:
-        """A checkpoint has its name: tell the log, the tracker and the launcher."""
+        """A checkpoint is published: tell the log, the tracker and the launcher."""
         reporter = self.reporter
         self.checkpoint = published.path
-        if self.gang.leads:
+        if self.world.is_main:
             merge_ledgers(reporter.folder.path)
         reporter.event("checkpoint", path=published.path, saved_step=published.step)
         blocked = {"perf/save_blocked_ms": 1000 * published.blocked_s, "perf/save_s": published.seconds}
@@ -206,9 +208,9 @@ class Loop:
         reporter.tag(**{"checkpoint.step": published.step, "checkpoint.path": published.path})
         self.context.report(reporter.metrics, published.path)
 
-    def _bear(self, error: CheckpointError, *, last: bool) -> None:
+    def _tolerate_failed_save(self, error: CheckpointError, *, last: bool) -> None:
         """Go on without a checkpoint that could not be written, if there will be another."""
-        if not self.checkpointer.bears(last=last):
+        if not self.checkpointer.tolerates_failure(last=last):
             raise error
         self._saved_step = -1
         self.reporter.event("checkpoint_failed", why=error.what)
@@ -219,7 +221,7 @@ class Loop:
         if self.recipe.health.on_bad_step != "rewind":
             return False
         self._finish_save(last=False)
-        choice = self.gang.broadcast(find_checkpoint(reporter.folder.path) if self.gang.leads else None)
+        choice = self.world.broadcast(find_checkpoint(reporter.folder.path) if self.world.is_main else None)
         if choice is None or choice.checkpoint is None:
             return False  # nothing to go back to: the step is passed over
         bad, cursor = reporter.step, choice.manifest["cursor"]
@@ -228,7 +230,7 @@ class Loop:
         self.health.rewinds += 1
         passed = bad - reporter.step
         self.setup.train_loader.rewind(step=reporter.step, saved=cursor.get("stream"), pass_over=passed)
-        if self.gang.leads:
+        if self.world.is_main:
             reporter.folder.forget_after(reporter.step)
         reporter.event("rewind", bad_step=bad, checkpoint=choice.checkpoint, steps_passed_over=passed)
         return True

@@ -2,7 +2,7 @@
 
 The verdict on a step is computed on the device from the losses of all ranks, and poisons the gradient instead of being
 read: DeepSpeed looks at the norm of the gradient before every step anyway, and drops a step whose norm is not finite on
-all ranks alike. So a bad step costs no host sync, and a good one nothing either.
+all ranks. So a bad step costs no host sync, and a good one nothing either.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from echox.config.schema import HealthConfig
 
 
-class LossHealth:
+class LossGuard:
     """Judges the loss of each step against those of the steps before it.
 
     A loss is bad when it is not finite, or, with `spike_sigma`, when it lies more than so many standard deviations
@@ -41,8 +41,11 @@ class LossHealth:
         self.in_a_row = 0
         self.rewinds = 0
 
-    def poison(self, total: Tensor) -> Tensor:
+    def nan_if_bad(self, total: Tensor) -> Tensor:
         """1 for a loss to learn from, NaN for a bad one; stays on the device.
+
+        Multiplied into the loss, it makes the gradient of a bad step non-finite, so that DeepSpeed's own check of the
+        gradient's norm drops the step on all ranks, without a host sync of ours.
 
         Args:
             total: weighted global loss of the step, a scalar, the same on all ranks.
@@ -56,7 +59,7 @@ class LossHealth:
             good = good & (total <= losses.mean() + self._config.spike_sigma * losses.std())
         return torch.where(good, 1.0, math.nan)
 
-    def book(self, total: Tensor | None, *, skipped: bool) -> None:
+    def record(self, total: Tensor | None, *, skipped: bool) -> None:
         """Note how a step went; `skipped` is what DeepSpeed did."""
         if skipped:
             self.bad_steps += 1
@@ -105,7 +108,7 @@ class LossHealth:
         return {"losses": self._losses_W.tolist(), "known": self._known, "bad_steps": self.bad_steps}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave; a window of another length begins anew."""
+        """Continue from what `state` gave; a window of another length begins again."""
         self.bad_steps, self.in_a_row = int(state["bad_steps"]), 0
         losses: Sequence[float] = state["losses"]
         if len(losses) == len(self._losses_W):

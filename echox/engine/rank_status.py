@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from echox.engine.world import Gang
+    from echox.engine.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Vote:
         stop: it was asked to stop.
         written: its part of the checkpoint under way lies on disk.
         failed: its part could not be written.
-        published: the checkpoint has its name (rank 0 alone knows).
+        published: the checkpoint is published (rank 0 alone knows).
         save: number of the checkpoint under way; all ranks begin saves at the same step, so they agree on it.
     """
 
@@ -31,29 +31,29 @@ class Vote:
     save: int = 0
 
 
-class Ballot:
+class RankStatus:
     """One vote a step, all ranks in the same order."""
 
-    def __init__(self, gang: Gang) -> None:
-        self._gang = gang
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._cast: tuple[Vote, Tensor, Any] | None = None
 
-    def turn(self, vote: Vote) -> Vote:
+    def exchange(self, vote: Vote) -> Vote:
         """Cast this step's vote and return the outcome of the one before; the first outcome is empty.
 
         In the outcome `stop`, `failed` and `published` hold when any rank says so, `written` when all do.
         """
-        outcome = self.count()
+        outcome = self.collect()
         self._cast = (vote, *self._start(vote))
         return outcome
 
-    def settle(self, vote: Vote) -> Vote:
+    def exchange_now(self, vote: Vote) -> Vote:
         """Cast a vote and wait for its own outcome; one that was not counted before is dropped."""
-        self.count()
+        self.collect()
         self._cast = (vote, *self._start(vote))
-        return self.count()
+        return self.collect()
 
-    def count(self) -> Vote:
+    def collect(self) -> Vote:
         """Outcome of the vote that was cast last and not counted yet; empty if there is none."""
         if self._cast is None:
             return Vote()
@@ -62,7 +62,7 @@ class Ballot:
             work.wait()
         stop, written, failed, published = sums.tolist()
         return replace(
-            vote, stop=stop > 0, written=written == self._gang.size, failed=failed > 0, published=published > 0
+            vote, stop=stop > 0, written=written == self._world.size, failed=failed > 0, published=published > 0
         )
 
     def _start(self, vote: Vote) -> tuple[Tensor, Any]:
@@ -70,6 +70,6 @@ class Ballot:
         import torch.distributed as dist
 
         sums = torch.tensor([vote.stop, vote.written, vote.failed, vote.published], dtype=torch.int32)
-        if self._gang.size == 1:
+        if self._world.size == 1:
             return sums, None
-        return sums, dist.all_reduce(sums, group=self._gang.control, async_op=True)
+        return sums, dist.all_reduce(sums, group=self._world.control, async_op=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
-    from echox.engine.interfaces import Batch, LossTerm
-    from echox.engine.loss_guard import LossHealth
-    from echox.engine.world import Gang
+    from echox.engine.interfaces import BatchLike, LossTermLike
+    from echox.engine.loss_guard import LossGuard
+    from echox.engine.world import World
 
 
 @dataclass
@@ -58,33 +58,33 @@ class StepSums:
         return 0.0 if self.sums_K2 is None else float(self.sums_K2[:, 1].sum())
 
 
-def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang, health: LossHealth) -> StepSums:
+def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: World, health: LossGuard) -> StepSums:
     """Forward, backward and update over the micro-batches of optimizer step `step`; no host sync of ours.
 
     A step whose loss `health` finds bad changes no weight; see `Engine.skipped_last_step`.
     """
     sums = StepSums()
-    on_device = [batch.to(gang.device) for batch in batches]
-    accounts = [_account(batch, gang) for batch in batches]
-    window = _window_counts(engine.stage, batches, gang)
+    on_device = [batch.to(world.device) for batch in batches]
+    accounts = [_account(batch, world) for batch in batches]
+    window = _window_counts(engine.stage, batches, world)
     engine.clear_gradients()
     for batch, account in zip(on_device, accounts, strict=True):
         terms = engine.ds(batch)
-        names, micro_K2, account_A = _global_sums(terms, account, gang)
+        names, micro_K2, account_A = _global_sums(terms, account, world)
         means_K = micro_K2[:, 0] / micro_K2[:, 1].clamp(min=1)
         weights = engine.stage.loss_weights(dict(zip(names, means_K, strict=True)), step)
-        loss = torch.zeros((), device=gang.device)
-        value = torch.zeros((), device=gang.device, dtype=torch.float64)
+        loss = torch.zeros((), device=world.device)
+        value = torch.zeros((), device=world.device, dtype=torch.float64)
         for row, name in enumerate(names):
             # Unknown before its forward: the window is taken to be as long as this micro-step in each of its parts.
             count = window.get(name, micro_K2[row, 1] * len(batches)).clamp(min=1)
-            loss = loss + weights[name] * terms[name].total * (gang.size / count).to(loss.dtype)
+            loss = loss + weights[name] * terms[name].total * (world.size / count).to(loss.dtype)
             value = value + torch.as_tensor(weights[name]).to(value) * micro_K2[row, 0] / count
         sums.names, sums.weights = names, weights
         sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
         sums.total = value if sums.total is None else sums.total + value
         if batch is on_device[-1]:  # the loss of the whole step is known
-            loss = loss * health.poison(sums.total).to(loss.dtype)
+            loss = loss * health.nan_if_bad(sums.total).to(loss.dtype)
         engine.ds.backward(loss, scale_wrt_gas=False)
         engine.ds.step()
         sums.account_A = account_A if sums.account_A is None else sums.account_A + account_A
@@ -96,20 +96,20 @@ def train_step(engine: Engine, batches: Sequence[Batch], step: int, gang: Gang, 
 
 
 @torch.no_grad()
-def validate(engine: Engine, batches: Iterable[Batch], gang: Gang, goes_on: Callable[[], bool]) -> StepSums:
+def validate(engine: Engine, batches: Iterable[BatchLike], world: World, goes_on: Callable[[], bool]) -> StepSums:
     """Sums of the losses over a validation set, every rank with the same number of batches.
 
-    `goes_on` is asked before each batch and answers alike on all ranks; the rest is left out once it says no.
+    `goes_on` is asked before each batch and gives the same answer on all ranks; the rest is left out once it says no.
     """
     engine.ds.eval()
     sums = StepSums()
     for batch in batches:
         if not goes_on():
             break
-        sums.names, local_K2 = _local_sums(engine.ds(batch.to(gang.device)))
+        sums.names, local_K2 = _local_sums(engine.ds(batch.to(world.device)))
         sums.sums_K2 = local_K2 if sums.sums_K2 is None else sums.sums_K2 + local_K2
     if sums.sums_K2 is not None:
-        gang.sum_(sums.sums_K2)
+        world.all_reduce(sums.sums_K2)
     engine.ds.train()
     return sums
 
@@ -125,10 +125,10 @@ class Stopwatch:
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         self.cpu_started = time.process_time()
 
-    def fetch(self, loader: Any, step: int) -> Sequence[Batch]:
+    def fetch(self, loader: Any, step: int) -> Sequence[BatchLike]:
         """Take a step's batches from the loader, counting the wait."""
         before = time.perf_counter()
-        batches: Sequence[Batch] = loader.step(step)
+        batches: Sequence[BatchLike] = loader.step(step)
         self.waited += time.perf_counter() - before
         self.steps += 1
         return batches
@@ -143,13 +143,13 @@ class Stopwatch:
         return elapsed / max(self.steps, 1), self.waited / elapsed
 
 
-def batch_stats(batch: Batch) -> dict[str, float]:
-    """The host numbers a batch tells of itself, if it does."""
+def batch_stats(batch: BatchLike) -> dict[str, float]:
+    """The host numbers that a batch reports, if it does."""
     stats = getattr(batch, "stats", None)
     return dict(stats()) if callable(stats) else {}
 
 
-def _window_counts(stage: Any, batches: Sequence[Batch], gang: Gang) -> dict[str, Tensor]:
+def _window_counts(stage: Any, batches: Sequence[BatchLike], world: World) -> dict[str, Tensor]:
     """Tokens of each loss over the whole accumulation window and all ranks, where they are known before a forward."""
     counts: dict[str, int] = {}
     for batch in batches:
@@ -158,27 +158,27 @@ def _window_counts(stage: Any, batches: Sequence[Batch], gang: Gang) -> dict[str
     names = sorted(counts)
     if not names:
         return {}
-    packed_K = torch.tensor([counts[name] for name in names], dtype=torch.float64).to(gang.device, non_blocking=True)
-    return dict(zip(names, gang.sum_(packed_K), strict=True))
+    packed_K = torch.tensor([counts[name] for name in names], dtype=torch.float64).to(world.device, non_blocking=True)
+    return dict(zip(names, world.all_reduce(packed_K), strict=True))
 
 
-def _local_sums(terms: Mapping[str, LossTerm]) -> tuple[tuple[str, ...], Tensor]:
+def _local_sums(terms: Mapping[str, LossTermLike]) -> tuple[tuple[str, ...], Tensor]:
     names = tuple(sorted(terms))
     rows = [torch.stack([terms[name].total.detach().double(), terms[name].count.detach().double()]) for name in names]
     return names, torch.stack(rows)
 
 
-def _account(batch: Batch, gang: Gang) -> Tensor:
+def _account(batch: BatchLike, world: World) -> Tensor:
     vector = getattr(batch, "account", None)
     if vector is None:
-        return torch.zeros(0, dtype=torch.float64, device=gang.device)
-    return torch.from_numpy(vector).to(gang.device, non_blocking=True)
+        return torch.zeros(0, dtype=torch.float64, device=world.device)
+    return torch.from_numpy(vector).to(world.device, non_blocking=True)
 
 
 def _global_sums(
-    terms: Mapping[str, LossTerm], account_A: Tensor, gang: Gang
+    terms: Mapping[str, LossTermLike], account_A: Tensor, world: World
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """All losses and the account in one all-reduce: row k is [sum of token losses, tokens] of loss k over the ranks."""
     names, packed_K2 = _local_sums(terms)
-    summed = gang.sum_(torch.cat([packed_K2.flatten(), account_A]))
+    summed = world.all_reduce(torch.cat([packed_K2.flatten(), account_A]))
     return names, summed[: packed_K2.numel()].view_as(packed_K2), summed[packed_K2.numel() :]

@@ -18,17 +18,17 @@ from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
 from echox.engine.loop import Loop
-from echox.engine.loss_guard import LossHealth
+from echox.engine.loss_guard import LossGuard
 from echox.engine.monitor.event_log import EventLog
 from echox.engine.monitor.metrics import peak_gib
 from echox.engine.monitor.reporter import Reporter
-from echox.engine.monitor.run_dir import RunFolder
-from echox.engine.monitor.startup_timer import Laps
-from echox.engine.monitor.update_check import Movement, MovementCheck
+from echox.engine.monitor.run_dir import RunDir
+from echox.engine.monitor.startup_timer import StartupTimer
+from echox.engine.monitor.update_check import UpdateCheck, UpdateReport
 from echox.engine.monitor.watchdog import Watchdog
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
 from echox.engine.stop import StopListener, signals_stop
-from echox.engine.world import Gang
+from echox.engine.world import World
 from echox.errors import CheckpointError, DataError, EchoXError
 from echox.stream.quarantine import merge as merge_ledgers
 from echox.stream.sampling.plan import check_divides
@@ -70,38 +70,45 @@ def train(
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
         EchoXError: the loss is not a finite number, and the recipe's `health` has no more patience.
     """
-    laps = Laps()
-    gang = Gang.of(context.rank, context.world_size, device_of(context))
-    folder = RunFolder(context.storage / recipe.name)
-    listener = StopListener(folder.path if gang.leads else None, context.stop_requested)
+    startup = StartupTimer()
+    world = World.of(context.rank, context.world_size, device_of(context))
+    folder = RunDir(context.storage / recipe.name)
+    listener = StopListener(folder.path if world.is_main else None, context.stop_requested)
     try:
         with signals_stop(listener):
-            run = _Run.open(recipe, context, gang, tracker or NullTracker(), laps, allow=allow)
-            return run.attend(build, listener, accept_new_data=accept_new_data)
+            run = _Attempt.open(recipe, context, world, tracker or NullTracker(), startup, allow=allow)
+            return run.run(build, listener, accept_new_data=accept_new_data)
     finally:
         listener.close()
 
 
 @dataclass
-class _Run:
+class _Attempt:
     """One attempt at a run."""
 
     recipe: Recipe
     context: RunContext
-    gang: Gang
+    world: World
     reporter: Reporter
     choice: Choice
-    laps: Laps
+    startup: StartupTimer
 
     @classmethod
     def open(
-        cls, recipe: Recipe, context: RunContext, gang: Gang, tracker: Tracker, laps: Laps, *, allow: Sequence[str]
-    ) -> _Run:
+        cls,
+        recipe: Recipe,
+        context: RunContext,
+        world: World,
+        tracker: Tracker,
+        startup: StartupTimer,
+        *,
+        allow: Sequence[str],
+    ) -> _Attempt:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
-        prepare_deepspeed(gang.device)
-        folder = RunFolder(context.storage / recipe.name)
+        prepare_deepspeed(world.device)
+        folder = RunDir(context.storage / recipe.name)
         found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
-        if gang.leads:
+        if world.is_main:
             attempt = 0
             try:
                 attempt = folder.next_attempt()
@@ -112,27 +119,27 @@ class _Run:
                 found = (attempt, None, error)
             except OSError as error:
                 found = (attempt, None, _unwritable(folder.path, error))
-        attempt, chosen, problem = gang.broadcast(found)
+        attempt, chosen, problem = world.broadcast(found)
         try:
-            log = EventLog(folder.path, rank=gang.rank, attempt=attempt)
+            log = EventLog(folder.path, rank=world.rank, attempt=attempt)
         except OSError as error:
             raise problem or _unwritable(folder.path, error) from error
-        reporter = Reporter(recipe, folder, log, tracker, gang.leads, attempt)
+        reporter = Reporter(recipe, folder, log, tracker, world.is_main, attempt)
         if problem is not None or chosen is None:
             reporter.event("failed", error=str(problem))
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
         reporter.step = int(chosen.manifest.get("step", 0))
         for path, why in chosen.rejected:
             reporter.event("checkpoint_rejected", path=path, why=why)
-            if gang.leads:
+            if world.is_main:
                 reporter.event("checkpoint_set_aside", path=set_aside(path))
-        laps.lap("run")
-        return cls(recipe, context, gang, reporter, chosen, laps)
+        startup.lap("run")
+        return cls(recipe, context, world, reporter, chosen, startup)
 
-    def attend(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
+    def run(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
         """Train, and say how the attempt ended in every case."""
         reporter = self.reporter
-        tags = {"host": socket.gethostname(), "world_size": str(self.gang.size)}
+        tags = {"host": socket.gethostname(), "world_size": str(self.world.size)}
         if self.choice.checkpoint is not None:
             tags["resumed_from"] = str(self.choice.checkpoint)
         reporter.tracker.begin_attempt(reporter.attempt, reporter.step, tags)
@@ -167,26 +174,28 @@ class _Run:
 
     def train(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
         """Build everything, resume, loop, and check what moved."""
-        recipe, gang, reporter = self.recipe, self.gang, self.reporter
+        recipe, world, reporter = self.recipe, self.world, self.reporter
         reporter.progress("starting")
-        precision: Resolved = "fp32" if "fp32" in gang.gather(resolve_precision(recipe.engine.precision)) else "bf16"
+        precision: Resolved = (
+            "fp32" if "fp32" in world.all_gather(resolve_precision(recipe.engine.precision)) else "bf16"
+        )
         ds_config = self._deepspeed_config(precision)
         rng_state.seed_all(recipe.seed)  # The same on all ranks: buffers with random contents must agree.
-        setup = build(recipe, gang.rank, gang.size)
-        self.laps.lap("models")
+        setup = build(recipe, world.rank, world.size)
+        self.startup.lap("models")
         frozen = self._identify(setup)
         self._start_data(setup.train_loader, accept_new_data=accept_new_data)
-        self.laps.lap("data")
+        self.startup.lap("data")
         buffers = frozenset[str]()
         if recipe.engine.frozen_placement == "replicate":
-            buffers = replicate_as_buffers(setup.module, gang.device, torch_dtype(precision))
-        engine = Engine(recipe, setup.module, device=gang.device, precision=precision, config=ds_config)
-        self.laps.lap("engine")
-        rng_state.seed_all(recipe.seed + 1000 * (gang.rank + 1))  # Dropout differs between ranks.
+            buffers = replicate_as_buffers(setup.module, world.device, torch_dtype(precision))
+        engine = Engine(recipe, setup.module, device=world.device, precision=precision, config=ds_config)
+        self.startup.lap("engine")
+        rng_state.seed_all(recipe.seed + 1000 * (world.rank + 1))  # Dropout differs between ranks.
         census = dtype_census(engine.stage, buffers)
         checkpointer = Checkpointer(
             engine=engine,
-            gang=gang,
+            world=world,
             folder=reporter.folder,
             attempt=reporter.attempt,
             retention=Retention(last=recipe.engine.keep, every=recipe.engine.keep_every, best=recipe.engine.keep_best),
@@ -200,19 +209,19 @@ class _Run:
             },
         )
         self._announce(precision, census, ds_config)
-        health = LossHealth(recipe.health, gang.device)
+        health = LossGuard(recipe.health, world.device)
         if self.choice.checkpoint is not None:
             self._resume(checkpointer, health)
-        elif gang.leads:
+        elif world.is_main:
             reporter.folder.metrics_path.unlink(missing_ok=True)
-        if gang.leads:
+        if world.is_main:
             sweep(reporter.folder.path)
             reporter.folder.forget_after(reporter.step)
-        check = MovementCheck(engine, buffers)
+        check = UpdateCheck(engine, buffers)
         loop = Loop(
             recipe=recipe,
             context=self.context,
-            gang=gang,
+            world=world,
             engine=engine,
             setup=setup,
             checkpointer=checkpointer,
@@ -228,9 +237,11 @@ class _Run:
         finally:
             loop.watchdog.close()
             setup.train_loader.close()
-            if gang.leads:
+            if world.is_main:
                 merge_ledgers(reporter.folder.path)
-        movement = check.compare(gang) if reporter.step > began else Movement(unmoved_trainable=(), moved_frozen=())
+        movement = (
+            check.compare(world) if reporter.step > began else UpdateReport(unmoved_trainable=(), moved_frozen=())
+        )
         self._finish(movement, loop.stopped)
         engine.close()
         return TrainResult(
@@ -243,7 +254,7 @@ class _Run:
             stopped=loop.stopped,
         )
 
-    def _resume(self, checkpointer: Checkpointer, health: LossHealth) -> None:
+    def _resume(self, checkpointer: Checkpointer, health: LossGuard) -> None:
         """Bring everything but the data to the chosen checkpoint, and say what is not as it was."""
         manifest, reporter = self.choice.manifest, self.reporter
         checkpointer.load(self.choice, self.recipe.seed)
@@ -252,7 +263,7 @@ class _Run:
             "resuming",
             run=self.recipe.name,
             checkpoint=self.choice.checkpoint,
-            world_size=self.gang.size,
+            world_size=self.world.size,
             saved_world_size=manifest["world_size"],
         )
         for key, old, new in changes(manifest["recipe"], self.recipe.model_dump(mode="json")):
@@ -269,13 +280,13 @@ class _Run:
         return Watchdog(
             reporter.folder.path / "hangs",
             name=f"attempt-{reporter.attempt}",
-            rank=self.gang.rank,
+            rank=self.world.rank,
             factor=health.hang_factor,
             least_s=health.hang_least_s,
             report=report,
         )
 
-    def _finish(self, movement: Movement, stopped: str) -> None:
+    def _finish(self, movement: UpdateReport, stopped: str) -> None:
         reporter = self.reporter
         names = {"unmoved_trainable": movement.unmoved_trainable, "moved_frozen": movement.moved_frozen}
         reporter.record("moved", {f"check/{key}": float(len(found)) for key, found in names.items()})
@@ -292,7 +303,7 @@ class _Run:
     def _deepspeed_config(self, precision: Any) -> dict[str, Any]:
         from echox.config.deepspeed import load_deepspeed
 
-        (step_batch, micro_batch), workers = self.recipe.data.nominal_batch, self.gang.size
+        (step_batch, micro_batch), workers = self.recipe.data.nominal_batch, self.world.size
         if step_batch % (micro_batch * workers):
             check_divides(step_batch // micro_batch, workers)
         return load_deepspeed(
@@ -314,7 +325,7 @@ class _Run:
                 mine = identify(setup.frozen_models, cache_dir() / "sha256.json")
             except EchoXError as error:
                 mine = error
-        found = [identity for identity in self.gang.gather(mine) if identity is not None]
+        found = [identity for identity in self.world.all_gather(mine) if identity is not None]
         for identity in found:
             if isinstance(identity, EchoXError):
                 raise identity
@@ -326,7 +337,7 @@ class _Run:
 
     def _start_data(self, loader: TrainLoader, *, accept_new_data: bool) -> None:
         """Bring the data to where the checkpoint stood, after all ranks were found to see the same."""
-        identities = self.gang.gather(json.dumps(loader.identity(), sort_keys=True))
+        identities = self.world.all_gather(json.dumps(loader.identity(), sort_keys=True))
         for rank, identity in enumerate(identities):
             if identity != identities[0]:
                 raise DataError(
@@ -349,15 +360,15 @@ class _Run:
             "start",
             run=self.recipe.name,
             stage=self.recipe.stage,
-            world_size=self.gang.size,
-            device=self.gang.device,
+            world_size=self.world.size,
+            device=self.world.device,
             precision=precision,
             frozen_placement=self.recipe.engine.frozen_placement,
             dtypes=json.dumps(census),
-            start_s=self.laps.seconds,
-            peak_gib=peak_gib(self.gang.device),
+            start_s=self.startup.seconds,
+            peak_gib=peak_gib(self.world.device),
         )
-        if self.gang.leads:
+        if self.world.is_main:
             self.reporter.tracker.log_params(self.recipe.model_dump(mode="json"))
             for name, contents in (("recipe.json", self.recipe.model_dump(mode="json")), ("deepspeed.json", ds_config)):
                 path = self.reporter.folder.path / name

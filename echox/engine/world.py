@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Gang:
+class World:
     """Rank and size of this process's world, the device its collectives run on, and the group between the hosts."""
 
     rank: int
@@ -33,11 +33,11 @@ class Gang:
         return cls(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over the ranks, in place; no host sync."""
         import torch.distributed as dist
 
@@ -49,7 +49,7 @@ class Gang:
         """Element-wise logical or over the ranks; a host sync."""
         import torch
 
-        counts = self.sum_(torch.tensor(flags, dtype=torch.int64, device=self.device))
+        counts = self.all_reduce(torch.tensor(flags, dtype=torch.int64, device=self.device))
         return [bool(count) for count in counts.tolist()]
 
     def broadcast(self, value: T) -> T:
@@ -58,11 +58,11 @@ class Gang:
 
         if self.size == 1:
             return value
-        box: list[T | None] = [value if self.leads else None]
+        box: list[T | None] = [value if self.is_main else None]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return cast(T, box[0])
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
         import torch.distributed as dist
 
@@ -74,4 +74,4 @@ class Gang:
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        self.gather(None)
+        self.all_gather(None)

@@ -96,8 +96,8 @@ def evaluate_demo(
 
 
 def _spread(items: list[SpokenItem], count: int) -> list[SpokenItem]:
-    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[place] for place in dict.fromkeys(places.tolist())]
+    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[index] for index in dict.fromkeys(indices.tolist())]
 
 
 def _sample(name: str, item: SpokenItem) -> dict[str, Any]:

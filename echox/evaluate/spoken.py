@@ -171,10 +171,10 @@ def take(location: str | Path, limit: int | None) -> list[Sample]:
     """At most `limit` samples of a dataset at even distances, so that a cut-down set still covers the whole of it."""
     catalogue = open_catalogue(location)
     count = catalogue.samples if limit is None else min(limit, catalogue.samples)
-    places = np.linspace(0, catalogue.samples - 1, count).round().astype(int)
+    indices = np.linspace(0, catalogue.samples - 1, count).round().astype(int)
     store = ShardStore(catalogue)
     try:
-        return [store.read(place) for place in places.tolist()]
+        return [store.read(index) for index in indices.tolist()]
     finally:
         store.close()
 

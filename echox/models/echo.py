@@ -96,9 +96,9 @@ def segment_rows(segment_BR: Tensor, mask_BR: Tensor) -> Segments:
     first[:, 1:] = segment_BR[:, 1:] != segment_BR[:, :-1]
     first = first & mask_BR
     row_BR = first.flatten().long().cumsum(0).view(batch, length) - 1
-    places = torch.arange(length, device=mask_BR.device).expand(batch, -1)
-    start_BR = torch.where(first, places, torch.zeros_like(places)).cummax(1).values
-    column_BR = (places - start_BR).masked_fill(~mask_BR, 0)
+    positions = torch.arange(length, device=mask_BR.device).expand(batch, -1)
+    start_BR = torch.where(first, positions, torch.zeros_like(positions)).cummax(1).values
+    column_BR = (positions - start_BR).masked_fill(~mask_BR, 0)
     rows, longest = torch.stack([first.sum(), column_BR.max() + 1]).tolist()  # host sync
     rows, longest = max(int(rows), 1), int(longest)
     row_BR = row_BR.masked_fill(~mask_BR, rows)

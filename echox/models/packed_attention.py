@@ -66,16 +66,16 @@ def packed_attention(
         age = columns_S[:, None] - columns_S
         mask = (age >= 0) & (age < window)
     padded = F.scaled_dot_product_attention(
-        rows.leave(query_LHD[None]).transpose(1, 2),
-        memory.leave(key_TKD[None]).transpose(1, 2),
-        memory.leave(value_TKD[None]).transpose(1, 2),
+        rows.to_padded(query_LHD[None]).transpose(1, 2),
+        memory.to_padded(key_TKD[None]).transpose(1, 2),
+        memory.to_padded(value_TKD[None]).transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout,
         is_causal=mask is None,
         scale=scale,
         enable_gqa=query_LHD.shape[1] != key_TKD.shape[1],
     )
-    return rows.enter(padded.transpose(1, 2))[0]
+    return rows.from_padded(padded.transpose(1, 2))[0]
 
 
 def _flash_takes(query_LHD: Tensor, dropout: float) -> bool:

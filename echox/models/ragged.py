@@ -2,8 +2,8 @@
 
 Packed, the rows of a micro-batch lie end to end in one row `[1, L, ...]`: linear maps, norms and feed-forwards compute
 on real positions alone, and only attention needs to know where a row ends. Padded, each row has its own line of
-`[N, S, ...]`. Modules between `enter` and `leave` are written once and run in either. Neither layout loops over rows,
-and none of the methods here waits for the device unless it says so.
+`[N, S, ...]`. Modules between `from_padded` and `to_padded` are written once and run in either. Neither layout loops
+over rows, and none of the methods here waits for the device unless it says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Rows(ABC):
     lengths_N: Tensor
     size: int
     computed: int
-    places: Tensor
+    positions: Tensor
 
     @property
     @abstractmethod
@@ -41,15 +41,15 @@ class Rows(ABC):
         """Real positions of this layout."""
 
     @abstractmethod
-    def enter(self, padded_NSx: Tensor) -> Tensor:
+    def from_padded(self, padded_NSx: Tensor) -> Tensor:
         """Right-padded rows `[N, S, ...]` in this layout."""
 
     @abstractmethod
-    def leave(self, values: Tensor) -> Tensor:
+    def to_padded(self, values: Tensor) -> Tensor:
         """Back to `[N, S, ...]`; the padding holds values of real positions that mean nothing there."""
 
     @abstractmethod
-    def spread(self, values_N: Tensor) -> Tensor:
+    def broadcast(self, values_N: Tensor) -> Tensor:
         """A number of each row at all of its positions, or what broadcasts to them."""
 
     @abstractmethod
@@ -57,8 +57,8 @@ class Rows(ABC):
         """True positions of each row, `[N]`."""
 
     @abstractmethod
-    def take(self, values: Tensor, places: Tensor, into: Rows) -> Tensor:
-        """Pick from each row the places that `places` names in the layout `into`, which has the same rows."""
+    def gather(self, values: Tensor, positions: Tensor, into: Rows) -> Tensor:
+        """Pick from each row the places that `positions` names in the layout `into`, which has the same rows."""
 
     @abstractmethod
     def subset(self, keep: Tensor) -> tuple[Rows, Tensor]:
@@ -80,22 +80,22 @@ class PaddedRows(Rows):
         self.lengths_N = lengths_N
         self.size = size
         self.computed = len(lengths_N) * size
-        self.places = torch.arange(size, device=lengths_N.device).expand(len(lengths_N), -1)
+        self.positions = torch.arange(size, device=lengths_N.device).expand(len(lengths_N), -1)
 
     @property
     def real(self) -> Tensor:
         """`[N, S]`."""
         return lengths_to_mask(self.lengths_N, self.size)
 
-    def enter(self, padded_NSx: Tensor) -> Tensor:
+    def from_padded(self, padded_NSx: Tensor) -> Tensor:
         """As they are."""
         return padded_NSx
 
-    def leave(self, values: Tensor) -> Tensor:
+    def to_padded(self, values: Tensor) -> Tensor:
         """As they are."""
         return values
 
-    def spread(self, values_N: Tensor) -> Tensor:
+    def broadcast(self, values_N: Tensor) -> Tensor:
         """`[N, 1]`."""
         return values_N[:, None]
 
@@ -103,21 +103,21 @@ class PaddedRows(Rows):
         """`[N]`."""
         return (mask & self.real).sum(1)
 
-    def take(self, values: Tensor, places: Tensor, into: Rows) -> Tensor:
+    def gather(self, values: Tensor, positions: Tensor, into: Rows) -> Tensor:
         """`[N, S, h]` and `[N, K]` to `[N, K, h]`."""
-        return gather_rows(values, places.clamp(0, self.size - 1))
+        return gather_rows(values, positions.clamp(0, self.size - 1))
 
     def subset(self, keep: Tensor) -> tuple[Rows, Tensor]:
         """Kept positions moved to the left."""
         keep = keep & self.real
         lengths_N = keep.sum(1)
         longest = int(lengths_N.max())  # host sync
-        places = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :longest]
-        return PaddedRows(lengths_N, longest), places
+        positions = torch.argsort((~keep).to(torch.uint8), dim=1, stable=True)[:, :longest]
+        return PaddedRows(lengths_N, longest), positions
 
     def causal(self) -> dict[str, Any]:
         """Mask and positions, padding included."""
-        return {"attention_mask": self.real.long(), "position_ids": self.places}
+        return {"attention_mask": self.real.long(), "position_ids": self.positions}
 
     def bidirectional(self, dtype: torch.dtype) -> dict[str, Any]:
         """Additive bias `[N, 1, S, S]`."""
@@ -146,19 +146,19 @@ class PackedRows(Rows):
         self.starts_N1 = F.pad(lengths_N.cumsum(0), (1, 0)).to(torch.int32)
         rows = torch.arange(len(lengths_N), device=lengths_N.device)
         self.row_L = torch.repeat_interleave(rows, lengths_N, output_size=total)
-        self.places = (torch.arange(total, device=lengths_N.device) - self.starts_N1[self.row_L])[None]
+        self.positions = (torch.arange(total, device=lengths_N.device) - self.starts_N1[self.row_L])[None]
 
     @property
     def real(self) -> Tensor:
         """All of `[1, L]`."""
-        return torch.ones_like(self.places, dtype=torch.bool)
+        return torch.ones_like(self.positions, dtype=torch.bool)
 
-    def enter(self, padded_NSx: Tensor) -> Tensor:
+    def from_padded(self, padded_NSx: Tensor) -> Tensor:
         """`[N, S, ...]` to `[1, L, ...]`."""
-        index_L = self.row_L * padded_NSx.shape[1] + self.places[0]
+        index_L = self.row_L * padded_NSx.shape[1] + self.positions[0]
         return padded_NSx.flatten(0, 1).index_select(0, index_L)[None]
 
-    def leave(self, values: Tensor) -> Tensor:
+    def to_padded(self, values: Tensor) -> Tensor:
         """`[1, L, ...]` to `[N, S, ...]`."""
         shape = (len(self.lengths_N), self.size, *values.shape[2:])
         if self.computed == 0:  # still in the graph: ranks must agree on which parameters receive gradients
@@ -171,7 +171,7 @@ class PackedRows(Rows):
         columns_NS = torch.minimum(columns_S, (self.lengths_N - 1).clamp(min=0)[:, None])
         return (self.starts_N1[:-1, None] + columns_NS).clamp(max=self.computed - 1).flatten()
 
-    def spread(self, values_N: Tensor) -> Tensor:
+    def broadcast(self, values_N: Tensor) -> Tensor:
         """`[1, L]`."""
         return values_N[self.row_L][None]
 
@@ -180,9 +180,9 @@ class PackedRows(Rows):
         running = F.pad(mask[0].cumsum(0), (1, 0))[self.starts_N1]
         return running[1:] - running[:-1]
 
-    def take(self, values: Tensor, places: Tensor, into: Rows) -> Tensor:
+    def gather(self, values: Tensor, positions: Tensor, into: Rows) -> Tensor:
         """`[1, L, h]` and `[1, K]` to `[1, K, h]`."""
-        index_1K = into.spread(self.starts_N1[:-1]) + places
+        index_1K = into.broadcast(self.starts_N1[:-1]) + positions
         return values[0].index_select(0, index_1K[0])[None]
 
     def subset(self, keep: Tensor) -> tuple[Rows, Tensor]:
@@ -190,7 +190,7 @@ class PackedRows(Rows):
         lengths_N = self.count(keep)
         longest, total = torch.stack([lengths_N.max(), lengths_N.sum()]).tolist()  # host sync
         index_K = _where(keep[0], total)
-        return PackedRows(lengths_N, longest, total), self.places[:, index_K]
+        return PackedRows(lengths_N, longest, total), self.positions[:, index_K]
 
     def causal(self) -> dict[str, Any]:
         """Positions that restart with each row, and the rows themselves for `packed_attention`.
@@ -198,11 +198,11 @@ class PackedRows(Rows):
         The mask is empty: four dimensions keep the model from deriving one of its own, and an attention that does not
         know of packed rows fails on it rather than look across them.
         """
-        return {**self.bidirectional(torch.float32), "position_ids": self.places}
+        return {**self.bidirectional(torch.float32), "position_ids": self.positions}
 
     def bidirectional(self, dtype: torch.dtype) -> dict[str, Any]:
         """See `causal`; encoder layers take no positions."""
-        return {"attention_mask": self.places.new_empty(1, 1, 0, 0), "rows": self}
+        return {"attention_mask": self.positions.new_empty(1, 1, 0, 0), "rows": self}
 
 
 def rows_of(lengths_N: Tensor, size: int, layout: Layout, lengths_on_host: Tensor | None = None) -> Rows:
@@ -233,7 +233,7 @@ class Joined(NamedTuple):
 
     def predicting(self, values: Tensor) -> Tensor:
         """What stands one position before each target, in the targets' layout."""
-        return self.rows.take(values, self.before, self.targets)
+        return self.rows.gather(values, self.before, self.targets)
 
 
 def join(blocks: Sequence[Tensor], masks: Sequence[Tensor], layout: Layout, *, open_end: bool = False) -> Joined:
@@ -262,7 +262,7 @@ def join(blocks: Sequence[Tensor], masks: Sequence[Tensor], layout: Layout, *, o
         values = torch.cat(list(blocks), dim=1).flatten(0, 1).index_select(0, index_L)[None]
         rows = PackedRows(lengths_N, longest, total)
         targets = PackedRows(last_N + open_end, size, last + open_end * len(last_N))
-    return Joined(values, rows, targets, targets.spread(lengths_N - last_N - 1) + targets.places)
+    return Joined(values, rows, targets, targets.broadcast(lengths_N - last_N - 1) + targets.positions)
 
 
 def padding_share(*rows: Rows) -> Tensor:
@@ -321,6 +321,6 @@ def join_rows(blocks: Sequence[Tensor], masks: Sequence[Tensor], *, pad_left: bo
     return JoinedRows(gather_rows(values, order), mask.gather(1, order), columns)
 
 
-def positions(mask_BL: Tensor) -> Tensor:
+def position_ids(mask_BL: Tensor) -> Tensor:
     """Contiguous position ids of the real positions, 0 on left padding: [B, L] (U21)."""
     return (mask_BL.long().cumsum(1) - 1).clamp(min=0)

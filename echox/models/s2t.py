@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from echox.models.packed_attention import use_packed_attention
-from echox.models.ragged import Layout, Rows, join, join_rows, positions
+from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
 
 
@@ -85,12 +85,12 @@ class S2TModel(nn.Module):
         logits: Tensor = self.causal_lm.get_output_embeddings()(hidden_BRh)
         return logits.float()
 
-    def hear(self, batch: Any) -> SpeechOutput:
+    def encode_speech(self, batch: Any) -> SpeechOutput:
         """Speech vectors of a `SpeechBatch`, at the LLM width."""
         speech: SpeechOutput = self.front_end(*batch.audio)
         if not self.ctc_embedding:
             return speech
-        kept_BVC = speech.frames.take(speech.ctc_logits, speech.kept, speech.rows).float().softmax(-1)
+        kept_BVC = speech.frames.gather(speech.ctc_logits, speech.kept, speech.rows).float().softmax(-1)
         table_Ch = self.embed(self.front_end.ctc_head.tokens[1:])  # the blank stands for no word
         expected_BVh = kept_BVC[..., 1:].to(table_Ch.dtype) @ table_Ch
         return speech._replace(speech=speech.speech + expected_BVh)
@@ -104,7 +104,7 @@ class S2TModel(nn.Module):
 
     def forward(self, batch: Any) -> S2TOutput:
         """Teacher-forced pass over a `SpeechBatch`."""
-        speech = self.hear(batch)
+        speech = self.encode_speech(batch)
         states = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR)
         return S2TOutput(states, self.head(states.hidden), speech)
 
@@ -127,17 +127,17 @@ class S2TModel(nn.Module):
         """
         from transformers import DynamicCache
 
-        speech = self.hear(batch)
+        speech = self.encode_speech(batch)
         row = join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
         cache = DynamicCache(config=self.causal_lm.config)
-        inputs, mask, places = row.values_BLh, row.mask_BL, positions(row.mask_BL)
+        inputs, mask, positions = row.values_BLh, row.mask_BL, position_ids(row.mask_BL)
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         tokens, states = [], []
         for _ in range(max_new):
             hidden = self.causal_lm.model(
                 inputs_embeds=inputs,
                 attention_mask=mask.long(),
-                position_ids=places,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
@@ -149,6 +149,6 @@ class S2TModel(nn.Module):
                 break
             inputs = self.embed(token[:, None])
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            places = places[:, -1:] + 1
+            positions = positions[:, -1:] + 1
         tokens_BR = torch.stack(tokens, dim=1)
         return Generated(tokens_BR, (tokens_BR != end_token).cumprod(1).bool(), torch.stack(states, dim=1))

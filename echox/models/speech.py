@@ -51,13 +51,13 @@ class TrimmedWhisperEncoder(nn.Module):
             self.layout,
             None if frames_on_host_B is None else encoded_frames(frames_on_host_B),
         )
-        positions = encoder.embed_positions(torch.arange(x.shape[1], device=x.device))
-        x = rows.enter(x + positions)
+        position_ids = encoder.embed_positions(torch.arange(x.shape[1], device=x.device))
+        x = rows.from_padded(x + position_ids)
         attention = rows.bidirectional(x.dtype)
         for layer in encoder.layers:
             out = layer(x, **attention)
             x = out[0] if isinstance(out, tuple) else out
-        features: Tensor = rows.leave(encoder.layer_norm(x))
+        features: Tensor = rows.to_padded(encoder.layer_norm(x))
         return features, out_frames_B
 
 
@@ -106,7 +106,7 @@ class AlignmentAdapter(nn.Module):
             self.layout,
             None if frames_on_host_B is None else self._stacks(frames_on_host_B),
         )
-        aligned = self.norm(self.block(self.projection(rows.enter(stacked)), rows, frame_local=self.frame_local))
+        aligned = self.norm(self.block(self.projection(rows.from_padded(stacked)), rows, frame_local=self.frame_local))
         return aligned, rows
 
     def _stacks(self, frames_B: Tensor) -> Tensor:
@@ -189,17 +189,17 @@ class ShrinkAdapter(nn.Module):
         keep = run_starts(labels_BT, frames)
         if self.drop_blanks:
             keep = keep & (labels_BT != 0)
-            keep = keep | ((frames.places == 0) & frames.spread(frames.count(keep) == 0))
-        rows, places = frames.subset(keep)
-        kept = frames.take(aligned_BTh, places, rows)
+            keep = keep | ((frames.positions == 0) & frames.broadcast(frames.count(keep) == 0))
+        rows, positions = frames.subset(keep)
+        kept = frames.gather(aligned_BTh, positions, rows)
         memory = (kept, rows) if self.kept_keys_only else (aligned_BTh, frames)
         attended = self.look_back(kept, memory[0], rows, memory[1])
-        return Shrunk(self.norm(kept + self.dropout(attended)), rows, places)
+        return Shrunk(self.norm(kept + self.dropout(attended)), rows, positions)
 
 
 def run_starts(labels_BT: Tensor, rows: Rows) -> Tensor:
     """True where a run of equal labels begins; the first frame of a row always does: [B, T]."""
-    starts = rows.places == 0
+    starts = rows.positions == 0
     starts[:, 1:] |= labels_BT[:, 1:] != labels_BT[:, :-1]
     return starts
 
@@ -221,7 +221,7 @@ class SpeechOutput(NamedTuple):
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Speech vectors `[B, v, h]` and the mask of real ones."""
-        return self.rows.leave(self.speech), lengths_to_mask(self.rows.lengths_N, self.rows.size)
+        return self.rows.to_padded(self.speech), lengths_to_mask(self.rows.lengths_N, self.rows.size)
 
 
 class SpeechFrontEnd(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.models.packed_attention import use_packed_attention
-from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, positions
+from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
 
 
 class TextPart(NamedTuple):
@@ -107,7 +107,7 @@ class T2CDecoder(nn.Module):
         self.head = nn.Linear(width, text_classes + words + 2, bias=False)
 
     def scale_units(self, rms: float) -> None:
-        """Give the unit table the root mean square of the text table, so that both inputs weigh alike at the start."""
+        """Give the unit table the root mean square of the text table, so that both inputs weigh the same at first."""
         with torch.no_grad():
             self.unit_embedding.weight.mul_(rms / 0.02)
 
@@ -123,14 +123,14 @@ class T2CDecoder(nn.Module):
             `[N, M + 1, classes]` float32: column m predicts word m, the one after a row's last word the end.
         """
         logits, targets, _ = self._predict(text, words_NM, mask_NM)
-        return targets.leave(logits)
+        return targets.to_padded(logits)
 
     def loss(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> UnitLoss:
         """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
         logits, targets, rows = self._predict(text, words_NM, mask_NM)
-        words = targets.enter(F.pad(words_NM, (0, 1), value=self.end))
-        words = words.masked_fill(targets.places >= targets.spread(mask_NM.sum(1)), self.end)
-        counted = targets.real & targets.spread(weight_N > 0)
+        words = targets.from_padded(F.pad(words_NM, (0, 1), value=self.end))
+        words = words.masked_fill(targets.positions >= targets.broadcast(mask_NM.sum(1)), self.end)
+        counted = targets.real & targets.broadcast(weight_N > 0)
         losses = F.cross_entropy(logits.flatten(0, 1), (words + self.text_classes).flatten(), reduction="none")
         return UnitLoss((losses * counted.flatten()).sum(), counted.sum(), rows)
 
@@ -140,9 +140,10 @@ class T2CDecoder(nn.Module):
         row = join([*text.blocks, units], [*text.masks, mask_NM], self.layout, open_end=True)
         where = row.rows.causal()
         if self.text_stride is not None:
-            heard = row.rows.spread(row.rows.lengths_N - mask_NM.sum(1))
-            places = row.rows.places
-            where["position_ids"] = torch.where(places < heard, places * self.text_stride, (places - heard).float())
+            text_length = row.rows.broadcast(row.rows.lengths_N - mask_NM.sum(1))
+            position = row.rows.positions
+            stretched, from_text = position * self.text_stride, (position - text_length).float()
+            where["position_ids"] = torch.where(position < text_length, stretched, from_text)
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
@@ -151,8 +152,8 @@ class T2CDecoder(nn.Module):
     def _positions(self, mask_NL: Tensor, text_columns: int) -> Tensor:
         """Rotary positions `[N, L]` of a left-padded text part and the words after it."""
         if self.text_stride is None:
-            return positions(mask_NL)
-        text = positions(mask_NL[:, :text_columns]) * self.text_stride
+            return position_ids(mask_NL)
+        text = position_ids(mask_NL[:, :text_columns]) * self.text_stride
         words = torch.arange(mask_NL.shape[1] - text_columns, device=mask_NL.device, dtype=text.dtype)
         return torch.cat([text, words.expand(len(mask_NL), -1)], dim=1)
 
@@ -167,7 +168,7 @@ class T2CDecoder(nn.Module):
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.body.config)
-        inputs, mask, places = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, text.mask_BL.shape[1])
+        inputs, mask, positions = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, text.mask_BL.shape[1])
         next_place = self._positions(F.pad(mask, (0, 1), value=True), mask.shape[1])[:, -1:]
         limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1])
         longest = int(limit_N.max())  # host sync
@@ -178,7 +179,7 @@ class T2CDecoder(nn.Module):
             hidden = self.body(
                 inputs_embeds=self.projection(inputs),
                 attention_mask=mask.long(),
-                position_ids=places,
+                position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
@@ -192,7 +193,7 @@ class T2CDecoder(nn.Module):
                 break
             inputs = self.unit_embedding(word[:, None]).to(text.values_BLh.dtype)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            places = next_place + step
+            positions = next_place + step
         words_NM = torch.stack(words, dim=1)
         mask_NM = words_NM != self.pad
         longest = max(int(mask_NM.sum(1).max()), 1)  # host sync

@@ -106,19 +106,19 @@ class EchoStage(nn.Module):
         out = self.s2t(batch)
         terms = {"s2t": response_loss(out, batch)}
 
-        states, text_BR, spoken_BR = self._own_text(batch, out)
-        rows = segment_rows(self.segments(states.response.leave(states.hidden), spoken_BR), spoken_BR)
+        states, text_BR, spoken_BR = self.pseudo_text_of(batch, out)
+        rows = segment_rows(self.segments(states.response.to_padded(states.hidden), spoken_BR), spoken_BR)
         weight_N = batch.weight_B[rows.owner_N] * rows.mask_NT.any(1)
         prefix, header, text_BRh = self._embeddings(text_BR)
 
-        asked = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
+        teacher_input = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
         limit_N = rows.mask_NT.sum(1) * self.units_per_token + 32
-        pseudo = self.teacher(asked.values_BLh, asked.mask_BL, limit_N)
+        pseudo = self.teacher(teacher_input.values_BLh, teacher_input.mask_BL, limit_N)
         usable_N = pseudo.ended_N & ~repeats(pseudo.words_NM, pseudo.mask_NM)
 
-        adapted_BRh = states.response.leave(self.denoising(states.hidden))
-        heard = text_part(prefix, rows.scatter(adapted_BRh), rows.mask_NT, header)
-        loss = self.echo.loss(heard, pseudo.words_NM, pseudo.mask_NM, weight_N * usable_N)
+        adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
+        student_input = text_part(prefix, rows.scatter(adapted_BRh), rows.mask_NT, header)
+        loss = self.echo.loss(student_input, pseudo.words_NM, pseudo.mask_NM, weight_N * usable_N)
         terms["echo"] = LossTerm(loss.total, loss.tokens)
         terms["denoising"] = denoising_loss(adapted_BRh, text_BRh, spoken_BR & (batch.weight_B[:, None] > 0))
         self._last = {
@@ -134,21 +134,21 @@ class EchoStage(nn.Module):
 
     def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         with torch.no_grad():
-            states, text_BR, spoken_BR = self._own_text(batch, self.s2t(batch))
+            states, text_BR, spoken_BR = self.pseudo_text_of(batch, self.s2t(batch))
             text_BRh = self.s2t.embed(text_BR)
-        adapted_BRh = states.response.leave(self.denoising(states.hidden))
+        adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
         self._last = {}
         counted = spoken_BR & (batch.weight_B[:, None] > 0)
         return {"denoising": denoising_loss(adapted_BRh, text_BRh, counted)}
 
-    def _own_text(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
+    def pseudo_text_of(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
         """H, X' and the mask of spoken positions: before the end token, one state for each token."""
         if self.pseudo_text == "free_run":
             own = self.s2t.generate(batch, self.end_token, self.free_run_tokens, early_stop=False)
-            states = self.s2t.response_states(self.s2t.hear(batch), batch, own.tokens_BR, own.mask_BR)
+            states = self.s2t.response_states(self.s2t.encode_speech(batch), batch, own.tokens_BR, own.mask_BR)
             return states, own.tokens_BR, own.mask_BR
         is_own = self.pseudo_text == "argmax_teacher_forced"
-        text_BR = out.states.response.leave(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
+        text_BR = out.states.response.to_padded(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
         spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
         return out.states, text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool()
 

@@ -47,7 +47,7 @@ class S2TStage(nn.Module):
 
     def _ctc(self, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
         classes = self.s2t.front_end.ctc_head.classes(batch.transcript_BC)
-        return ctc_loss(frames.leave(logits), frames.lengths_N, classes, batch.transcript_lengths_B, batch.weight_B)
+        return ctc_loss(frames.to_padded(logits), frames.lengths_N, classes, batch.transcript_lengths_B, batch.weight_B)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """CTC counts in full while it is the only loss."""
@@ -72,8 +72,8 @@ class S2TStage(nn.Module):
 def response_loss(out: S2TOutput, batch: SpeechBatch) -> LossTerm:
     """L_S2T of a teacher-forced pass over the batch."""
     response = out.states.response
-    counted = response.real & response.spread(batch.weight_B > 0)
-    return text_loss(out.logits, response.enter(batch.response_BR), counted)
+    counted = response.real & response.broadcast(batch.weight_B > 0)
+    return text_loss(out.logits, response.from_padded(batch.response_BR), counted)
 
 
 def speech_parameter_groups(stage: nn.Module) -> dict[str, list[str]]:

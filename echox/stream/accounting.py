@@ -68,7 +68,7 @@ class Accounts:
     """What a run has trained so far, of each source, and whether that is what the plan says.
 
     Attributes:
-        table: rows are sources, columns `COLUMNS`; of all settled steps.
+        table: rows are sources, columns `COLUMNS`; of all checked steps.
         multiset, quarantined_multiset: sums modulo 2^64 of the visit hashes, planned and dropped.
         kinds: dropped samples by class of damage.
         passed_over: samples of steps that a run left out to get past data that harmed it.
@@ -96,18 +96,18 @@ class Accounts:
 
     def expect(self, window: Window, step: int) -> None:
         """Note that a planned step was trained."""
-        places = window.samples(step)
-        self._planned_samples += len(places)
-        self._planned = (self._planned + sum64(window.hash_N[places])) & _WRAP
+        indices = window.samples(step)
+        self._planned_samples += len(indices)
+        self._planned = (self._planned + sum64(window.hash_N[indices])) & _WRAP
 
-    def settle(self, vector: Sequence[float]) -> dict[str, float]:
+    def check(self, vector: Sequence[float]) -> dict[str, float]:
         """Compare the summed vectors of all ranks since the last call with the plan, and book them.
 
         Returns:
             Metrics by their stable names.
 
         Raises:
-            DataError: the samples trained are not those of the plan; on every rank alike.
+            DataError: the samples trained are not those of the plan; the same on every rank.
         """
         numbers = np.asarray(vector, dtype=np.float64)
         table = numbers[_FIXED:].reshape(len(self.names), len(COLUMNS))
@@ -141,7 +141,7 @@ class Accounts:
         return metrics
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but unsettled steps; JSON types."""
+        """Everything but unchecked steps; JSON types."""
         return {
             "sources": [dict(zip(COLUMNS, row, strict=True)) for row in self.table.tolist()],
             "multiset": f"{self.multiset:016x}",

@@ -11,7 +11,7 @@ from typing import Any
 from echox.errors import CheckpointError
 from echox.stream.accounting import Accounts
 from echox.stream.sampling.blend import Blend, BlendVersion
-from echox.stream.sampling.plan import Place, Plan
+from echox.stream.sampling.plan import Plan, StepAddress
 
 VERSION = 2
 _FIELDS = {
@@ -23,9 +23,9 @@ _FIELDS = {
 }
 
 
-def record(plan: Plan, place: Place, accounts: Accounts) -> dict[str, Any]:
-    """The state after the step before `place`; JSON types."""
-    cursors = plan.order.cursors(place.epoch, place.window)
+def record(plan: Plan, address: StepAddress, accounts: Accounts) -> dict[str, Any]:
+    """The state after the step before `address`; JSON types."""
+    cursors = plan.order.cursors(address.epoch, address.window)
     booked = accounts.to_json()
     sources = [
         {**source, "window_starts": cursor, "consumed": consumed}
@@ -38,7 +38,7 @@ def record(plan: Plan, place: Place, accounts: Accounts) -> dict[str, Any]:
         "plan_hash": plan.digest(),
         "sources": sources,
         "blend": [version.to_json() for version in plan.order.versions] if isinstance(plan.order, Blend) else None,
-        **place._asdict(),
+        **address._asdict(),
         "samples": accounts.seen,
         "tokens": float(accounts.table[:, 2].sum()),
         "multiset": booked["multiset"],
@@ -74,7 +74,7 @@ def differences(plan: Plan, saved: Mapping[str, Any]) -> list[str]:
 
 def resume(
     plan: Plan, saved: Mapping[str, Any], accounts: Accounts, *, accept_new_data: bool, where: str
-) -> tuple[Place, list[str]]:
+) -> tuple[StepAddress, list[str]]:
     """Bring plan and accounts to a saved state.
 
     New weights of a blend hold from the first window that has not begun.
@@ -94,9 +94,9 @@ def resume(
             where=where,
             fix="put it back, use another run name, or begin a new epoch on the new data with --accept-new-data",
         )
-    place = Place(saved["epoch"], saved["window"], saved["step"])
+    address = StepAddress(saved["epoch"], saved["window"], saved["step"])
     if new:
-        return Place(place.epoch + 1, 0, 0), new
+        return StepAddress(address.epoch + 1, 0, 0), new
     quarantined = saved["quarantined"]
     accounts.load(
         {
@@ -109,17 +109,17 @@ def resume(
     )
     if isinstance(plan.order, Blend):
         wanted = plan.order.versions[-1]
-        new += _reweight(plan, [BlendVersion.from_json(version) for version in saved["blend"]], wanted, place)
-    return place, new
+        new += _reweight(plan, [BlendVersion.from_json(version) for version in saved["blend"]], wanted, address)
+    return address, new
 
 
-def _reweight(plan: Plan, versions: list[BlendVersion], wanted: BlendVersion, place: Place) -> list[str]:
+def _reweight(plan: Plan, versions: list[BlendVersion], wanted: BlendVersion, address: StepAddress) -> list[str]:
     assert isinstance(plan.order, Blend)
     plan.order = plan.order.with_versions(versions)
     last = versions[-1]
     if (last.weights, last.by) == (wanted.weights, wanted.by):
         return []
-    begins = place.window + (place.step > 0)
+    begins = address.window + (address.step > 0)
     plan.order = plan.order.reweighted(begins, wanted.weights, wanted.by)
     return [f"weights by {wanted.by} are {list(wanted.weights)} from window {begins} on and were {list(last.weights)}"]
 

@@ -97,7 +97,7 @@ class Allowance:
         """Stop a run whose data are worse than allowed.
 
         Raises:
-            DataError: with both numbers; on every rank alike, since all count the same.
+            DataError: with both numbers; the same on every rank, since all count the same.
         """
         over_most = self.most is not None and dropped > self.most
         if not over_most and dropped <= self.share * max(seen, TREND):

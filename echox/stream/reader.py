@@ -15,11 +15,11 @@ from echox.errors import CorruptSampleError
 from echox.stream import cursor
 from echox.stream.accounting import Accounts, micro_batch_account
 from echox.stream.quarantine import Allowance, Entry, Ledger
-from echox.stream.sampling.plan import Place, Plan, Window, check_divides, visit_hash
+from echox.stream.sampling.plan import Plan, StepAddress, Window, check_divides, visit_hash
 
 if TYPE_CHECKING:
     from echox.stream.collate import Collate
-    from echox.stream.sampling.batching import Places
+    from echox.stream.sampling.batching import SampleIndices
     from echox.stream.storage.store import ShardStore
 
 
@@ -35,15 +35,15 @@ class _Read:
 class _Step:
     """A step on its way: its address, the next one's, and its micro-batches of this rank."""
 
-    place: Place
-    following: Place
+    address: StepAddress
+    following: StepAddress
     window: Window
     reads: list[Future[_Read]]
     dropped: list[Entry] = field(default_factory=list)
 
 
 class StreamReader:
-    """The rank's training data from a place in the stream on.
+    """The rank's training data from an address in the stream on.
 
     `step` delivers, `commit` says that the optimizer has stepped: only then does the cursor move and the quarantine
     ledger grow, so what was read ahead and never trained leaves no trace.
@@ -84,10 +84,10 @@ class StreamReader:
         self._steps_ahead = max(1, -(-prefetch * world_size // plan.budget.micro_batches))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
-        self._windows: dict[Place, Future[Window]] = {}
+        self._windows: dict[StepAddress, Future[Window]] = {}
         self._ahead: deque[_Step] = deque()
         self._delivered: _Step | None = None
-        self._next = self._committed = Place()
+        self._next = self._committed = StepAddress()
         self._number = 0
         self._run_folder = Path()
         self._ledger: Ledger | None = None
@@ -142,11 +142,11 @@ class StreamReader:
         """Note that the step delivered last was trained."""
         done = self._delivered
         assert done is not None and self._ledger is not None
-        self.accounts.expect(done.window, done.place.step)
+        self.accounts.expect(done.window, done.address.step)
         self._ledger.append(done.dropped)
         self._committed = done.following
 
-    def settle(self, account: Sequence[float]) -> dict[str, float]:
+    def check_accounts(self, account: Sequence[float]) -> dict[str, float]:
         """Compare what all ranks have trained since the last call with the plan; metrics by their stable names.
 
         Args:
@@ -155,13 +155,13 @@ class StreamReader:
         Raises:
             DataError: it is not what was planned, or more was dropped than allowed; the same on all ranks.
         """
-        metrics = self.accounts.settle(account)
+        metrics = self.accounts.check(account)
         metrics["data/epoch"] = self.accounts.seen / self.plan.samples_per_epoch
         self._allowance.check(self.accounts.quarantined, self.accounts.seen, self._run_folder)
         return metrics
 
     def record(self) -> dict[str, Any]:
-        """Where the stream stands after the committed and settled steps; the same on all ranks; JSON types."""
+        """Where the stream stands after the committed and checked steps; the same on all ranks; JSON types."""
         return cursor.record(self.plan, self._committed, self.accounts)
 
     def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
@@ -175,18 +175,18 @@ class StreamReader:
         self._ahead.clear()
         self._delivered = None
         self.accounts = Accounts([source.name for source in self.plan.sources])
-        place = Place()
+        address = StepAddress()
         if saved is not None:
-            place, _ = cursor.resume(
+            address, _ = cursor.resume(
                 self.plan, saved, self.accounts, accept_new_data=False, where=str(self._run_folder)
             )
         for _ in range(pass_over):
-            window = self._window(place)
-            self.accounts.passed_over += len(window.samples(place.step))
-            place = self.plan.following(place, len(window.steps))
-        self._next, self._number = place, step
-        self._committed = place
-        self._stage(self._window(place))
+            window = self._window(address)
+            self.accounts.passed_over += len(window.samples(address.step))
+            address = self.plan.following(address, len(window.steps))
+        self._next, self._number = address, step
+        self._committed = address
+        self._stage(self._window(address))
 
     def close(self) -> None:
         """Drop what was read ahead, and let go of the shards."""
@@ -196,16 +196,16 @@ class StreamReader:
             store.close()
 
     def _submit(self) -> _Step:
-        window, place = self._window(self._next), self._next
-        following = self.plan.following(place, len(window.steps))
-        slots = window.slots(place.step, self._rank, self._world_size)
-        reads = [self._pool.submit(self._read, window, places, self._number) for places in slots]
+        window, address = self._window(self._next), self._next
+        following = self.plan.following(address, len(window.steps))
+        slots = window.slots(address.step, self._rank, self._world_size)
+        reads = [self._pool.submit(self._read, window, indices, self._number) for indices in slots]
         self._next, self._number = following, self._number + 1
-        return _Step(place, following, window, reads)
+        return _Step(address, following, window, reads)
 
-    def _window(self, place: Place) -> Window:
-        """The window of a place; the one after it is planned in the background."""
-        wanted = place._replace(step=0)
+    def _window(self, address: StepAddress) -> Window:
+        """The window of an address; the one after it is planned in the background."""
+        wanted = address._replace(step=0)
         after = self.plan.next_window(wanted)
         for known in (wanted, after):
             if known not in self._windows:
@@ -214,7 +214,7 @@ class StreamReader:
         return self._windows[wanted].result()
 
     def _stage_after(self, window: Window) -> None:
-        after = self.plan.next_window(window.place)
+        after = self.plan.next_window(window.address)
         planned = self._windows.get(after)
         self._stage(self.plan.window(after.epoch, after.window) if planned is None else planned.result())
 
@@ -223,31 +223,31 @@ class StreamReader:
             numbers = window.number_N[window.source_N == index]
             store.stage(np.unique(source.catalogue.records["shard"][numbers]).tolist())
 
-    def _read(self, window: Window, places: Places, step: int) -> _Read:
+    def _read(self, window: Window, indices: SampleIndices, step: int) -> _Read:
         from echox.stream.collate import Item
 
         rows, trained, numbers = [], [], []
         damaged: dict[int, CorruptSampleError] = {}
-        for place in places.tolist():
-            index = int(window.source_N[place])
+        for index in indices.tolist():
+            source = int(window.source_N[index])
             try:
-                sample = self._stores[index].read(int(window.number_N[place]), self._collate.members)
-                rows.append(self._collate.decode(Item(sample, self.plan.sources[index].task)))
+                sample = self._stores[source].read(int(window.number_N[index]), self._collate.members)
+                rows.append(self._collate.decode(Item(sample, self.plan.sources[source].task)))
             except CorruptSampleError as error:
-                damaged[place] = error
+                damaged[index] = error
                 continue
-            trained.append(place)
+            trained.append(index)
             numbers.append(sample.number)
         batch = self._collate.join(rows, step) if rows else self._collate.blank(step)
         kept = np.array(trained, dtype=np.int64)
         keys = np.array([source.key for source in self.plan.sources], dtype=np.uint64)[window.source_N[kept]]
         hashes = visit_hash(keys, window.epoch_N[kept], window.turn_N[kept], np.array(numbers, dtype=np.int64))
-        kinds = {place: error.kind for place, error in damaged.items()}
+        kinds = {index: error.kind for index, error in damaged.items()}
         batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources))
-        return _Read(batch, [self._entry(window, place, error, step) for place, error in damaged.items()])
+        return _Read(batch, [self._entry(window, index, error, step) for index, error in damaged.items()])
 
-    def _entry(self, window: Window, place: int, error: CorruptSampleError, step: int) -> Entry:
-        source, number = self.plan.sources[int(window.source_N[place])], int(window.number_N[place])
+    def _entry(self, window: Window, index: int, error: CorruptSampleError, step: int) -> Entry:
+        source, number = self.plan.sources[int(window.source_N[index])], int(window.number_N[index])
         record = source.catalogue.records[number]
         return Entry(
             sample=source.catalogue.key(number),
@@ -256,7 +256,7 @@ class StreamReader:
             offset=int(record["offset"]),
             kind=error.kind,
             what=error.what,
-            epoch=int(window.epoch_N[place]),
-            turn=int(window.turn_N[place]),
+            epoch=int(window.epoch_N[index]),
+            turn=int(window.turn_N[index]),
             step=step + 1,
         )

@@ -13,7 +13,7 @@ from echox.stream.sampling.batching import Budget
 
 if TYPE_CHECKING:
     from echox.stream.collate import Collate
-    from echox.stream.sampling.batching import Places
+    from echox.stream.sampling.batching import SampleIndices
     from echox.stream.sampling.source import Source
     from echox.stream.storage.store import ShardStore
 
@@ -53,9 +53,9 @@ class ValidReader:
         lengths_N = source.tokens(every) if by_tokens else source.seconds(every)
         order = np.argsort(lengths_N, kind="stable").astype(np.int64)
         cut = budget.cut(lengths_N[order]) if len(order) else []
-        micro = [order[places] for step in cut for places in step if len(places)]
+        micro = [order[indices] for step in cut for indices in step if len(indices)]
         micro += [order[:0]] * (-len(micro) % world_size)
-        self._micro: list[Places] = micro[rank::world_size]
+        self._micro: list[SampleIndices] = micro[rank::world_size]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the rank's micro-batches.
@@ -66,16 +66,16 @@ class ValidReader:
         """
         with ThreadPoolExecutor(self._threads, thread_name_prefix="valid") as pool:
             ahead: deque[Future[Any]] = deque()
-            for places in self._micro:
-                ahead.append(pool.submit(self._read, places))
+            for indices in self._micro:
+                ahead.append(pool.submit(self._read, indices))
                 if len(ahead) > self._prefetch:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
 
-    def _read(self, places: Places) -> Any:
+    def _read(self, indices: SampleIndices) -> Any:
         from echox.stream.collate import Item
 
-        read = (self._store.read(number, self._collate.members) for number in places.tolist())
+        read = (self._store.read(number, self._collate.members) for number in indices.tolist())
         rows = [self._collate.decode(Item(sample, self._source.task)) for sample in read]
         return self._collate.join(rows, -1) if rows else self._collate.blank(-1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from echox.tracking import spool
 from echox.tracking.delivery import STAGE, Delivery, NotYet
-from echox.tracking.lifecycle import create_runs, make_client, settle
+from echox.tracking.lifecycle import create_runs, finish_pending, make_client
 from echox.tracking.names import flatten, metric_name
 from echox.tracking.spool import Operation, Spool
 from echox.tracking.state import (
@@ -289,7 +289,7 @@ class MlflowTracker:
             else:
                 self._delivery.send_file(path)
         if last and self._owner:
-            settle(self._client, folder, Process.current())
+            finish_pending(self._client, folder, Process.current())
 
     def _deliver_own(self) -> None:
         """Send what is new in this process's journal, which goes on being written."""

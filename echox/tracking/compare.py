@@ -24,7 +24,7 @@ class Outcome:
     lower_is_better: bool | None = None
 
     def best(self) -> int | None:
-        """Which run has the best value, where that can be said and they are not all alike."""
+        """Which run has the best value, where that can be said and they are not all the same."""
         known = [value for value in self.values if value is not None]
         if self.lower_is_better is None or len(known) < 2 or len(set(known)) == 1:
             return None

@@ -65,7 +65,7 @@ def create_runs(client: MlflowClient, run_folder: Path) -> tuple[str, str]:
     return run_id, parent_id
 
 
-def settle(client: MlflowClient, run_folder: Path, owner: Process | None) -> str | None:
+def finish_pending(client: MlflowClient, run_folder: Path, owner: Process | None) -> str | None:
     """Deliver what every process of a run has left, and end its runs; returns the status they end with.
 
     For the owner at its end, and for whoever finds that the owner is gone. A new owner that took the run over meanwhile

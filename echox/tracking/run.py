@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from echox.errors import LaunchError
 from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.delivery import STAGE, Delivery
-from echox.tracking.lifecycle import make_client, settle
+from echox.tracking.lifecycle import finish_pending, make_client
 from echox.tracking.names import check_uri, default_uri, metric_name
 from echox.tracking.state import (
     BEAT_S,
@@ -119,7 +119,7 @@ def close_orphan(run_folder: Path, status: str = "KILLED") -> bool:
         return False
     if state["status"] == "RUNNING":
         end_state(run_folder, status)
-    settle(make_client(state["uri"]), run_folder, Process.of(state.get("owner")))
+    finish_pending(make_client(state["uri"]), run_folder, Process.of(state.get("owner")))
     return True
 
 
@@ -135,7 +135,7 @@ def repair(run_folder: Path) -> str | None:
     silent_s = time.time() - last_sign(run_folder)
     if silent_s < (3 * BEAT_S if owner.here() else SILENT_S):
         return None  # its watcher is at work, or it lives elsewhere
-    return settle(make_client(state["uri"], timeout_s=10), run_folder, owner)
+    return finish_pending(make_client(state["uri"], timeout_s=10), run_folder, owner)
 
 
 def record(run_folder: Path, *, metrics: Mapping[str, float], artifacts: Mapping[Path, str | None], step: int) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import echox
-from echox.tracking.lifecycle import make_client, settle
+from echox.tracking.lifecycle import finish_pending, make_client
 from echox.tracking.state import BEAT_S, Process, beat, read_state, unfinished
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _act(run_folder: Path, owner: Process, *, deadline: float) -> None:
         if not _ours(state, owner):
             return
         try:
-            status = settle(make_client(state["uri"]), run_folder, owner)
+            status = finish_pending(make_client(state["uri"]), run_folder, owner)
         except Exception as error:
             _note(run_folder, f"the run could not be ended: {type(error).__name__}: {str(error)[:300]}")
         else:

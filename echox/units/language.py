@@ -219,7 +219,7 @@ class UnitLanguage:
 
         Candidates are the n-grams of 2 to `max_word` units that occur at least twice, `OVERSAMPLE` times as many as are
         kept, by count times length. Rounds of encode and recount under the 1-gram then halve them down to the size
-        asked for, keeping those that save most units; `rounds` more rounds settle the probabilities, under the
+        asked for, keeping those that save most units; `rounds` more rounds refine the probabilities, under the
         2-gram where `order` is 2.
 
         Args:

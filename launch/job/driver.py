@@ -105,7 +105,7 @@ class Driver:
         try:
             self.log("start", restart=self.args.restart, mlflow=tracker.handle.uri, pid=os.getpid())
             self._artifacts(tracker)
-            result = self._attend(_Work(lambda: self._fit(tracker.handle)))
+            result = self._wait_for_work(_Work(lambda: self._fit(tracker.handle)))
             stopped = str(result["stopped"])
             if stopped:
                 status = "KILLED"
@@ -129,7 +129,7 @@ class Driver:
             print("event=stopped: submit the same recipe again to continue", flush=True)
         return code
 
-    def _attend(self, work: _Work) -> dict[str, Any]:
+    def _wait_for_work(self, work: _Work) -> dict[str, Any]:
         """Wait for the training; on a signal, ask it to stop and wait as long as Ray will."""
         deadline: float | None = None
         while not work.done.wait(POLL_S):

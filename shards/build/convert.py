@@ -25,7 +25,7 @@ from shards.corpus import Audio, Utterance
 SHORTEST_S = 0.1
 """Shorter audio holds no word."""
 _VERSION = 1
-"""Of what is done here: another one makes all shards anew."""
+"""Of what is done here: another one makes all shards again."""
 _KEY_CHARACTERS = 80
 """A tar header has room for 100, and extensions follow."""
 
@@ -140,7 +140,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise EchoXError(
             f"Cannot write a shard: {error.strerror or error}",
             where=str(folder),
-            fix="Make room or mend the folder and run the same command again: finished shards are kept.",
+            fix="Make room or repair the folder and run the same command again: finished shards are kept.",
         ) from error
 
 

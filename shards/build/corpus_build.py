@@ -159,8 +159,8 @@ class _Run:
         self._check_budget(final=True)
         return records
 
-    def _submit(self, pool: Executor, job: Job, identity: str, *, anew: bool = False) -> None:
-        if not anew and may_be_kept(self._work, job.number, identity) is not None:
+    def _submit(self, pool: Executor, job: Job, identity: str, *, again: bool = False) -> None:
+        if not again and may_be_kept(self._work, job.number, identity) is not None:
             self._pending[submit(pool, is_kept, self._work, job.number)] = (job, identity, True)
             return
         located = replace(job, keyed=[(key, self._located(utterance)) for key, utterance in job.keyed])
@@ -178,7 +178,7 @@ class _Run:
             job, identity, checked = self._pending.pop(future)
             outcome = future.result()
             if checked and not outcome:
-                self._submit(pool, job, identity, anew=True)
+                self._submit(pool, job, identity, again=True)
                 continue
             self._records[job.number] = read_json(record_path(self._work, job.number)) if checked else outcome
             self._meter.add(self._records[job.number], len(job.keyed), kept=checked)

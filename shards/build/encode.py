@@ -68,7 +68,7 @@ def encode_folder(folder: Path, model: ModelConfig, progress: Progress | None = 
         progress: called with one line a folder; None is silent.
 
     Returns:
-        Whether anything was done: a folder already encoded alike is left as it is.
+        Whether anything was done: a folder already encoded the same way is left as it is.
 
     Raises:
         DataError: the folder cannot be read.

@@ -74,7 +74,7 @@ def abandon(pool: Executor, *, kill: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    """Let a worker end when the process that started it is killed, instead of waiting for work for ever."""
+    """Let a worker end when the process that started it is killed, instead of waiting for work indefinitely."""
 
     def watch() -> None:
         parent = parent_process()

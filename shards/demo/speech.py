@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Waveform = NDArray[np.float32]
 
 CHUNK = 128
-"""Sentences a session speaks before it is seeded anew: the noise depends on the chunk, not on the number of threads."""
+"""Sentences a session speaks before it is seeded again: the noise depends on the chunk, not on threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Voice:
 
 
 ANSWER_VOICE = Voice(name="answer")
-"""The one voice of all answers: no randomness, so that equal words sound alike."""
+"""The one voice of all answers: no randomness, so that equal words sound the same."""
 
 _EVEN = Rendering(noise_scale=0.5, noise_w_scale=0.6)
 _SLOW = Rendering(length_scale=1.12, noise_scale=0.667, noise_w_scale=0.8)

@@ -145,7 +145,7 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
         tell("k-means", 0, 1)
         extractor = UnitExtractor(features, KMeans.fit(np.concatenate(frames), settings.clusters, seed=settings.seed))
         extractor.save(target)
-    # The frames serve both the fit and the units; extracting anew would encode all audio twice.
+    # The frames serve both the fit and the units; extracting again would encode all audio twice.
     found = [collapse(extractor.kmeans.predict(frames_TD)) for frames_TD in frames]
     language = UnitLanguage.fit(
         [units for units, _ in found],

@@ -18,23 +18,23 @@ import torch
 from echox.config.schema import HealthConfig
 from echox.engine.checkpoint.recipe_diff import changes, refused_changes
 from echox.engine.checkpoint.retention import Retention
-from echox.engine.loss_guard import LossHealth
-from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.loss_guard import LossGuard
+from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.watchdog import Watchdog
-from echox.engine.rank_status import Ballot, Vote
+from echox.engine.rank_status import RankStatus, Vote
 from echox.engine.stop import StopListener, clear_stop, read_stop, request_stop, signals_stop
-from echox.engine.world import Gang
+from echox.engine.world import World
 from echox.errors import CheckpointError, EchoXError
 
-ALONE = Gang(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
-def test_a_vote_is_counted_one_turn_later() -> None:
-    ballot = Ballot(ALONE)
-    assert ballot.turn(Vote(stop=True, save=1)) == Vote()
-    assert ballot.turn(Vote(written=True, save=2)) == Vote(stop=True, save=1)
-    assert ballot.settle(Vote(failed=True, save=3)) == Vote(failed=True, save=3)
-    assert ballot.count() == Vote()
+def test_a_vote_is_collected_one_step_later() -> None:
+    rank_status = RankStatus(ALONE)
+    assert rank_status.exchange(Vote(stop=True, save=1)) == Vote()
+    assert rank_status.exchange(Vote(written=True, save=2)) == Vote(stop=True, save=1)
+    assert rank_status.exchange_now(Vote(failed=True, save=3)) == Vote(failed=True, save=3)
+    assert rank_status.collect() == Vote()
 
 
 def test_retention_against_a_written_out_rule() -> None:
@@ -86,7 +86,7 @@ def test_changes_that_make_another_training_are_refused_unless_named() -> None:
 
 
 def test_health_judges_against_good_steps_alone() -> None:
-    health = LossHealth(HealthConfig(spike_sigma=3, spike_window=8), torch.device("cpu"))
+    health = LossGuard(HealthConfig(spike_sigma=3, spike_window=8), torch.device("cpu"))
     chance, good = random.Random(5), []
     for step in range(200):
         loss = chance.gauss(1.0, 0.1) + (step % 37 == 36) * 2.0
@@ -99,14 +99,14 @@ def test_health_judges_against_good_steps_alone() -> None:
             deviation = math.sqrt(sum((x - mean) ** 2 for x in window) / (len(window) - 1))
             spiked = loss > mean + 3 * deviation
         bad = spiked or not math.isfinite(loss)
-        poison = float(health.poison(torch.tensor(loss, dtype=torch.float64)))
-        assert math.isnan(poison) == bad and (bad or poison == 1)
-        health.book(torch.tensor(loss), skipped=bad)
+        nan_if_bad = float(health.nan_if_bad(torch.tensor(loss, dtype=torch.float64)))
+        assert math.isnan(nan_if_bad) == bad and (bad or nan_if_bad == 1)
+        health.record(torch.tensor(loss), skipped=bad)
         if not bad:
             good.append(float(torch.tensor(loss)))
-        if step == 100:  # what a checkpoint holds goes on alike
+        if step == 100:  # what a checkpoint holds goes on the same
             state = json.loads(json.dumps(health.state()))
-            health = LossHealth(HealthConfig(spike_sigma=3, spike_window=8), torch.device("cpu"))
+            health = LossGuard(HealthConfig(spike_sigma=3, spike_window=8), torch.device("cpu"))
             health.load(state)
     assert health.bad_steps == 200 - len(good) and health.bad_steps > 8
 
@@ -116,10 +116,10 @@ def test_health_judges_against_good_steps_alone() -> None:
     [("stop", 1, 0, "on_bad_step=stop"), ("skip", 3, 0, "max_bad_steps=2"), ("rewind", 1, 3, "max_rewinds=3")],
 )
 def test_patience_ends_with_the_policy_named(policy: Any, row: int, rewinds: int, limit: str) -> None:
-    health = LossHealth(HealthConfig(on_bad_step=policy, max_bad_steps=2, max_rewinds=3), torch.device("cpu"))
+    health = LossGuard(HealthConfig(on_bad_step=policy, max_bad_steps=2, max_rewinds=3), torch.device("cpu"))
     health.rewinds = rewinds
     for _ in range(row):
-        health.book(None, skipped=True)
+        health.record(None, skipped=True)
     with pytest.raises(EchoXError, match=limit) as error:
         health.check(7, {"loss/total": math.nan, "loss/s2t": 1.0}, "run")
     assert "loss/total is not a finite number at step 7" in str(error.value)
@@ -202,7 +202,7 @@ def test_the_watchdog_knows_how_long_steps_take(tmp_path: Path) -> None:
 
 
 def test_a_newer_attempt_takes_the_right_to_save(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = RunDir(tmp_path)
     assert folder.last_attempt() == 0
     first = folder.next_attempt()
     folder.check_attempt(first)

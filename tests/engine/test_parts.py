@@ -17,7 +17,7 @@ from echox.engine.deepspeed_engine import leaf_modules, parameter_groups
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.lr_schedule import lr_at, rate_at
 from echox.engine.monitor.event_log import EventLog
-from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.update_check import fingerprint
 from echox.errors import AlteredModelError, MissingModelError
 from tests import tiny
@@ -180,7 +180,7 @@ def test_random_states_come_back() -> None:
 
 
 def test_run_folder_counts_attempts_and_forgets_steps_done_again(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
+    run = RunDir(tmp_path / "run")
     assert [run.next_attempt(), run.next_attempt()] == [1, 2]
     for step in (1, 2, 3):
         run.append_metrics(step, {"loss/total": 1 / step})

@@ -92,7 +92,7 @@ class ToyStage(nn.Module):
         if batch.ids[0].startswith(f"{self.options.spike_at}-"):
             token_BT = 100 * token_BT
         terms = {"s2t": ToyTerm((token_BT * batch.mask_BT).sum(), batch.mask_BT.sum())}
-        # All ranks alike: a parameter in the graph of some ranks only would break ZeRO-3's reductions.
+        # The same on all ranks: a parameter in the graph of some ranks only would break ZeRO-3's reductions.
         if self.options.skip_odd_steps and int(batch.ids[0].partition("-")[0]) % 2:
             zero = torch.zeros((), device=batch.x_BTD.device)
             terms["ctc"] = ToyTerm(zero, zero)
@@ -166,7 +166,7 @@ class UncountedLoader:
     def commit(self) -> None:
         pass
 
-    def settle(self, account: Sequence[float]) -> dict[str, float]:
+    def check_accounts(self, account: Sequence[float]) -> dict[str, float]:
         return {}
 
     def record(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class ToyLoader(UncountedLoader):
     def commit(self) -> None:
         self.committed += 1
 
-    def settle(self, account: Sequence[float]) -> dict[str, float]:
+    def check_accounts(self, account: Sequence[float]) -> dict[str, float]:
         self.seen += account[0]
         return {"data/samples": self.seen, "data/indices": account[1]}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from echox.engine.interfaces import TrainResult
 from echox.engine.monitor.event_log import EventLog
-from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.monitor.run_dir import RunDir
 from echox.engine.stop import StopListener
 from echox.errors import DataError
 
@@ -67,7 +67,7 @@ def train_steps(recipe: Any, context: Any, build: Any, tracker: Any, **options: 
     import torch.distributed as dist
 
     run = context.storage / recipe.name
-    folder, leads = RunFolder(run), context.rank == 0
+    folder, leads = RunDir(run), context.rank == 0
     box = [folder.next_attempt() if leads else 0]
     dist.broadcast_object_list(box, src=0)
     attempt = box[0]

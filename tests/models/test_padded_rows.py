@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from echox.models.ragged import gather_rows, join_rows, positions
+from echox.models.ragged import gather_rows, join_rows, position_ids
 
 
 @pytest.mark.parametrize("pad_left", [False, True])
@@ -34,4 +34,4 @@ def test_columns_lead_back_to_every_block_position(pad_left: bool) -> None:
 
 def test_positions_are_contiguous_after_left_padding() -> None:
     mask = torch.tensor([[False, False, True, True], [True, True, True, True]])
-    assert positions(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]

@@ -31,13 +31,13 @@ def _rows(values: Tensor, lengths: list[int]) -> list[Tensor]:
 def test_rows_enter_a_layout_and_leave_it_as_they_were(lengths: list[int], layout: Layout) -> None:
     padded = torch.randn(len(lengths), max(lengths) + 2, 3)
     rows = rows_of(torch.tensor(lengths), max(lengths) + 2, layout)
-    inside = rows.enter(padded)
+    inside = rows.from_padded(padded)
     torch.testing.assert_close(inside[rows.real], torch.cat(_rows(padded, lengths)), rtol=0, atol=0)
     assert inside.shape[:2].numel() == rows.computed
-    for back, row in zip(_rows(rows.leave(inside), lengths), _rows(padded, lengths), strict=True):
+    for back, row in zip(_rows(rows.to_padded(inside), lengths), _rows(padded, lengths), strict=True):
         assert torch.equal(back, row)
-    assert rows.places[rows.real].tolist() == [place for length in lengths for place in range(length)]
-    names = rows.spread(torch.arange(len(lengths))).expand(rows.places.shape)
+    assert rows.positions[rows.real].tolist() == [place for length in lengths for place in range(length)]
+    names = rows.broadcast(torch.arange(len(lengths))).expand(rows.positions.shape)
     assert names[rows.real].tolist() == [row for row, length in enumerate(lengths) for _ in range(length)]
     share = 1 - sum(lengths) / (len(lengths) * rows.size)
     assert float(padding_share(rows)) == pytest.approx(0.0 if layout == "packed" else share, abs=1e-6)
@@ -48,20 +48,20 @@ def test_starts_are_what_attention_kernels_call_cu_seqlens() -> None:
     assert rows.starts_N1.tolist() == [0, 5, 6, 9]
     assert rows.starts_N1.dtype == torch.int32
     assert rows.row_L.tolist() == [0, 0, 0, 0, 0, 1, 2, 2, 2]
-    assert rows.places.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2]]
-    assert rows.causal()["position_ids"] is rows.places
+    assert rows.positions.tolist() == [[0, 1, 2, 3, 4, 0, 0, 1, 2]]
+    assert rows.causal()["position_ids"] is rows.positions
 
 
 def test_lengths_known_to_the_host_give_the_same_rows() -> None:
     lengths = torch.tensor([5, 1, 3])
     found, known = rows_of(lengths, 5, "packed"), rows_of(lengths, 5, "packed", lengths.clone())
-    assert torch.equal(found.places, known.places) and found.computed == known.computed == 9
+    assert torch.equal(found.positions, known.positions) and found.computed == known.computed == 9
 
 
 def test_rows_of_nothing_stay_in_the_graph() -> None:
     linear = torch.nn.Linear(4, 4)
     rows = PackedRows(torch.tensor([0, 0]), 3, 0)
-    rows.leave(linear(rows.enter(torch.randn(2, 3, 4)))).sum().backward()
+    rows.to_padded(linear(rows.from_padded(torch.randn(2, 3, 4)))).sum().backward()
     assert linear.weight.grad is not None and not linear.weight.grad.any()
 
 
@@ -72,14 +72,14 @@ def test_counting_and_keeping_equal_a_row_by_row_reading(lengths: list[int], lay
     rows = rows_of(torch.tensor(lengths), max(lengths), layout)
     keep_NS = torch.rand(len(lengths), max(lengths)) > 0.5
     keep_NS[:, 0] = True
-    keep = rows.enter(keep_NS)
+    keep = rows.from_padded(keep_NS)
     expected = [kept.nonzero().flatten().tolist() for kept in _rows(keep_NS, lengths)]
-    assert rows.count(keep).tolist() == [len(places) for places in expected]
-    kept_rows, places = rows.subset(keep)
-    padded = _rows(kept_rows.leave(places), kept_rows.lengths_N.tolist())
+    assert rows.count(keep).tolist() == [len(positions) for positions in expected]
+    kept_rows, positions = rows.subset(keep)
+    padded = _rows(kept_rows.to_padded(positions), kept_rows.lengths_N.tolist())
     assert [row.tolist() for row in padded] == expected
     values = torch.randn(len(lengths), max(lengths), 2)
-    taken = kept_rows.leave(rows.take(rows.enter(values), places, kept_rows))
+    taken = kept_rows.to_padded(rows.gather(rows.from_padded(values), positions, kept_rows))
     for row, want in enumerate(expected):
         assert torch.equal(taken[row, : len(want)], values[row, want])
 
@@ -94,7 +94,7 @@ def test_join_equals_concatenating_each_row_by_itself(layout: Layout, open_end: 
     last = [3, 0, 1, 2, 0]
     masks.append(torch.arange(3)[None, :] < torch.tensor(last)[:, None])
     joined = join(blocks, masks, layout, open_end=open_end)
-    padded, before = joined.rows.leave(joined.values), joined.targets.leave(joined.predicting(joined.values))
+    padded, before = joined.rows.to_padded(joined.values), joined.targets.to_padded(joined.predicting(joined.values))
     assert joined.targets.lengths_N.tolist() == [length + open_end for length in last]
     for row in range(5):
         expected = torch.cat([block[row][mask[row]] for block, mask in zip(blocks, masks, strict=True)])
@@ -170,8 +170,8 @@ def test_empty_rows_leave_their_neighbours_and_the_gradients_finite() -> None:
 
 
 def _llm(rows: Rows, padded_NSh: Tensor, model: Any) -> Tensor:
-    hidden = model(inputs_embeds=rows.enter(padded_NSh), use_cache=False, **rows.causal()).last_hidden_state
-    return rows.leave(hidden)
+    hidden = model(inputs_embeds=rows.from_padded(padded_NSh), use_cache=False, **rows.causal()).last_hidden_state
+    return rows.to_padded(hidden)
 
 
 def _other_llm(name: str) -> Any:
@@ -274,7 +274,7 @@ def test_nothing_waits_for_the_gpu_where_the_lengths_are_known() -> None:
     try:
         rows = rows_of(lengths, 30, "packed", host)
         assert isinstance(rows, PackedRows)
-        rows.leave(rows.take(rows.enter(padded), rows.places, rows))
+        rows.to_padded(rows.gather(rows.from_padded(padded), rows.positions, rows))
         packed_attention(heads, heads, heads, rows, rows, causal=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")

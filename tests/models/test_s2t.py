@@ -11,10 +11,10 @@ def test_batched_states_equal_one_unpadded_forward_each() -> None:
     model = tiny.s2t_model().eval()
     batch = tiny.speech_batch(5)
     states, logits_BRV, _ = model(batch)
-    hidden_BRh, logits_BRV = states.response.leave(states.hidden), states.response.leave(logits_BRV)
+    hidden_BRh, logits_BRV = states.response.to_padded(states.hidden), states.response.to_padded(logits_BRV)
     for row in range(5):
         alone = tiny.one_row(batch, row)
-        speech = model.hear(alone)
+        speech = model.encode_speech(alone)
         blocks = [
             model.embed(alone.before_BP),
             speech.padded()[0],
@@ -34,7 +34,7 @@ def test_batched_generation_equals_hugging_face_greedy_one_by_one() -> None:
     ours = model.generate(batch, tiny.END, 12)
     for row in range(5):
         alone = tiny.one_row(batch, row)
-        speech = model.hear(alone)
+        speech = model.encode_speech(alone)
         prompt = torch.cat([model.embed(alone.before_BP), speech.padded()[0], model.embed(alone.after_BQ)], dim=1)
         expected = model.causal_lm.generate(
             inputs_embeds=prompt, max_new_tokens=12, do_sample=False, eos_token_id=tiny.END, pad_token_id=tiny.END
@@ -47,9 +47,9 @@ def test_generated_states_are_those_that_predict_each_token() -> None:
     model = tiny.s2t_model().eval()
     batch = tiny.speech_batch(3)
     own = model.generate(batch, tiny.END, 8)
-    speech = model.hear(batch)
+    speech = model.encode_speech(batch)
     states = model.response_states(speech, batch, own.tokens_BR, own.mask_BR)
-    again = states.response.leave(states.hidden)
+    again = states.response.to_padded(states.hidden)
     torch.testing.assert_close(own.hidden_BRh[own.mask_BR], again[own.mask_BR], rtol=1e-3, atol=1e-4)
     assert torch.equal(model.head(again).argmax(-1)[own.mask_BR], own.tokens_BR[own.mask_BR])
 
@@ -69,10 +69,10 @@ def test_ctc_embeddings_are_the_text_the_head_expects_at_each_kept_frame() -> No
     )
     model = tiny.s2t_model(config).eval()
     batch = tiny.speech_batch(4)
-    speech, front_end = model.hear(batch), model.front_end
+    speech, front_end = model.encode_speech(batch), model.front_end
     assert float(front_end.shrink.norm.weight.abs().sum()) == 0  # the states come in as training finds them useful
     speech_BVh, mask_BV = speech.padded()
-    kept_BV, logits_BTC = speech.rows.leave(speech.kept), speech.frames.leave(speech.ctc_logits)
+    kept_BV, logits_BTC = speech.rows.to_padded(speech.kept), speech.frames.to_padded(speech.ctc_logits)
     table = model.causal_lm.get_input_embeddings().weight
     for row in range(4):
         for column in range(int(mask_BV[row].sum())):

@@ -39,13 +39,13 @@ def test_alignment_attends_over_time_but_not_over_padding() -> None:
     adapter = _adapter(frame_local=False)
     features, frames = torch.randn(2, 12, 6), torch.tensor([12, 7])
     aligned, rows = adapter(features, frames)
-    aligned = rows.leave(aligned)
+    aligned = rows.to_padded(aligned)
     assert rows.lengths_N.tolist() == [6, 4]
     changed = features.clone()
     changed[1, 7:] += 1.0  # padding
-    torch.testing.assert_close(rows.leave(adapter(changed, frames)[0])[1, :4], aligned[1, :4])
+    torch.testing.assert_close(rows.to_padded(adapter(changed, frames)[0])[1, :4], aligned[1, :4])
     changed[0, 11] += 1.0  # a real, far frame
-    assert not torch.allclose(rows.leave(adapter(changed, frames)[0])[0, 0], aligned[0, 0])
+    assert not torch.allclose(rows.to_padded(adapter(changed, frames)[0])[0, 0], aligned[0, 0])
 
 
 def test_frame_local_alignment_moves_only_the_frame_that_changed() -> None:
@@ -63,9 +63,9 @@ def _shrunk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Padded vectors, mask of the real ones, and the frame each was made of."""
     rows = rows_of(frames, labels.shape[1], layout)
-    vectors, kept_rows, kept = shrink(rows.enter(aligned), rows, rows.enter(labels))
+    vectors, kept_rows, kept = shrink(rows.from_padded(aligned), rows, rows.from_padded(labels))
     mask = torch.arange(kept_rows.size) < kept_rows.lengths_N[:, None]
-    return kept_rows.leave(vectors), mask, kept_rows.leave(kept)
+    return kept_rows.to_padded(vectors), mask, kept_rows.to_padded(kept)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

@@ -106,18 +106,18 @@ class Run:
         """The next step: micro-batches of every rank."""
         return [rank.step(self.done) for rank in self.ranks]
 
-    def settle(self, batches: Iterable[Batch]) -> list[dict[str, float]]:
-        """Commit the step, and settle what all ranks trained."""
+    def check_accounts(self, batches: Iterable[Batch]) -> list[dict[str, float]]:
+        """Commit the step, and check what all ranks trained."""
         account = np.sum([batch.account for batch in batches], axis=0)
         for rank in self.ranks:
             rank.commit()
         self.done += 1
-        return [rank.settle(account.tolist()) for rank in self.ranks]
+        return [rank.check_accounts(account.tolist()) for rank in self.ranks]
 
     def train(self) -> list[list[str]]:
         """One step; ids of its micro-batches in the order of the plan."""
         ranks = self.batches()
-        self.settle(batch for rank in ranks for batch in rank)
+        self.check_accounts(batch for rank in ranks for batch in rank)
         return [list(batch.ids) for turn in zip(*ranks, strict=True) for batch in turn]
 
 
@@ -140,7 +140,7 @@ def train_until(
 
             ranks = attempt.batches()
             die_here("delivered")
-            attempt.settle(batch for rank in ranks for batch in rank)
+            attempt.check_accounts(batch for rank in ranks for batch in rank)
             trained.write(json.dumps({"step": step, "ids": in_plan_order(ranks)}) + "\n")
             trained.flush()
             die_here("committed")

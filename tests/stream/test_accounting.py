@@ -40,7 +40,7 @@ def test_numbers_of_each_source_are_those_counted_one_by_one(budget: Budget) -> 
         for place in places:
             padded[NAMES[window.source_N[place]]] += window.length_N[places].max()
     books.expect(window, 0)
-    metrics = books.settle(total.tolist())
+    metrics = books.check(total.tolist())
     trained = window.samples(0)
     assert metrics["data/samples"] == len(trained) and metrics["data/quarantined"] == 0
     for index, name in enumerate(NAMES):
@@ -73,7 +73,7 @@ def test_a_sample_that_is_not_the_planned_one_ends_the_run(fault: str) -> None:
         hashes[2] = other.hash_N[2]
     books.expect(window, 0)
     with pytest.raises(DataError, match="are not those of the plan"):
-        books.settle(vector(window, trained, hashes).tolist())
+        books.check(vector(window, trained, hashes).tolist())
     assert books.seen == 0
 
 
@@ -89,7 +89,7 @@ def test_a_micro_batch_out_of_place_on_any_rank_ends_the_run_on_all(
 ) -> None:
     with Run([folder], tmp_path, Setting(world_size=4)) as run:
         before = [batch for batches in run.batches() for batch in batches]
-        run.settle(before)
+        run.check_accounts(before)
         batches = [batch for batches in run.batches() for batch in batches]
         trained = {
             "lost": [batch for batch in batches if batch is not batches[rank]],
@@ -101,7 +101,7 @@ def test_a_micro_batch_out_of_place_on_any_rank_ends_the_run_on_all(
         for reader in run.ranks:
             reader.commit()
             with pytest.raises(DataError, match="are not those of the plan"):
-                reader.settle(account)
+                reader.check_accounts(account)
 
 
 def test_a_store_that_gives_another_sample_than_was_asked_for_ends_the_run(
@@ -118,18 +118,18 @@ def test_a_store_that_gives_another_sample_than_was_asked_for_ends_the_run(
             run.train()
 
 
-def test_many_steps_are_settled_at_once(folder: Path, tmp_path: Path) -> None:
+def test_many_steps_are_checked_at_once(folder: Path, tmp_path: Path) -> None:
     with Run([folder], tmp_path) as often, Run([folder], tmp_path) as seldom:
         total, accounts = 0, []
         for _ in range(5):
-            metrics = often.settle(batch for batches in often.batches() for batch in batches)
+            metrics = often.check_accounts(batch for batches in often.batches() for batch in batches)
             for reader in seldom.ranks:
                 batches = reader.step(seldom.done)
                 accounts += [batch.account for batch in batches]
                 total += sum(len(batch.ids) for batch in batches)
                 reader.commit()
             seldom.done += 1
-        (late,) = (reader.settle(np.sum(accounts, axis=0).tolist()) for reader in seldom.ranks)
+        (late,) = (reader.check_accounts(np.sum(accounts, axis=0).tolist()) for reader in seldom.ranks)
         assert late["data/samples"] == total == metrics[0]["data/samples"]
         assert late["data/epoch"] == total / 40
         assert seldom.ranks[0].record()["multiset"] == often.ranks[0].record()["multiset"]
@@ -139,7 +139,7 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
     window, books = PLAN.window(0, 0), Accounts(NAMES)
     places = window.samples(0)
     books.expect(window, 0)
-    metrics = books.settle(vector(window, places[1:], dropped={places[0]: "checksum"}).tolist())
+    metrics = books.check(vector(window, places[1:], dropped={places[0]: "checksum"}).tolist())
     assert (metrics["data/samples"], metrics["data/quarantined"], metrics["data/quarantined/checksum"]) == (
         len(places),
         1,
@@ -149,14 +149,14 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
     assert books.multiset == sum(window.hash_N[places].tolist()) % 2**64
     unknown = Accounts(NAMES)
     unknown.expect(window, 0)
-    assert unknown.settle(vector(window, places[1:], dropped={places[0]: "smudge"}).tolist())["data/quarantined/other"]
+    assert unknown.check(vector(window, places[1:], dropped={places[0]: "smudge"}).tolist())["data/quarantined/other"]
 
 
 def test_the_books_go_on_from_their_json() -> None:
     window, books, again = PLAN.window(0, 0), Accounts(NAMES), Accounts(NAMES)
     books.expect(window, 0)
     places = window.samples(0)
-    books.settle(vector(window, places[2:], dropped=dict.fromkeys(places[:2], "decode")).tolist())
+    books.check(vector(window, places[2:], dropped=dict.fromkeys(places[:2], "decode")).tolist())
     again.load(json.loads(json.dumps(books.to_json())))
     assert again.to_json() == books.to_json() and again.seen == len(window.samples(0))
 

@@ -14,7 +14,7 @@ from echox.errors import CheckpointError, DataError
 from echox.stream import cursor
 from echox.stream.accounting import Accounts, micro_batch_account
 from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
-from echox.stream.sampling.plan import Place, Plan
+from echox.stream.sampling.plan import Plan, StepAddress
 from echox.stream.sampling.source import Source
 from tests.stream.datasets import sized
 
@@ -39,7 +39,7 @@ def books(plan: Plan) -> Accounts:
     return Accounts([source.name for source in plan.sources])
 
 
-def train(plan: Plan, accounts: Accounts, place: Place, steps: int) -> tuple[Place, list[Trained]]:
+def train(plan: Plan, accounts: Accounts, place: StepAddress, steps: int) -> tuple[StepAddress, list[Trained]]:
     """Train some steps, one micro-batch after the other."""
     trained: list[Trained] = []
     for _ in range(steps):
@@ -54,7 +54,7 @@ def train(plan: Plan, accounts: Accounts, place: Place, steps: int) -> tuple[Pla
         )
         accounts.expect(window, place.step)
         account = micro_batch_account(window, places, window.hash_N[places], {}, len(plan.sources))
-        accounts.settle(account.tolist())
+        accounts.check(account.tolist())
         place = plan.following(place, len(window.steps))
     return place, trained
 
@@ -62,12 +62,12 @@ def train(plan: Plan, accounts: Accounts, place: Place, steps: int) -> tuple[Pla
 def saved_after(plan: Plan, steps: int) -> dict[str, Any]:
     """A record as it comes back from a file."""
     accounts = books(plan)
-    place, _ = train(plan, accounts, Place(), steps)
+    place, _ = train(plan, accounts, StepAddress(), steps)
     record: dict[str, Any] = json.loads(json.dumps(cursor.record(plan, place, accounts)))
     return record
 
 
-def go_on(plan: Plan, saved: dict[str, Any], accept: bool = False) -> tuple[Place, list[str]]:
+def go_on(plan: Plan, saved: dict[str, Any], accept: bool = False) -> tuple[StepAddress, list[str]]:
     return cursor.resume(plan, saved, books(plan), accept_new_data=accept, where="runs/a")
 
 
@@ -75,7 +75,7 @@ def go_on(plan: Plan, saved: dict[str, Any], accept: bool = False) -> tuple[Plac
 @pytest.mark.parametrize("stop", [1, 4, 9, 23])
 def test_a_resumed_stream_is_the_one_that_never_stopped(stop: int, weights: Sequence[float] | None) -> None:
     accounts = books(plan_of(sources(weights)))
-    end, whole = train(plan_of(sources(weights)), accounts, Place(), 30)
+    end, whole = train(plan_of(sources(weights)), accounts, StepAddress(), 30)
     saved = saved_after(plan_of(sources(weights)), stop)
     plan = plan_of(sources(weights))
     resumed = books(plan)
@@ -87,7 +87,7 @@ def test_a_resumed_stream_is_the_one_that_never_stopped(stop: int, weights: Sequ
 
 def test_a_record_counts_what_was_trained() -> None:
     plan = plan_of()
-    _, trained = train(plan, books(plan), Place(), 11)
+    _, trained = train(plan, books(plan), StepAddress(), 11)
     saved = saved_after(plan, 11)
     visits = [visit for step in trained for visit in step]
     assert saved["samples"] == len(visits)
@@ -129,7 +129,7 @@ def test_a_record_does_not_depend_on_the_split_of_a_step() -> None:
 
 @pytest.mark.parametrize("split", [1, 2, 8])
 def test_another_split_of_the_same_step_continues_the_stream(split: int) -> None:
-    _, whole = train(plan_of(), books(plan_of()), Place(), 20)
+    _, whole = train(plan_of(), books(plan_of()), StepAddress(), 20)
     plan = plan_of(budget=SampleBudget(8, split))
     place, new = go_on(plan, saved_after(plan_of(), 9))
     assert new == []
@@ -197,7 +197,7 @@ def test_an_accepted_change_begins_a_new_epoch_with_fresh_accounts(what: str) ->
     accounts = books(after)
     saved = saved_after(before, 6)
     place, new = cursor.resume(after, saved, accounts, accept_new_data=True, where="")
-    assert place == Place(saved["epoch"] + 1, 0, 0)
+    assert place == StepAddress(saved["epoch"] + 1, 0, 0)
     assert any(clause in line for line in new)
     assert accounts.seen == 0
     place, _ = train(after, accounts, place, 3)
@@ -229,8 +229,8 @@ def test_damage_stays_in_the_accounts_of_a_resumed_run() -> None:
     places = window.samples(0)
     accounts.expect(window, 0)
     dropped = {int(places[0]): "decode", int(places[1]): "checksum"}
-    accounts.settle(micro_batch_account(window, places[2:], window.hash_N[places[2:]], dropped, 3).tolist())
-    saved = json.loads(json.dumps(cursor.record(plan, plan.following(Place(), len(window.steps)), accounts)))
+    accounts.check(micro_batch_account(window, places[2:], window.hash_N[places[2:]], dropped, 3).tolist())
+    saved = json.loads(json.dumps(cursor.record(plan, plan.following(StepAddress(), len(window.steps)), accounts)))
     assert saved["quarantined"]["samples"] == 2 and saved["quarantined"]["kinds"] == {"decode": 1, "checksum": 1}
     resumed = books(plan)
     cursor.resume(plan, saved, resumed, accept_new_data=False, where="")
@@ -259,7 +259,7 @@ def test_new_weights_hold_from_the_first_window_that_has_not_begun() -> None:
 def test_a_reweighted_stream_resumes_as_the_one_that_never_stopped() -> None:
     begun = saved_after(plan_of(sources((1.0, 1.0, 1.0))), 5)
 
-    def reweighted() -> tuple[Plan, Accounts, Place]:
+    def reweighted() -> tuple[Plan, Accounts, StepAddress]:
         plan = plan_of(sources((1.0, 3.0, 1.0)), weight_by="seconds")
         accounts = books(plan)
         return plan, accounts, cursor.resume(plan, begun, accounts, accept_new_data=False, where="")[0]

@@ -53,7 +53,7 @@ def straight(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> S
     with Run(folders, folder) as run:
         for _ in range(STEPS):
             ranks = run.batches()
-            run.settle(batch for rank in ranks for batch in rank)
+            run.check_accounts(batch for rank in ranks for batch in rank)
             steps.append(in_plan_order(ranks))
         return Straight(steps, run.ranks[0].record(), quarantine.merge(folder))
 

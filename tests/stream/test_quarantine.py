@@ -158,7 +158,7 @@ def test_samples_that_can_be_read_and_not_used_are_dropped_alone(
     plan = Plan([source(tmp_path / "set")], seed=1, budget=SampleBudget(8, 8))
     with Run([tmp_path / "set"], tmp_path / "run", Setting(micro_batches=8), collate=collate, plan=plan) as run:
         (batches,) = run.batches()
-        (metrics,) = run.settle(batches)
+        (metrics,) = run.check_accounts(batches)
     assert sorted(name for batch in batches for name in batch.ids) == ["s0", "s2", "s3", "s5", "s7"]
     blank = [cast(SpeechBatch, batch) for batch in batches if not batch.ids]
     assert len(batches) == 8 and [batch.weight_B.tolist() for batch in blank] == [[0.0]] * 3
@@ -174,7 +174,7 @@ def test_a_micro_batch_that_lost_all_its_samples_comes_blank(folder: Path, tmp_p
     with Run([folder], tmp_path / "run") as run:
         run.train()
         (batches,) = run.batches()
-        run.settle(batches)
+        run.check_accounts(batches)
     assert [bool(batch.ids) for batch in batches] == [True, True, False, True]
     assert len(entries(tmp_path / "run")) == len(emptied)
 

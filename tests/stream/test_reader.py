@@ -136,7 +136,7 @@ def test_only_a_commit_moves_the_cursor(folders: list[Path], tmp_path: Path) -> 
         before = reader.record()
         (batches,) = run.batches()
         assert reader.record() == before
-        run.settle(batches)
+        run.check_accounts(batches)
         after = reader.record()
     assert (before["window"], before["step"]) == (0, 0) != (after["window"], after["step"])
     assert after["samples"] == sum(len(batch.ids) for batch in batches)
@@ -214,7 +214,7 @@ def test_uneven_shards_give_every_rank_as_many_micro_batches_in_every_step(
     with Run(folders, tmp_path, Setting(world_size=4), plan=plan) as run:
         while seen.total() < epoch.total():
             ranks = run.batches()
-            run.settle(batch for rank in ranks for batch in rank)
+            run.check_accounts(batch for rank in ranks for batch in rank)
             assert [len(rank) for rank in ranks] == [1, 1, 1, 1]
             seen.update(name for rank in ranks for batch in rank for name in batch.ids)
     assert seen == epoch

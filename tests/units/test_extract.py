@@ -76,7 +76,7 @@ def test_hubert_layer_in_a_batch_is_that_of_transformers_clip_by_clip(tmp_path: 
     )  # fmt: skip
     model = HubertModel(config).eval()
     if norm == "group":
-        # Fresh norms are all alike; trained ones are not.
+        # Fresh norms are all the same; trained ones are not.
         torch.nn.init.normal_(model.feature_extractor.conv_layers[0].layer_norm.weight, 1.0, 0.3)
         torch.nn.init.normal_(model.feature_extractor.conv_layers[0].layer_norm.bias, 0.0, 0.3)
     model.save_pretrained(tmp_path)

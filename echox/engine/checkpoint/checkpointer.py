@@ -29,7 +29,7 @@ from echox.engine.checkpoint.recipe_diff import refused_changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.checkpoint.sharded_state import HostState, put_back, trainables, whole_shape
 from echox.engine.checkpoint.writer import Part, Save, Whole, random_file
-from echox.engine.rank_status import Ballot, Vote
+from echox.engine.rank_status import RankStatus, Vote
 from echox.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
     from echox.config.schema import Recipe
     from echox.engine.deepspeed_engine import Engine
-    from echox.engine.monitor.run_dir import RunFolder
-    from echox.engine.world import Gang
+    from echox.engine.monitor.run_dir import RunDir
+    from echox.engine.world import World
 
-_FAILURES_BORNE = 1
+_FAILURES_TOLERATED = 1
 """Saves in a row that may fail while training goes on; the next one ends the run."""
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "webdataset", "numpy")
 
@@ -84,13 +84,13 @@ def check_fits(choice: Choice, recipe: Recipe, allow: Sequence[str] = ()) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A checkpoint that has just got its name, known to every rank.
+    """A checkpoint that has just been published, known to every rank.
 
     Attributes:
         path: its folder.
         step: its optimizer step.
         blocked_s: seconds that training stood still for it, on this rank.
-        seconds: from the beginning of the save until it had its name (rank 0; 0 elsewhere).
+        seconds: from the beginning of the save until it was published (rank 0; 0 elsewhere).
     """
 
     path: Path
@@ -113,8 +113,8 @@ class Checkpointer:
     """
 
     engine: Engine
-    gang: Gang
-    folder: RunFolder
+    world: World
+    folder: RunDir
     attempt: int
     retention: Retention
     contents: Mapping[str, Any]
@@ -133,15 +133,15 @@ class Checkpointer:
         assert self._save is None, "the save before this one must be finished first"
         began = time.monotonic()
         self._number += 1
-        self._host.copy_from(self.engine, self.gang.rank)
+        self._host.copy_from(self.engine, self.world.rank)
         parent = checkpoints_folder(self.folder.path)
         self._save = Save(
             step,
             parent / f".attempt-{self.attempt}.{self._number}-{step_name(step)}",
             parent / step_name(step),
-            Part(rank=self.gang.rank, slices=self._host.tensors, random=rng_state.capture()),
+            Part(rank=self.world.rank, slices=self._host.tensors, random=rng_state.capture()),
         )
-        if self.gang.leads:
+        if self.world.is_main:
             self._whole = self._describe(step, cursor, metrics)
         self._blocked_s = time.monotonic() - began
 
@@ -159,10 +159,10 @@ class Checkpointer:
         )
 
     def advance(self, outcome: Vote) -> Published | None:
-        """Move the save along by what the ranks have voted; returns the checkpoint once it has its name.
+        """Move the save along by what the ranks have voted; returns the checkpoint once it is published.
 
         Raises:
-            CheckpointError: it failed, on every rank alike; earlier checkpoints are untouched.
+            CheckpointError: it failed, on every rank; earlier checkpoints are untouched.
         """
         save = self._save
         if save is None or outcome.save != self._number:
@@ -175,37 +175,37 @@ class Checkpointer:
         if outcome.written and not save.complete:
             began = time.monotonic()
             save.complete = True
-            described = self.gang.gather(save.files or {})
-            if self.gang.leads:
+            described = self.world.all_gather(save.files or {})
+            if self.world.is_main:
                 assert self._whole is not None
                 merged = {name: entry for part in described for name, entry in part.items()}
                 save.publish(self._whole, merged, lambda: self.retention.apply(self.folder.path))
             self._blocked_s += time.monotonic() - began
         return None
 
-    def finish(self, ballot: Ballot, *, stop: bool = False) -> Published | None:
-        """Wait until the save under way, if any, has its name.
+    def finish(self, rank_status: RankStatus, *, stop: bool = False) -> Published | None:
+        """Wait until the save under way, if any, is published.
 
         Raises:
-            CheckpointError: it failed, on every rank alike.
+            CheckpointError: it failed, the same on every rank.
         """
         began = time.monotonic()
         while self._save is not None:
             self._save.wait()
             waited = self._blocked_s + time.monotonic() - began
-            published = self.advance(ballot.settle(self.vote(stop=stop)))
+            published = self.advance(rank_status.exchange_now(self.vote(stop=stop)))
             if published is not None:
                 return Published(path=published.path, step=published.step, blocked_s=waited, seconds=published.seconds)
         return None
 
-    def bears(self, *, last: bool) -> bool:
+    def tolerates_failure(self, *, last: bool) -> bool:
         """Whether training may go on after a failed save; the last one must succeed."""
-        return not last and self._failures <= _FAILURES_BORNE
+        return not last and self._failures <= _FAILURES_TOLERATED
 
     def load(self, choice: Choice, seed: int) -> int:
         """Bring the engine back to a checkpoint, and the random states where as many ranks wrote it; return its step.
 
-        On another number of ranks the random states are seeded anew from `seed` and the step.
+        On another number of ranks the random states are seeded again from `seed` and the step.
 
         Raises:
             CheckpointError: the trainable tensors are not those of this model.
@@ -225,17 +225,17 @@ class Checkpointer:
         put_back(
             self.engine,
             choice.checkpoint,
-            rank=self.gang.rank,
+            rank=self.world.rank,
             saved_ranks=ranks,
             updates=int(choice.manifest["updates"]),
         )
         self._load_buffers(choice.checkpoint / WEIGHTS)
-        if ranks == self.gang.size:
+        if ranks == self.world.size:
             import torch
 
-            rng_state.restore(torch.load(choice.checkpoint / random_file(self.gang.rank), weights_only=False))
+            rng_state.restore(torch.load(choice.checkpoint / random_file(self.world.rank), weights_only=False))
         else:
-            rng_state.seed_all(seed + 1000 * (self.gang.rank + 1) + 7919 * step)
+            rng_state.seed_all(seed + 1000 * (self.world.rank + 1) + 7919 * step)
         return step
 
     def _describe(self, step: int, cursor: Mapping[str, Any], metrics: Mapping[str, float]) -> Whole:
@@ -247,7 +247,7 @@ class Checkpointer:
                 "step": step,
                 "updates": self._host.updates,
                 "attempt": self.attempt,
-                "world_size": self.gang.size,
+                "world_size": self.world.size,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "cursor": dict(cursor),
                 "metrics": dict(metrics),
@@ -256,7 +256,7 @@ class Checkpointer:
                 },
                 "versions": library_versions(),
             },
-            ranks=self.gang.size,
+            ranks=self.world.size,
             trainable=shapes,
             buffers=self._persistent_buffers(),
             allowed=lambda: self.folder.check_attempt(self.attempt),
@@ -284,8 +284,8 @@ class Checkpointer:
 
     def _fail(self, save: Save) -> None:
         save.wait()
-        problems = self.gang.gather(save.problem)
-        if self.gang.leads:
+        problems = self.world.all_gather(save.problem)
+        if self.world.is_main:
             shutil.rmtree(save.temporary, ignore_errors=True)  # a full disk needs the room
         self._save = None
         self._failures += 1

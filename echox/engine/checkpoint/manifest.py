@@ -149,7 +149,7 @@ def choose(candidates: Iterable[Path], only: Iterable[str] | None = None) -> Cho
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, atomically; an older one under that name is moved away first."""
+    """Publish a complete checkpoint under its name, atomically; an older one under that name is moved away first."""
     if final.exists():
         discard(final)
     temporary.rename(final)

@@ -2,7 +2,7 @@
 
 The order is the protocol. Each rank writes its slices and random states into the attempt's temporary folder, forces
 them to disk and hashes them. When all have said so, rank 0 adds the consolidated weights and the manifest over all
-files, forces everything to disk, and gives the folder its name: until then no reader takes it for a checkpoint.
+files, forces everything to disk, and publishes the folder by a rename: until then no reader takes it for a checkpoint.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Whole:
         ranks: number of parts.
         trainable: name to shape and dtype of all that trains.
         buffers: persistent buffers of the model.
-        allowed: called right before the folder gets its name; raises where this attempt may no longer do that.
+        allowed: called right before the folder is published; raises where this attempt may no longer do that.
     """
 
     contents: Mapping[str, Any]
@@ -76,7 +76,7 @@ def write_part(folder: Path, part: Part) -> Files:
 
 
 def publish_whole(temporary: Path, final: Path, whole: Whole, files: Files) -> None:
-    """Complete a folder that holds every part, and give it its name."""
+    """Complete a folder that holds every part, and publish it."""
     from safetensors.torch import save_file
 
     with SavedSlices(temporary, whole.ranks) as saved:
@@ -96,8 +96,8 @@ class Save:
         files: this rank's files once they are written.
         problem: why this rank failed, or None.
         complete: whether all ranks' parts are written, as far as this rank was told.
-        published: whether the checkpoint has its name (rank 0).
-        seconds: from the beginning until it had its name (rank 0).
+        published: whether the checkpoint is published (rank 0).
+        seconds: from the beginning until it was published (rank 0).
     """
 
     def __init__(self, step: int, temporary: Path, final: Path, part: Part) -> None:

@@ -36,7 +36,7 @@ class EventLog:
             print(line.rstrip(), file=sys.stderr, flush=True)
 
     def lose(self, error: OSError) -> None:
-        """Say once that what a run tells of itself could not be written: a full disk must not end a run for that."""
+        """Say once that what a run reports could not be written: a full disk must not end a run for that."""
         if not self._lost:
             self._lost = True
             print(

@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.step import StepSums, Stopwatch
-    from echox.engine.world import Gang
+    from echox.engine.world import World
 
 
 def step_metrics(
@@ -19,11 +19,11 @@ def step_metrics(
     sums: StepSums,
     rates: Mapping[str, float],
     watch: Stopwatch,
-    gang: Gang,
+    world: World,
 ) -> dict[str, float]:
     """Metrics after one optimizer step; collective, and a host sync.
 
-    Losses are global token means of this step; times are means since the last call; what a stage tells of itself is
+    Losses are global token means of this step; times are means since the last call; what a stage reports is
     averaged over ranks.
     """
     values = {f"loss/{name}": mean for name, mean in sums.means().items()}
@@ -32,16 +32,16 @@ def step_metrics(
     values |= {f"lr/{name}": rate for name, rate in rates.items()}
     values["grad_norm"] = float(engine.ds.get_global_grad_norm() or 0.0)
     local = {"samples": float(sums.samples), **sums.stats}
-    values |= {name: total / gang.size for name, total in _over_ranks(_stage_metrics(engine), gang).items()}
-    totals = _over_ranks(local, gang)
+    values |= {name: total / world.size for name, total in _over_ranks(_stage_metrics(engine), world).items()}
+    totals = _over_ranks(local, world)
     tokens = totals.get("tokens", sums.tokens())
     values["perf/step_ms"] = step_s * 1000
     values["perf/samples_per_s"] = totals["samples"] / step_s
-    values["perf/tokens_per_s_per_gpu"] = tokens / step_s / gang.size
+    values["perf/tokens_per_s_per_gpu"] = tokens / step_s / world.size
     values["perf/data_wait_share"] = data_wait_share
-    values["perf/peak_gib"] = peak_gib(gang.device)
+    values["perf/peak_gib"] = peak_gib(world.device)
     values["perf/zero_trace_invalidations"] = float(engine.invalidations.count)
-    values |= _skew(step_s, data_wait_share * step_s, watch.cpu_s(), gang)
+    values |= _skew(step_s, data_wait_share * step_s, watch.cpu_s(), world)
     if totals.get("audio_s"):
         values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
     if totals.get("positions") and "perf/padding_share" not in values:
@@ -56,18 +56,18 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _skew(step_s: float, wait_s: float, cpu_s: float, gang: Gang) -> dict[str, float]:
+def _skew(step_s: float, wait_s: float, cpu_s: float, world: World) -> dict[str, float]:
     """How far the ranks lie apart, and which one the others wait for.
 
     Collectives make all steps take equally long, so the slowest rank shows in what it does between them: waiting for
     its data, and (on a CPU, where that is the computation) time of its own processor.
     """
-    if gang.size == 1:
+    if world.size == 1:
         return {}
-    mine_3 = torch.tensor([step_s, wait_s, cpu_s if gang.device.type == "cpu" else 0.0], dtype=torch.float64)
-    all_R3 = torch.zeros(gang.size, 3, dtype=torch.float64, device=gang.device)
-    all_R3[gang.rank] = mine_3.to(gang.device)
-    all_R3 = gang.sum_(all_R3).cpu()
+    mine_3 = torch.tensor([step_s, wait_s, cpu_s if world.device.type == "cpu" else 0.0], dtype=torch.float64)
+    all_R3 = torch.zeros(world.size, 3, dtype=torch.float64, device=world.device)
+    all_R3[world.rank] = mine_3.to(world.device)
+    all_R3 = world.all_reduce(all_R3).cpu()
     spread_3 = 1000 * (all_R3.amax(0) - all_R3.amin(0))
     own_R = all_R3[:, 1] + all_R3[:, 2]
     names = ("perf/step_skew_ms", "perf/data_wait_skew_ms", "perf/cpu_skew_ms")
@@ -79,10 +79,10 @@ def _stage_metrics(engine: Engine) -> dict[str, float]:
     return {name if "/" in name else f"stage/{name}": float(value) for name, value in found.items()}
 
 
-def _over_ranks(numbers: Mapping[str, float], gang: Gang) -> dict[str, float]:
+def _over_ranks(numbers: Mapping[str, float], world: World) -> dict[str, float]:
     """Sums over the ranks; every rank must bring the same names."""
     names = sorted(numbers)
     if not names:
         return {}
-    packed = gang.sum_(torch.tensor([numbers[name] for name in names], dtype=torch.float64, device=gang.device))
+    packed = world.all_reduce(torch.tensor([numbers[name] for name in names], dtype=torch.float64, device=world.device))
     return dict(zip(names, packed.tolist(), strict=True))

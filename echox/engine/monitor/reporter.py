@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe
     from echox.engine.interfaces import Tracker
     from echox.engine.monitor.event_log import EventLog
-    from echox.engine.monitor.run_dir import RunFolder
+    from echox.engine.monitor.run_dir import RunDir
 
 # Metrics in the line for people; the JSON line has them all.
 _SHOWN = ("loss/", "valid/loss/", "lr/", "grad_norm", "perf/step_ms", "perf/samples_per_s", "check/", "health/")
@@ -33,10 +33,10 @@ class Reporter:
     """
 
     recipe: Recipe
-    folder: RunFolder
+    folder: RunDir
     log: EventLog
     tracker: Tracker
-    leads: bool
+    is_main: bool
     attempt: int
     step: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -50,19 +50,19 @@ class Reporter:
         self.metrics.update(metrics)
         shown = {name: value for name, value in metrics.items() if name.startswith(_SHOWN)}
         self.log(event, step=self.step, aside={k: v for k, v in metrics.items() if k not in shown}, **shown)
-        if self.leads:
+        if self.is_main:
             with self._unless_full():
                 self.folder.append_metrics(self.step, metrics)
             self.tracker.log_metrics(metrics, self.step)
 
     def tag(self, **tags: Any) -> None:
         """Tags of the tracked run."""
-        if self.leads:
+        if self.is_main:
             self.tracker.set_tags({name: str(value) for name, value in tags.items()})
 
     def progress(self, state: str) -> None:
-        """Replace the progress file; see `RunFolder.write_progress` for the states."""
-        if not self.leads:
+        """Replace the progress file; see `RunDir.write_progress` for the states."""
+        if not self.is_main:
             return
         left = self.recipe.optim.steps - self.step
         step_ms = self.metrics.get("perf/step_ms")

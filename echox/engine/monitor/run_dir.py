@@ -13,7 +13,7 @@ from echox.files import append_line, write_atomically
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Names inside `<storage>/<run>`: `progress.json`, `metrics.jsonl`, `attempt`, `checkpoints/`, `log/`."""
 
     path: Path

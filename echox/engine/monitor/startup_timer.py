@@ -7,7 +7,7 @@ import time
 import psutil
 
 
-class Laps:
+class StartupTimer:
     """Seconds between named points of a process's life; the first one, `imports`, has passed when it is made.
 
     Attributes:

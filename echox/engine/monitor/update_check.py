@@ -9,20 +9,20 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from echox.engine.world import Gang
+    from echox.engine.world import World
 
 _CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class Movement:
+class UpdateReport:
     """Names of trainable tensors that did not learn, and of frozen tensors that changed."""
 
     unmoved_trainable: tuple[str, ...]
     moved_frozen: tuple[str, ...]
 
 
-class MovementCheck:
+class UpdateCheck:
     """Fingerprints every tensor when made; `compare` tells what changed since.
 
     Each rank looks at the shards it owns (fp32 masters of trainables, partitions or replicas of frozen weights), so
@@ -35,16 +35,16 @@ class MovementCheck:
         self._frozen_buffers = frozen_buffers
         self._before = self._fingerprints()
 
-    def compare(self, gang: Gang) -> Movement:
+    def compare(self, world: World) -> UpdateReport:
         """Compare with the start; every rank must call it and gets the same answer. A host sync."""
         after = self._fingerprints()
         trainable, frozen = sorted(self._before[0]), sorted(self._before[1])
         learned = self._learned()
-        moved = gang.any_of(
+        moved = world.any_of(
             [self._before[0][name] != after[0][name] and learned[name] for name in trainable]
             + [self._before[1][name] != after[1][name] for name in frozen]
         )
-        return Movement(
+        return UpdateReport(
             unmoved_trainable=tuple(name for name, flag in zip(trainable, moved, strict=False) if not flag),
             moved_frozen=tuple(name for name, flag in zip(frozen, moved[len(trainable) :], strict=True) if flag),
         )
@@ -90,9 +90,9 @@ def fingerprint(tensor: Tensor) -> tuple[int, int]:
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK].to(torch.int64)
         # Odd multipliers are invertible modulo 2^64, so a single changed element always shows.
-        place = torch.arange(start, start + part.numel(), device=part.device) * 2 + 1
+        position = torch.arange(start, start + part.numel(), device=part.device) * 2 + 1
         plain += part.sum()
-        placed += (part * place).sum()
+        placed += (part * position).sum()
     return int(plain), int(placed)
 
 

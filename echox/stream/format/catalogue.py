@@ -129,9 +129,9 @@ class Catalogue:
 
     def members(self, sample: int) -> dict[str, tuple[int, int]]:
         """Extension to (offset in the shard, size) of one sample's members."""
-        return {name: (offset, size) for name, (offset, size, _) in self.places(sample).items()}
+        return {name: (offset, size) for name, (offset, size, _) in self.member_spans(sample).items()}
 
-    def places(self, sample: int) -> dict[str, tuple[int, int, int]]:
+    def member_spans(self, sample: int) -> dict[str, tuple[int, int, int]]:
         """Extension to (offset in the shard, size, XXH3-64) of one sample's members."""
         record: tuple[int, ...] = self.records[sample].item()
         base, first, layout = record[_OFFSET], record[_FIRST], self.layouts[record[_LAYOUT]]

@@ -161,7 +161,7 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
         try:
             described = describe(payload)
         except ValueError as error:
-            raise defect(shard, offset, f"sample {key}: {error}", "mend its json member") from error
+            raise defect(shard, offset, f"sample {key}: {error}", "repair its json member") from error
         source = described.pop("source")
         record = records[number]
         record["source"] = sources.setdefault(source, len(sources))

@@ -97,7 +97,9 @@ def mapped(shard: Path) -> Iterator[mmap.mmap]:
     try:
         file = shard.open("rb")
     except OSError as error:
-        raise DataError(f"Cannot open the shard: {error.strerror}", where=str(shard), fix="mend the folder") from error
+        raise DataError(
+            f"Cannot open the shard: {error.strerror}", where=str(shard), fix="repair the folder"
+        ) from error
     with file:
         head = file.read(8)
         if not head:

@@ -18,7 +18,7 @@ from echox.stream.sampling.keyed_rng import permutation, uniform
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Places = NDArray[np.int64]
+    SampleIndices = NDArray[np.int64]
 
 JITTER = 0.02
 """Lengths are taken up to this share longer when they are sorted, so that neighbours differ from epoch to epoch."""
@@ -41,7 +41,7 @@ class Budget(Protocol):
         """Edges of the runs of samples that are sorted together, about `pool` steps each."""
         ...
 
-    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[Places]]:
+    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[SampleIndices]]:
         """Cut one pool, sorted from short to long, into steps of G micro-batches; some may be empty."""
         ...
 
@@ -55,7 +55,7 @@ class SampleBudget:
     Attributes:
         step: samples a step, over all ranks.
         micro_batches: G.
-        padded: a step is cut into runs of like lengths; otherwise it is dealt out, so that all its micro-batches hold
+        padded: a step is cut into runs of like lengths; otherwise it is distributed, so that all its micro-batches hold
             about as much and no rank waits for another.
     """
 
@@ -72,12 +72,12 @@ class SampleBudget:
         edges = _even(len(lengths_N), -(-len(lengths_N) // self.step))
         return _every(edges, pool)
 
-    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[Places]]:
+    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[SampleIndices]]:
         """Equally many samples in each, however long they are."""
         edges = _even(len(lengths_N), -(-len(lengths_N) // self.step))
         return [[start + share for share in self._shares(lengths_N[start:end])] for start, end in _spans(edges)]
 
-    def _shares(self, lengths_N: NDArray[np.float64]) -> list[Places]:
+    def _shares(self, lengths_N: NDArray[np.float64]) -> list[SampleIndices]:
         if not self.padded:
             return _deal(lengths_N, self.micro_batches)
         return [np.arange(start, end) for start, end in _spans(_even(len(lengths_N), self.micro_batches))]
@@ -110,7 +110,7 @@ class CostBudget:
         steps = -(-float(lengths_N.sum()) // (self.size * self.micro_batches))
         return _even(len(lengths_N), min(max(1, int(steps) // pool), len(lengths_N)))
 
-    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[Places]]:
+    def cut(self, lengths_N: NDArray[np.float64]) -> list[list[SampleIndices]]:
         """Fill up greedily, under the smallest budget that needs no more steps than the full one."""
         lengths, group = lengths_N.tolist(), self.micro_batches
         edges = self._fill(lengths, self.size)
@@ -131,18 +131,18 @@ class CostBudget:
     def _fill(self, lengths: Sequence[float], size: float) -> list[int]:
         edges = [0]
         start, longest, total = 0, 0.0, 0.0
-        for place, length in enumerate(lengths):
+        for position, length in enumerate(lengths):
             longest, total = max(longest, length), total + length
-            cost = (place + 1 - start) * longest if self.padded else total
-            if cost > size and place > start:
-                edges.append(place)
-                start, longest, total = place, length, length
+            cost = (position + 1 - start) * longest if self.padded else total
+            if cost > size and position > start:
+                edges.append(position)
+                start, longest, total = position, length, length
         return [*edges, len(lengths)]
 
 
 def pack(
     lengths_N: NDArray[np.float64], budget: Budget, *, pool: int | None, key: Sequence[int | str]
-) -> list[list[Places]]:
+) -> list[list[SampleIndices]]:
     """Steps of micro-batches of a window's samples; each sample is in exactly one micro-batch.
 
     Args:
@@ -159,37 +159,37 @@ def pack(
         return []
     order = permutation(len(lengths_N), *key, "samples")
     blurred_N = lengths_N * (1 + JITTER * uniform(len(lengths_N), *key, "jitter"))
-    steps: list[list[Places]] = []
+    steps: list[list[SampleIndices]] = []
     for start, end in _spans(budget.pools(lengths_N, pool)):
-        places = order[start:end]
-        places = places[np.argsort(blurred_N[places], kind="stable")]
-        steps += [[places[micro] for micro in step] for step in budget.cut(lengths_N[places])]
-    return [steps[place] for place in permutation(len(steps), *key, "steps")]
+        indices = order[start:end]
+        indices = indices[np.argsort(blurred_N[indices], kind="stable")]
+        steps += [[indices[micro] for micro in step] for step in budget.cut(lengths_N[indices])]
+    return [steps[position] for position in permutation(len(steps), *key, "steps")]
 
 
-def padded_share(lengths_N: NDArray[np.float64], steps: Sequence[Sequence[Places]]) -> float:
+def padded_share(lengths_N: NDArray[np.float64], steps: Sequence[Sequence[SampleIndices]]) -> float:
     """Share of the padded micro-batches that is padding."""
-    micro = [lengths_N[places] for step in steps for places in step if len(places)]
+    micro = [lengths_N[indices] for step in steps for indices in step if len(indices)]
     padded = sum(len(lengths) * float(lengths.max()) for lengths in micro)
     return 1 - sum(float(lengths.sum()) for lengths in micro) / padded
 
 
-def straggler(lengths_N: NDArray[np.float64], steps: Sequence[Sequence[Places]], ranks: int) -> float:
+def straggler(lengths_N: NDArray[np.float64], steps: Sequence[Sequence[SampleIndices]], ranks: int) -> float:
     """How much longer the slowest rank takes than the mean, by padded cost: a mean over all micro-steps."""
     costs = np.array([[len(m) * lengths_N[m].max() if len(m) else 0.0 for m in step] for step in steps])
     by_rank = costs.reshape(len(steps), -1, ranks)
     return float(by_rank.max(2).sum() / by_rank.mean(2).sum())
 
 
-def _deal(lengths_N: NDArray[np.float64], parts: int) -> list[Places]:
-    """Deal places out in rounds from the longest down, the longest of a round to the part that holds least."""
+def _deal(lengths_N: NDArray[np.float64], parts: int) -> list[SampleIndices]:
+    """Distribute samples in rounds from the longest down, the longest of a round to the part that holds least."""
     held_P = np.zeros(parts)
     shares: list[list[int]] = [[] for _ in range(parts)]
     for end in range(len(lengths_N), 0, -parts):
         round_ = range(end - 1, max(end - parts, 0) - 1, -1)
-        for place, part in zip(round_, np.argsort(held_P, kind="stable").tolist(), strict=False):
-            shares[part].append(place)
-            held_P[part] += lengths_N[place]
+        for position, part in zip(round_, np.argsort(held_P, kind="stable").tolist(), strict=False):
+            shares[part].append(position)
+            held_P[part] += lengths_N[position]
     return [np.array(share[::-1], dtype=np.int64) for share in shares]
 
 
@@ -200,7 +200,7 @@ def _even(count: int, parts: int) -> list[int]:
 
 def _every(edges: list[int], stride: int | None) -> list[int]:
     parts = 1 if stride is None else -(-(len(edges) - 1) // stride)
-    return [edges[place] for place in _even(len(edges) - 1, parts)]
+    return [edges[position] for position in _even(len(edges) - 1, parts)]
 
 
 def _spans(edges: Sequence[int]) -> list[tuple[int, int]]:

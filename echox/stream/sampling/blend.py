@@ -24,7 +24,7 @@ _PARTS = 1 << 40
 """Resolution of a blend's rates: whole numbers, so that no machine rounds them differently."""
 
 
-class Rows(NamedTuple):
+class SampleTable(NamedTuple):
     """Samples in some order, column by column.
 
     Attributes:
@@ -47,7 +47,7 @@ class ReadingOrder(Protocol):
         """Windows in an epoch; None if it does not end."""
         ...
 
-    def pick(self, epoch: int, window: int) -> Rows:
+    def pick(self, epoch: int, window: int) -> SampleTable:
         """The samples of one window, never none."""
         ...
 
@@ -93,14 +93,14 @@ class Union:
         """The same in every epoch."""
         return self._windows
 
-    def pick(self, epoch: int, window: int) -> Rows:
+    def pick(self, epoch: int, window: int) -> SampleTable:
         """All samples of the window's shards."""
         shards = self._order(epoch)[self._edge(window) : self._edge(window + 1)]
         sizes = self._size[shards]
         numbers = np.concatenate(
             [np.arange(first, first + size) for first, size in zip(self._first[shards], sizes, strict=True)]
         )
-        return Rows(
+        return SampleTable(
             np.repeat(self._source[shards], sizes),
             numbers,
             np.repeat(self._turn[shards], sizes),
@@ -199,7 +199,7 @@ class Blend:
         """A blend has no end."""
         return None
 
-    def pick(self, epoch: int, window: int) -> Rows:
+    def pick(self, epoch: int, window: int) -> SampleTable:
         """Each source's quota."""
         version = self._version(window)
         begin, end = (version.taken(at, self._window_samples) for at in (window, window + 1))
@@ -209,7 +209,7 @@ class Blend:
             if start < stop
             for part in self._run(epoch, index, start, stop)
         ]
-        return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return SampleTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def cursors(self, epoch: int, window: int) -> list[dict[str, int]]:
         """From the closed form."""
@@ -238,21 +238,21 @@ class Blend:
     def _version(self, window: int) -> BlendVersion:
         return next(version for version in reversed(self.versions) if version.window <= window)
 
-    def _run(self, epoch: int, index: int, start: int, stop: int) -> list[Rows]:
+    def _run(self, epoch: int, index: int, start: int, stop: int) -> list[SampleTable]:
         """Samples `start` to `stop` of one source's endless sequence."""
         size, parts = self._sources[index].catalogue.samples, []
         for turn in range(start // size, -(-stop // size)):
             numbers = self._slice(epoch, index, turn, max(start - turn * size, 0), min(stop - turn * size, size))
             filled = [np.full(len(numbers), value, dtype=np.int64) for value in (index, 0, turn)]
-            parts.append(Rows(filled[0], numbers, filled[1], filled[2]))
+            parts.append(SampleTable(filled[0], numbers, filled[1], filled[2]))
         return parts
 
     def _slice(self, epoch: int, index: int, turn: int, start: int, stop: int) -> NDArray[np.int64]:
         shards, ends = self._shards(epoch, index, turn)
         starts = self._sources[index].catalogue.shard_starts
         found = []
-        for place in range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop)) + 1):
-            shard, end = int(shards[place]), int(ends[place])
+        for position in range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop)) + 1):
+            shard, end = int(shards[position]), int(ends[position])
             first, size = int(starts[shard]), int(starts[shard + 1] - starts[shard])
             order = permutation(size, self._seed, epoch, self._sources[index].key, turn, "samples", shard)
             found.append(first + order[max(start - (end - size), 0) : min(stop - (end - size), size)])
@@ -270,8 +270,8 @@ def largest_remainder(total: int, rates: Sequence[int]) -> list[int]:
     whole = sum(rates)
     shares = [divmod(total * rate, whole) for rate in rates]
     left = total - sum(floor for floor, _ in shares)
-    up = set(sorted(range(len(rates)), key=lambda place: (-shares[place][1], place))[:left])
-    return [floor + (place in up) for place, (floor, _) in enumerate(shares)]
+    up = set(sorted(range(len(rates)), key=lambda position: (-shares[position][1], position))[:left])
+    return [floor + (position in up) for position, (floor, _) in enumerate(shares)]
 
 
 def _rates(sources: Sequence[Source], weights: Sequence[float], by: WeightBy) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Which samples make up each micro-batch of a run: a pure function of (datasets, seed, epoch, plan parameters).
 
 An epoch is a sequence of windows, a window a sequence of optimizer steps, a step G micro-batches, G the same in all. A
-step has the address `Place`; planning it takes its window alone, however far into the epoch it lies. World size only
-decides which rank computes which of the G.
+step is named by its `StepAddress`; planning it takes its window alone, however far into the epoch it lies. World size
+only decides which rank computes which of the G.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from echox.stream.sampling.source import Source
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from echox.stream.sampling.batching import Places
+    from echox.stream.sampling.batching import SampleIndices
 
 FORMAT = 1
 """Counted up when the same parameters would give another stream."""
 
 
-class Place(NamedTuple):
+class StepAddress(NamedTuple):
     """Address of an optimizer step: the next one to train."""
 
     epoch: int = 0
@@ -44,14 +44,14 @@ class Window:
 
     Attributes:
         place: of its first step.
-        source_N, number_N, turn_N, epoch_N: see `Rows`.
+        source_N, number_N, turn_N, epoch_N: see `SampleTable`.
         length_N: what the budget counts.
         seconds_N, tokens_N: see `Source`.
         hash_N: identity of each visit: the sample, its epoch and its turn.
         steps: steps[s][g] are places of the samples of micro-batch g.
     """
 
-    place: Place
+    address: StepAddress
     source_N: NDArray[np.int64]
     number_N: NDArray[np.int64]
     turn_N: NDArray[np.int64]
@@ -60,9 +60,9 @@ class Window:
     seconds_N: NDArray[np.float64]
     tokens_N: NDArray[np.float64]
     hash_N: NDArray[np.uint64]
-    steps: list[list[Places]]
+    steps: list[list[SampleIndices]]
 
-    def slots(self, step: int, rank: int, world_size: int) -> list[Places]:
+    def slots(self, step: int, rank: int, world_size: int) -> list[SampleIndices]:
         """The micro-batches of one rank: those at every `world_size`-th place, so that ranks run like costs at once.
 
         Raises:
@@ -71,7 +71,7 @@ class Window:
         check_divides(len(self.steps[step]), world_size)
         return self.steps[step][rank::world_size]
 
-    def samples(self, step: int) -> Places:
+    def samples(self, step: int) -> SampleIndices:
         """Places of all samples of one step."""
         return np.concatenate(self.steps[step])
 
@@ -157,7 +157,7 @@ class Plan:
         by_tokens = isinstance(self.budget, CostBudget) and self.budget.by == "tokens"
         length_N = tokens if by_tokens else seconds
         return Window(
-            place=Place(epoch, window, 0),
+            address=StepAddress(epoch, window, 0),
             source_N=rows.source_N,
             number_N=rows.number_N,
             turn_N=rows.turn_N,
@@ -169,16 +169,16 @@ class Plan:
             steps=pack(length_N, self.budget, pool=self.pool, key=(self.seed, epoch, window)),
         )
 
-    def next_window(self, place: Place) -> Place:
-        """First step of the window after that of `place`."""
-        windows = self.order.windows(place.epoch)
-        if windows is not None and place.window + 1 >= windows:
-            return Place(place.epoch + 1, 0, 0)
-        return Place(place.epoch, place.window + 1, 0)
+    def next_window(self, address: StepAddress) -> StepAddress:
+        """First step of the window after that of `address`."""
+        windows = self.order.windows(address.epoch)
+        if windows is not None and address.window + 1 >= windows:
+            return StepAddress(address.epoch + 1, 0, 0)
+        return StepAddress(address.epoch, address.window + 1, 0)
 
-    def following(self, place: Place, steps: int) -> Place:
-        """The step after `place`, whose window has `steps` steps."""
-        return place._replace(step=place.step + 1) if place.step + 1 < steps else self.next_window(place)
+    def following(self, address: StepAddress, steps: int) -> StepAddress:
+        """The step after `address`, whose window has `steps` steps."""
+        return address._replace(step=address.step + 1) if address.step + 1 < steps else self.next_window(address)
 
     def _window_samples(self) -> int:
         """Samples in a window of a blend: as many as its shards hold on average, and at least those of a step."""

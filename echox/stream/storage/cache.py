@@ -1,6 +1,6 @@
 """A bounded folder of fetched shards that all processes of a node share.
 
-A file is complete from the moment it has its name. Whoever uses one holds a shared lock on it, whoever fetches one an
+A file is complete from the moment it is published. Whoever uses one holds a shared lock on it, whoever fetches one an
 exclusive lock on its `.part`; the kernel drops both with the process, however it ends. Eviction takes the files used
 longest ago, never one that is locked.
 """
@@ -124,7 +124,7 @@ class NodeCache:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        # A damaged copy serves its holder only; others fetch their own and so notice when its source is mended.
+        # A damaged copy serves its holder only; others fetch their own and so notice when its source is repaired.
         os.replace(path, self.folder / f"{name}{_SOUND if sound else _DAMAGED}")
         fcntl.flock(part.descriptor, fcntl.LOCK_SH)
         return part

@@ -37,7 +37,7 @@ class LocalShards:
         self._open: dict[int, OpenShard] = {}
         self._lock = threading.Lock()
 
-    def place(self, shard: int) -> str:
+    def where(self, shard: int) -> str:
         """Path of a shard."""
         return str(self._folder / self._names[shard])
 
@@ -51,7 +51,7 @@ class LocalShards:
         found = self._open.get(shard)
         if found is not None:
             return found
-        opened = OpenShard(os.open(self.place(shard), os.O_RDONLY | os.O_CLOEXEC))
+        opened = OpenShard(os.open(self.where(shard), os.O_RDONLY | os.O_CLOEXEC))
         with self._lock:
             opened = self._open.setdefault(shard, opened)
             while len(self._open) > _OPEN_AT_ONCE:
@@ -62,7 +62,7 @@ class LocalShards:
         """Nothing to fetch: the shards are here."""
 
     def forget(self, shard: int) -> None:
-        """Open a shard anew when it is next used."""
+        """Open a shard again when it is next used."""
         with self._lock:
             self._open.pop(shard, None)
 

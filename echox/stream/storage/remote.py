@@ -55,7 +55,7 @@ class Remote(ABC):
     def __init__(self, location: str) -> None:
         self.location = location
 
-    def place(self, name: str) -> str:
+    def where(self, name: str) -> str:
         """Where a file is, for people."""
         return f"{self.location.rstrip('/')}/{name}"
 
@@ -75,7 +75,7 @@ class Remote(ABC):
             PassingError: it failed, or something else came.
             DataError: there is no such file, it may not be read, or it has another size.
         """
-        raise DataError("parts of this location cannot be asked for", where=self.place(name))
+        raise DataError("parts of this location cannot be asked for", where=self.where(name))
 
 
 def open_remote(location: str) -> Remote:
@@ -114,7 +114,7 @@ class HttpRemote(Remote):
         with self._get(name, {"Range": f"bytes={start}-{stop - 1}"}) as response:
             if response.status_code == 416:
                 raise _other_size(
-                    self.place(name), response.headers.get("Content-Range", "?").rpartition("/")[2], total
+                    self.where(name), response.headers.get("Content-Range", "?").rpartition("/")[2], total
                 )
             if response.status_code != 206:
                 raise PassingError(
@@ -123,7 +123,7 @@ class HttpRemote(Remote):
             given = response.headers.get("Content-Range", "")
             length = given.rpartition("/")[2]
             if length.isdigit() and int(length) != total:
-                raise _other_size(self.place(name), length, total)
+                raise _other_size(self.where(name), length, total)
             if given != f"bytes {start}-{stop - 1}/{total}":
                 raise PassingError(
                     f"the server sent {given or 'no Content-Range'} for bytes {start}-{stop - 1}/{total}"
@@ -141,7 +141,7 @@ class HttpRemote(Remote):
         headers = {"Accept-Encoding": "identity", **headers}
         try:
             response: requests.Response = session.get(
-                self.place(name), headers=headers, timeout=_TIMEOUT_S, stream=True
+                self.where(name), headers=headers, timeout=_TIMEOUT_S, stream=True
             )
         except requests.RequestException as error:
             raise PassingError(_reason(error)) from error
@@ -149,7 +149,7 @@ class HttpRemote(Remote):
             response.close()
             raise DataError(
                 f"the server answers {response.status_code} {response.reason}",
-                where=self.place(name),
+                where=self.where(name),
                 fix="correct the URL, or upload the dataset there with its dataset.json and dataset.catalogue",
             )
         if response.status_code not in (200, 206, 416):
@@ -187,7 +187,7 @@ class FsspecRemote(Remote):
         if name not in self._sizes:
             self._sizes[name] = int(self._ask(name, self.fs.size))
         if self._sizes[name] != total:
-            raise _other_size(self.place(name), str(self._sizes.pop(name)), total)
+            raise _other_size(self.where(name), str(self._sizes.pop(name)), total)
         data: bytes = self._ask(name, lambda path: self.fs.cat_file(path, start=start, end=stop))
         if len(data) != stop - start:
             raise PassingError(f"{len(data)} bytes came where {stop - start} were asked for")
@@ -209,7 +209,7 @@ class FsspecRemote(Remote):
             return question(f"{self.root}/{name}")
         except (FileNotFoundError, PermissionError) as error:
             kind = "there is no such file" if isinstance(error, FileNotFoundError) else "reading is not allowed"
-            raise DataError(kind, where=self.place(name), fix="correct the URL or the credentials") from error
+            raise DataError(kind, where=self.where(name), fix="correct the URL or the credentials") from error
         except Exception as error:
             # Every store's client has errors of its own; what is neither absence nor refusal may pass.
             raise PassingError(_reason(error)) from error
@@ -229,14 +229,14 @@ class PipeRemote(Remote):
                 fix="write, for example, `pipe:curl -sf https://host/folder/{}`",
             )
 
-    def place(self, name: str) -> str:
+    def where(self, name: str) -> str:
         """The command."""
         return self.location.removeprefix("pipe:").replace("{}", shlex.quote(name))
 
     def stream(self, name: str) -> Iterator[bytes]:
         """See `Remote.stream`."""
         with subprocess.Popen(
-            self.place(name), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            self.where(name), shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             assert process.stdout is not None
             pipe: IO[bytes] = process.stdout
@@ -257,7 +257,7 @@ def _other_size(place: str, found: str, recorded: int) -> DataError:
     return DataError(
         f"the shard has {found} bytes where the catalogue records {recorded}: it was cut or replaced",
         where=place,
-        fix="upload it again, or index the dataset anew",
+        fix="upload it again, or index the dataset again",
     )
 
 

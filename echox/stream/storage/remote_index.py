@@ -45,7 +45,7 @@ def index_remote(
                 with path.open("wb") as file:
                     file.writelines(remote.stream(name))
 
-            retry(fetch, "fetching the shard", remote.place(name))
+            retry(fetch, "fetching the shard", remote.where(name))
             builder.add(name, scan_shard(path, optional))
             path.unlink()
             if progress:

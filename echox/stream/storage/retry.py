@@ -62,5 +62,5 @@ class Retry:
         raise TransientReadError(
             f"{what} failed {self.attempts} times, last: {reason}",
             where=where,
-            fix="mend the storage or network, resume",
+            fix="repair the storage or network, then resume",
         )

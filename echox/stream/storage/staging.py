@@ -53,9 +53,9 @@ class StagedShards:
         self._fetchers = ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="stage")
         self._requests = ThreadPoolExecutor(_PARTS_AT_ONCE, thread_name_prefix="stage-part")
 
-    def place(self, shard: int) -> str:
+    def where(self, shard: int) -> str:
         """URL of a shard."""
-        return self._remote.place(self._catalogue.shard_names[shard])
+        return self._remote.where(self._catalogue.shard_names[shard])
 
     def stage(self, shards: Sequence[int]) -> None:
         """Start to fetch the next window; let go of the one before the current."""
@@ -92,7 +92,7 @@ class StagedShards:
         return self._result(shard, future)
 
     def forget(self, shard: int) -> None:
-        """Open a shard anew when it is next used."""
+        """Open a shard again when it is next used."""
         with self._lock:
             self._shards.pop(shard, None)
 
@@ -146,9 +146,9 @@ class StagedShards:
                 raise PassingError(f"its SHA-256 is {came[:12]}… where the catalogue records {digest[:12]}…")
             return came
 
-        sound = self._retry(once, "fetching the shard", self.place(shard)) == digest
+        sound = self._retry(once, "fetching the shard", self.where(shard)) == digest
         if not sound:
-            print(f"{self.place(shard)} is not what was indexed; its samples are checked one by one", file=sys.stderr)
+            print(f"{self.where(shard)} is not what was indexed; its samples are checked one by one", file=sys.stderr)
         return sound
 
     def _fetch_parts(self, shard: int, file: int, size: int) -> None:
@@ -157,7 +157,7 @@ class StagedShards:
         def part(start: int) -> None:
             stop = min(start + PART, size)
             what = f"fetching bytes {start}-{stop - 1}"
-            data = self._retry(lambda: self._part(name, start, stop, size), what, self.place(shard))
+            data = self._retry(lambda: self._part(name, start, stop, size), what, self.where(shard))
             os.pwrite(file, data, start)
 
         futures = [self._requests.submit(part, start) for start in range(0, size, PART)]
@@ -170,7 +170,7 @@ class StagedShards:
 
     def _part(self, name: str, start: int, stop: int, size: int) -> bytes:
         if self._closed:
-            raise DataError("the store was closed while it fetched", where=self._remote.place(name))
+            raise DataError("the store was closed while it fetched", where=self._remote.where(name))
         return self._remote.part(name, start, stop, size)
 
     def _fetch_stream(self, shard: int, file: int, size: int) -> None:
@@ -198,7 +198,7 @@ def fetch_catalogue(remote: Remote, cache: NodeCache, retry: Retry) -> tuple[Pat
     def listing() -> bytes:
         return b"".join(remote.stream(DATASET_NAME))
 
-    where = remote.place(DATASET_NAME)
+    where = remote.where(DATASET_NAME)
     digest = read_listing(retry(listing, "fetching dataset.json", where), where)["catalogue"]
     folder = cache.folder / "catalogues"
     folder.mkdir(exist_ok=True)
@@ -222,7 +222,7 @@ def fetch_catalogue(remote: Remote, cache: NodeCache, retry: Retry) -> tuple[Pat
         with suppress(DataError):
             Catalogue(path, remote.location).verify()
             return path, digest
-        retry(download, f"fetching {CATALOGUE_NAME}", remote.place(CATALOGUE_NAME))
+        retry(download, f"fetching {CATALOGUE_NAME}", remote.where(CATALOGUE_NAME))
     return path, digest
 
 

@@ -101,11 +101,11 @@ class ShardStore:
             TransientReadError: reading failed again and again.
             DataError: the shard is gone.
         """
-        places = self.catalogue.places(sample)
+        spans = self.catalogue.member_spans(sample)
         shard = int(self.catalogue.records["shard"][sample])
-        wanted = places if members is None else {name: at for name, at in places.items() if name in members}
+        wanted = spans if members is None else {name: at for name, at in spans.items() if name in members}
         read = {name: self._verified(sample, shard, name, *at) for name, at in wanted.items()}
-        text = read[JSON] if JSON in read else self._verified(sample, shard, JSON, *places[JSON])
+        text = read[JSON] if JSON in read else self._verified(sample, shard, JSON, *spans[JSON])
         return Sample(self.catalogue.key(sample), sample, read, decode_meta(text))
 
     def stage(self, shards: Sequence[int]) -> None:
@@ -134,7 +134,7 @@ class ShardStore:
         return CorruptSampleError(
             f"{name}, byte {offset}: member {member} of sample {self.catalogue.key(sample)} {happened}",
             kind=kind,
-            where=self._shards.place(shard),
+            where=self._shards.where(shard),
             fix="copy the shard again",
         )
 
@@ -145,10 +145,10 @@ class ShardStore:
             data = b""
         if len(data) == size:
             return data
-        return self._retry(lambda: self._pread_slowly(shard, offset, size), "reading", self._shards.place(shard))
+        return self._retry(lambda: self._pread_slowly(shard, offset, size), "reading", self._shards.where(shard))
 
     def _pread_slowly(self, shard: int, offset: int, size: int) -> bytes:
-        """The same from a file opened anew, in as many calls as it takes: one call reads 2 GiB at most."""
+        """The same from a file opened again, in as many calls as it takes: one call reads 2 GiB at most."""
         self._shards.forget(shard)
         data = b""
         try:
@@ -159,7 +159,7 @@ class ShardStore:
             if may_pass(error):
                 raise PassingError(error.strerror or str(error)) from error
             raise DataError(
-                f"the shard cannot be read: {error.strerror}", where=self._shards.place(shard), fix="mend the folder"
+                f"the shard cannot be read: {error.strerror}", where=self._shards.where(shard), fix="repair the folder"
             ) from error
         return data
 

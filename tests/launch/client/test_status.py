@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from echox.engine.monitor.event_log import EventLog
-from echox.engine.monitor.run_dir import RunFolder
+from echox.engine.monitor.run_dir import RunDir
 from launch.cli import add_parser
 from launch.client.startup_report import start_up
 from launch.client.status import error_report, report, run_status
@@ -19,8 +19,8 @@ PEER = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer
 
 def failed_run(folder: Path) -> None:
     """Two attempts: in the first, rank 1 failed and rank 0 noticed before rank 1 had written it down."""
-    RunFolder(folder).next_attempt()
-    RunFolder(folder).write_progress(stage="s2t", step=7, steps=20, state="training", attempt=1, loss=2.5, eta_s=61.0)
+    RunDir(folder).next_attempt()
+    RunDir(folder).write_progress(stage="s2t", step=7, steps=20, state="training", attempt=1, loss=2.5, eta_s=61.0)
     EventLog(folder, rank=0, attempt=1)("failed", step=7, error=PEER)
     time.sleep(0.01)
     EventLog(folder, rank=1, attempt=1)("failed", step=7, error="ZeroDivisionError: division by zero")

@@ -311,7 +311,7 @@ def test_too_many_bad_utterances_stop_the_build_and_lose_nothing(source: Path, t
     put(tmp_path / "wav" / "10.wav", encoded(clip(10)))
     killed(partial(run, source, tmp_path / "out", max_rejected=0.05), "shards.build.publish", "add_shard", 1)
     changed = {path.name for path, time in parts.items() if path.stat().st_mtime_ns != time}
-    assert changed == {"part-000002.json", "part-000002.tar"}, "only the shard of the mended file is made again"
+    assert changed == {"part-000002.json", "part-000002.tar"}, "only the shard of the repaired file is made again"
     assert run(source, tmp_path / "out", max_rejected=0.05)["samples"] == 19
 
 

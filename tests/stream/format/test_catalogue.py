@@ -76,9 +76,9 @@ def test_every_sample_is_where_the_standard_library_finds_it(folder: Path) -> No
     assert list(catalogue.shard_names) == ["part0.tar", "part1.tar", "part2.tar"]
     assert catalogue.shard_starts.tolist() == [0, 3, 3, 7] and catalogue.shard_starts.dtype == np.int64
     store = ShardStore(catalogue)
-    for number, (key, shard, places, content) in enumerate(rows):
+    for number, (key, shard, member_spans, content) in enumerate(rows):
         assert catalogue.key(number) == key
-        assert catalogue.members(number) == places
+        assert catalogue.members(number) == member_spans
         assert catalogue.shard_names[catalogue.records["shard"][number]] == shard
         sample = store.read(number)
         assert (sample.key, sample.number, dict(sample.members)) == (key, number, content)

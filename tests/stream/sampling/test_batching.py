@@ -14,7 +14,7 @@ from echox.stream.sampling.batching import JITTER, Budget, CostBudget, SampleBud
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from echox.stream.sampling.batching import Places
+    from echox.stream.sampling.batching import SampleIndices
 
 ROUNDING = 1 + 1e-9
 WORLD_SIZES = (2, 4, 8)
@@ -51,22 +51,22 @@ def cost(lengths: list[float], budget: CostBudget) -> float:
     return len(lengths) * max(lengths) if budget.padded else sum(lengths)
 
 
-def micro_lengths(lengths_N: NDArray[np.float64], steps: list[list[Places]]) -> list[list[float]]:
+def micro_lengths(lengths_N: NDArray[np.float64], steps: list[list[SampleIndices]]) -> list[list[float]]:
     return [[float(lengths_N[place]) for place in micro] for step in steps for micro in step if len(micro)]
 
 
-def members_of(steps: list[list[Places]]) -> list[list[int]]:
+def members_of(steps: list[list[SampleIndices]]) -> list[list[int]]:
     """Which samples share a step, whatever their order in it."""
     return [sorted(np.concatenate(step).tolist()) for step in steps]
 
 
-def useful_share(lengths_N: NDArray[np.float64], steps: list[list[Places]]) -> float:
+def useful_share(lengths_N: NDArray[np.float64], steps: list[list[SampleIndices]]) -> float:
     """Filled over all cells of the padded rectangles, summed one by one."""
     micro = micro_lengths(lengths_N, steps)
     return sum(sum(lengths) for lengths in micro) / sum(len(lengths) * max(lengths) for lengths in micro)
 
 
-def shuffled(lengths_N: NDArray[np.float64], *, micro_batches: int, step: int) -> list[list[Places]]:
+def shuffled(lengths_N: NDArray[np.float64], *, micro_batches: int, step: int) -> list[list[SampleIndices]]:
     """Steps of equally many samples in no order."""
     order = np.random.default_rng(0).permutation(len(lengths_N))
     whole = order[: len(order) // step * step].reshape(-1, micro_batches, step // micro_batches)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from echox.errors import DataError
-from echox.stream.sampling.blend import Blend, BlendVersion, Rows, WeightBy, largest_remainder
+from echox.stream.sampling.blend import Blend, BlendVersion, SampleTable, WeightBy, largest_remainder
 from echox.stream.sampling.source import Source
 from tests.stream.datasets import sized
 
@@ -34,7 +34,7 @@ def blend(sources: Sequence[Source], by: WeightBy = "samples", window_samples: i
     return Blend(sources, seed=seed, window_samples=window_samples, versions=versions)
 
 
-def counts(rows: Rows, sources: int) -> NDArray[np.int64]:
+def counts(rows: SampleTable, sources: int) -> NDArray[np.int64]:
     return np.bincount(rows.source_N, minlength=sources)
 
 

@@ -15,7 +15,7 @@ from echox.errors import DataError, RecipeError
 from echox.stream.format.indexing import index_folder
 from echox.stream.sampling import keyed_rng
 from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
-from echox.stream.sampling.plan import Place, Plan, Window
+from echox.stream.sampling.plan import Plan, StepAddress, Window
 from echox.stream.sampling.source import Source
 from tests.stream.datasets import make_dataset, sized, source
 from tests.stream.tars import files, write_tar
@@ -62,9 +62,9 @@ def blended() -> Plan:
     return Plan(sources, seed=5, budget=SampleBudget(8, 4), window_shards=2)
 
 
-def epoch_of(plan: Plan, epoch: int = 0) -> Iterator[tuple[Place, Window]]:
+def epoch_of(plan: Plan, epoch: int = 0) -> Iterator[tuple[StepAddress, Window]]:
     """All steps of an epoch, by asking for the one after."""
-    place = Place(epoch, 0, 0)
+    place = StepAddress(epoch, 0, 0)
     window = plan.window(epoch, 0)
     while place.epoch == epoch:
         yield place, window
@@ -86,7 +86,7 @@ def columns(window: Window) -> list[list[float]]:
 
 def same(left: Window, right: Window) -> bool:
     steps = [[[micro.tolist() for micro in step] for step in window.steps] for window in (left, right)]
-    return left.place == right.place and columns(left) == columns(right) and steps[0] == steps[1]
+    return left.address == right.address and columns(left) == columns(right) and steps[0] == steps[1]
 
 
 def test_an_epoch_of_a_union_holds_every_sample_exactly_as_often_as_it_is_repeated() -> None:
@@ -215,10 +215,10 @@ def test_a_window_far_away_takes_no_more_randomness_than_the_first(
 
 def test_the_step_after_the_last_is_in_the_next_window_and_after_that_in_the_next_epoch() -> None:
     plan = Plan([sized([8, 8, 8])], seed=0, budget=SampleBudget(4, 2), window_shards=1)
-    assert plan.following(Place(0, 1, 0), steps=2) == Place(0, 1, 1)
-    assert plan.following(Place(0, 1, 1), steps=2) == Place(0, 2, 0)
-    assert plan.following(Place(0, 2, 1), steps=2) == Place(1, 0, 0)
-    assert blended().following(Place(0, 10**6, 1), steps=2) == Place(0, 10**6 + 1, 0)
+    assert plan.following(StepAddress(0, 1, 0), steps=2) == StepAddress(0, 1, 1)
+    assert plan.following(StepAddress(0, 1, 1), steps=2) == StepAddress(0, 2, 0)
+    assert plan.following(StepAddress(0, 2, 1), steps=2) == StepAddress(1, 0, 0)
+    assert blended().following(StepAddress(0, 10**6, 1), steps=2) == StepAddress(0, 10**6 + 1, 0)
 
 
 def test_another_seed_or_epoch_gives_another_order_of_shards_and_of_samples() -> None:
@@ -372,7 +372,7 @@ def test_fewer_samples_than_a_step_or_its_micro_batches_are_one_step_with_a_slot
 ) -> None:
     plan = Plan([sized([samples])], seed=0, budget=budget)
     ((place, window),) = epoch_of(plan)
-    assert plan.following(place, 1) == Place(1, 0, 0)
+    assert plan.following(place, 1) == StepAddress(1, 0, 0)
     slots = [window.slots(0, rank, 8) for rank in range(8)]
     assert [len(mine) for mine in slots] == [1] * 8
     assert sorted(len(micro) for mine in slots for micro in mine) == [0] * (8 - samples) + [1] * samples
