@@ -17,7 +17,7 @@ QUESTIONS = ("sqa-heldout-phrasing", "sqa-heldout-knowledge")
 
 def _demo(storage: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     ran = subprocess.run(
-        [sys.executable, "-m", "launch.demo.pipeline", "--storage", str(storage), *options],
+        [sys.executable, "-m", "launch.demo", "--storage", str(storage), *options],
         capture_output=True,
         text=True,
         check=False,
