@@ -30,7 +30,7 @@ NEVER = {
     ),
     "echox/stages": (
         *LIBRARIES_OF_A_RUN,
-        *("echox.engine", "echox.tracking", "echox.files", "echox.builders", "echox.evaluate", "echox.config"),
+        *("echox.engine", "echox.tracking", "echox.files", "echox.builders", "echox.evaluate"),
     ),
     "echox/engine": (*ABOVE_THE_ENGINE, "echox.speak", "echox.evaluate", "echox.train"),
     "echox/stream": ("echox.release", "echox.models", "echox.stages", "echox.engine", "echox.builders"),

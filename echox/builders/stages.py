@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from echox.config.schema import EchoConfig, ModelConfig, T2cConfig
-from echox.models.echo import DenoisingAdapter, TriggerRule
+from echox.models.echo import DenoisingAdapter
 from echox.models.ragged import Layout
 from echox.models.s2t import S2TModel
 from echox.models.speech import AlignmentAdapter, CtcHead, ShrinkAdapter, SpeechFrontEnd, TrimmedWhisperEncoder
@@ -74,7 +74,7 @@ def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding, layout
 
 def build_s2t_stage(model: ModelConfig, s2t: S2TModel) -> S2TStage:
     """Stage I."""
-    return S2TStage(s2t, ctc_weight=model.ctc.weight, align_steps=model.ctc.align_steps)
+    return S2TStage(model.ctc, s2t)
 
 
 def build_t2c_stage(decoder: T2CDecoder, text_table: nn.Embedding, prefix: list[int], header: list[int]) -> T2CStage:
@@ -105,8 +105,8 @@ def build_echo_stage(
         adapter.requires_grad_(config.train_speech_adapters)
     # No loss reads the CTC logits here: the head only shrinks.
     s2t.front_end.ctc_head.requires_grad_(False)
-    rule = config.segmentation
     return EchoStage(
+        config,
         s2t=s2t,
         teacher=teacher,
         echo=echo,
@@ -115,16 +115,6 @@ def build_echo_stage(
         header_Q=torch.tensor(header),
         stop_row_h=causal_lm.get_output_embeddings().weight[stop_token].detach().clone(),
         end_token=end_token,
-        pseudo_text=config.pseudo_text,
-        segment_mode=rule.mode,
-        segment_rule=TriggerRule(rule.min_tokens, rule.max_wait, rule.threshold, rule.look_ahead),
-        fixed_tokens=rule.fixed_tokens,
-        cap=config.denoising.cap if config.denoising.weighting == "dynamic_cap" else None,
-        fixed_weight=config.denoising.weight,
-        s2t_weight=config.s2t_weight,
-        units_per_token=config.units_per_token,
-        free_run_tokens=config.free_run_tokens,
-        align_steps=config.denoising.align_steps,
     )
 
 

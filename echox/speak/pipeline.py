@@ -116,9 +116,8 @@ class SpeechToSpeech:
         rows = segment_rows(stage.segments(own.hidden_BRh, own.mask_BR), own.mask_BR)
         prefix, header = stage.s2t.embed(stage.prefix_P), stage.s2t.embed(stage.header_Q)
         adapted = rows.scatter(stage.denoising(own.hidden_BRh))
-        limit_N = rows.mask_NT.sum(1) * stage.units_per_token + 32
         text = text_part(prefix, adapted, rows.mask_NT, header).left_padded()
-        decoded = stage.echo.greedy(text, limit_N)
+        decoded = stage.echo.greedy(text, stage.most_words(rows.mask_NT.sum(1)))
         pieces: list[list[NDArray[np.uint16]]] = [[] for _ in clips]
         for owner, words, mask in zip(
             rows.owner_N.tolist(), decoded.words_NM.cpu().numpy(), decoded.mask_NM.cpu().numpy(), strict=True

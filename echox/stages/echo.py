@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from echox.config.schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, TriggerRule, segment_rows, trigger_scores, trigger_segments
 from echox.models.ragged import padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
@@ -15,14 +14,12 @@ from echox.stages.losses import LossTerm, denoising_loss
 from echox.stages.s2t import response_loss, speech_parameter_groups
 from echox.stream.batch import SpeechBatch
 
-PseudoText = Literal["argmax_teacher_forced", "reference", "free_run"]
-SegmentMode = Literal["trigger", "none", "fixed"]
-
 
 class EchoStage(nn.Module):
     """Trains LoRA, the Denoising Adapter and the Echo decoder against the teacher's greedy units.
 
     Args:
+        config: where X' comes from, how a response is cut, and the weights of the losses.
         s2t: trained S2T model; its speech adapters are frozen unless they require gradients.
         teacher: frozen T2C.
         echo: Echo decoder, initialised from the teacher's weights.
@@ -30,13 +27,6 @@ class EchoStage(nn.Module):
         prefix_P, header_Q: T2C template tokens.
         stop_row_h: LM-head row of the full stop, the streaming trigger.
         end_token: id that ends a response; it is never spoken.
-        pseudo_text: where X' comes from (U2).
-        segment_mode, segment_rule, fixed_tokens: how a response is cut (U3).
-        cap: ceiling of the denoising term's share of the echo loss, or None for `fixed_weight` (U1).
-        s2t_weight: weight of L_S2T (U4).
-        units_per_token: the teacher stops after `units_per_token * T + 32` words (U20).
-        free_run_tokens: tokens generated when X' is free-running.
-        align_steps: first optimizer steps, in which the Denoising Adapter alone learns and no teacher is asked.
     """
 
     prefix_P: Tensor
@@ -45,6 +35,7 @@ class EchoStage(nn.Module):
 
     def __init__(
         self,
+        config: EchoConfig,
         *,
         s2t: S2TModel,
         teacher: T2CDecoder,
@@ -54,18 +45,9 @@ class EchoStage(nn.Module):
         header_Q: Tensor,
         stop_row_h: Tensor,
         end_token: int,
-        pseudo_text: PseudoText = "argmax_teacher_forced",
-        segment_mode: SegmentMode = "trigger",
-        segment_rule: TriggerRule | None = None,
-        fixed_tokens: int = 20,
-        cap: float | None = 0.2,
-        fixed_weight: float = 0.1,
-        s2t_weight: float = 1.0,
-        units_per_token: int = 12,
-        free_run_tokens: int = 64,
-        align_steps: int = 0,
     ) -> None:
         super().__init__()
+        self.config = config
         self.s2t = s2t
         self.teacher = Teacher(teacher).requires_grad_(False)
         self.echo = echo
@@ -74,16 +56,6 @@ class EchoStage(nn.Module):
         self.register_buffer("header_Q", header_Q, persistent=False)
         self.register_buffer("stop_row_h", stop_row_h.float(), persistent=False)
         self.end_token = end_token
-        self.pseudo_text = pseudo_text
-        self.segment_mode = segment_mode
-        self.segment_rule = segment_rule or TriggerRule()
-        self.fixed_tokens = fixed_tokens
-        self.cap = cap
-        self.fixed_weight = fixed_weight
-        self.s2t_weight = s2t_weight
-        self.units_per_token = units_per_token
-        self.free_run_tokens = free_run_tokens
-        self.align_steps = align_steps
         self._adapters_train = any(p.requires_grad for p in s2t.front_end.parameters())
         self._last: dict[str, Tensor] = {}
 
@@ -106,14 +78,13 @@ class EchoStage(nn.Module):
         out = self.s2t(batch)
         terms = {"s2t": response_loss(out, batch)}
 
-        states, text_BR, spoken_BR = self.pseudo_text_of(batch, out)
+        states, text_BR, spoken_BR = self.pseudo_text(batch, out)
         rows = segment_rows(self.segments(states.response.to_padded(states.hidden), spoken_BR), spoken_BR)
         weight_N = batch.weight_B[rows.owner_N] * rows.mask_NT.any(1)
         prefix, header, text_BRh = self._embeddings(text_BR)
 
         teacher_input = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
-        limit_N = rows.mask_NT.sum(1) * self.units_per_token + 32
-        pseudo = self.teacher(teacher_input.values_BLh, teacher_input.mask_BL, limit_N)
+        pseudo = self.teacher(teacher_input.values_BLh, teacher_input.mask_BL, self.most_words(rows.mask_NT.sum(1)))
         usable_N = pseudo.ended_N & ~repeats(pseudo.words_NM, pseudo.mask_NM)
 
         adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
@@ -130,24 +101,24 @@ class EchoStage(nn.Module):
         return terms
 
     def _aligns(self, step: int) -> bool:
-        return 0 <= step < self.align_steps
+        return 0 <= step < self.config.denoising.align_steps
 
     def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         with torch.no_grad():
-            states, text_BR, spoken_BR = self.pseudo_text_of(batch, self.s2t(batch))
+            states, text_BR, spoken_BR = self.pseudo_text(batch, self.s2t(batch))
             text_BRh = self.s2t.embed(text_BR)
         adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
         self._last = {}
         counted = spoken_BR & (batch.weight_B[:, None] > 0)
         return {"denoising": denoising_loss(adapted_BRh, text_BRh, counted)}
 
-    def pseudo_text_of(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
+    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
         """H, X' and the mask of spoken positions: before the end token, one state for each token."""
-        if self.pseudo_text == "free_run":
-            own = self.s2t.generate(batch, self.end_token, self.free_run_tokens, early_stop=False)
+        if self.config.pseudo_text == "free_run":
+            own = self.s2t.generate(batch, self.end_token, self.config.free_run_tokens, early_stop=False)
             states = self.s2t.response_states(self.s2t.encode_speech(batch), batch, own.tokens_BR, own.mask_BR)
             return states, own.tokens_BR, own.mask_BR
-        is_own = self.pseudo_text == "argmax_teacher_forced"
+        is_own = self.config.pseudo_text == "argmax_teacher_forced"
         text_BR = out.states.response.to_padded(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
         spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
         return out.states, text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool()
@@ -155,11 +126,17 @@ class EchoStage(nn.Module):
     @torch.no_grad()
     def segments(self, hidden_BRh: Tensor, spoken_BR: Tensor) -> Tensor:
         """Segment number of each response position `[B, R]`."""
-        if self.segment_mode == "none":
+        cut = self.config.segmentation
+        if cut.mode == "none":
             return torch.zeros_like(spoken_BR, dtype=torch.long)
-        if self.segment_mode == "fixed":
-            return (spoken_BR.long().cumsum(1) - 1).clamp(min=0) // self.fixed_tokens
-        return trigger_segments(trigger_scores(hidden_BRh, self.stop_row_h), spoken_BR, self.segment_rule)
+        if cut.mode == "fixed":
+            return (spoken_BR.long().cumsum(1) - 1).clamp(min=0) // cut.fixed_tokens
+        rule = TriggerRule(cut.min_tokens, cut.max_wait, cut.threshold, cut.look_ahead)
+        return trigger_segments(trigger_scores(hidden_BRh, self.stop_row_h), spoken_BR, rule)
+
+    def most_words(self, tokens_N: Tensor) -> Tensor:
+        """Unit-language words after which decoding a segment of `tokens_N` text tokens stops (U20)."""
+        return tokens_N * self.config.units_per_token + 32
 
     def _embeddings(self, text_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix, header and text from the frozen table in one look-up: under ZeRO-3 each call gathers the table."""
@@ -171,12 +148,13 @@ class EchoStage(nn.Module):
         """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""
         if self._aligns(step):
             return {"denoising": 1.0}
-        if self.cap is None:
-            return {"s2t": self.s2t_weight, "echo": 1.0, "denoising": self.fixed_weight}
-        ceiling = self.cap * means["echo"]
+        s2t_weight, denoising = self.config.s2t_weight, self.config.denoising
+        if denoising.weighting == "fixed":
+            return {"s2t": s2t_weight, "echo": 1.0, "denoising": denoising.weight}
+        ceiling = denoising.cap * means["echo"]
         scaled = ceiling / means["denoising"].clamp(min=1e-8)
         capped = torch.where(means["denoising"] > ceiling, scaled, torch.ones_like(scaled))
-        return {"s2t": self.s2t_weight, "echo": 1.0, "denoising": capped}
+        return {"s2t": s2t_weight, "echo": 1.0, "denoising": capped}
 
     def known_counts(self, batch: SpeechBatch) -> dict[str, int]:
         """Only the text loss: how much is spoken is known after the teacher decoded."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from echox.config.schema import CtcConfig
 from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
 from echox.stages.losses import LossTerm, ctc_loss, text_loss
@@ -14,16 +15,14 @@ class S2TStage(nn.Module):
     """Trains alignment adapter, CTC head, shrink adapter and LoRA.
 
     Args:
+        config: weight of CTC beside the text loss, and the first steps, which compute CTC alone and never run the LLM.
         s2t: the model.
-        ctc_weight: weight of CTC beside the text loss.
-        align_steps: first optimizer steps that compute CTC alone and never run the LLM.
     """
 
-    def __init__(self, s2t: S2TModel, *, ctc_weight: float, align_steps: int) -> None:
+    def __init__(self, config: CtcConfig, s2t: S2TModel) -> None:
         super().__init__()
+        self.config = config
         self.s2t = s2t
-        self.ctc_weight = ctc_weight
-        self.align_steps = align_steps
         self._last: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> S2TStage:
@@ -34,7 +33,7 @@ class S2TStage(nn.Module):
 
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
-        if 0 <= batch.step < self.align_steps:
+        if self._aligns(batch.step):
             _, logits, frames = self.s2t.front_end.align(*batch.audio)
             self._last = {"perf/padding_share": padding_share(frames)}
             return {"ctc": self._ctc(logits, frames, batch)}
@@ -45,18 +44,21 @@ class S2TStage(nn.Module):
             "ctc": self._ctc(out.speech.ctc_logits, out.speech.frames, batch),
         }
 
+    def _aligns(self, step: int) -> bool:
+        return 0 <= step < self.config.align_steps
+
     def _ctc(self, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
         classes = self.s2t.front_end.ctc_head.classes(batch.transcript_BC)
         return ctc_loss(frames.to_padded(logits), frames.lengths_N, classes, batch.transcript_lengths_B, batch.weight_B)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """CTC counts in full while it is the only loss."""
-        return {"s2t": 1.0, "ctc": 1.0 if 0 <= step < self.align_steps else self.ctc_weight}
+        return {"s2t": 1.0, "ctc": 1.0 if self._aligns(step) else self.config.weight}
 
     def known_counts(self, batch: SpeechBatch) -> dict[str, int]:
         """Token counts that the batch alone tells."""
         counts = {"ctc": int((batch.transcript_lengths_B * batch.weight_B).sum())}
-        if not 0 <= batch.step < self.align_steps:
+        if not self._aligns(batch.step):
             counts["s2t"] = int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())
         return counts
 
