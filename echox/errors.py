@@ -100,3 +100,9 @@ class LaunchError(EchoXError):
     """A cluster or job that could not be started, reached or followed."""
 
     exit_code = 7
+
+
+class TrainingError(EchoXError):
+    """A loss or gradient that is not finite, or spikes, beyond what the recipe's `health` section allows."""
+
+    exit_code = 8

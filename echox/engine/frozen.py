@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from echox.errors import AlteredModelError, MissingModelError
 from echox.files import sha256_file, write_atomically
@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")
+
+
+class FrozenModel(TypedDict):
+    """Identity of a frozen model: its folder, one SHA-256 over names and hashes, and the hash of each weight file."""
+
+    path: str
+    sha256: str
+    files: dict[str, str]
 
 
 def replicate_as_buffers(module: nn.Module, device: torch.device, dtype: torch.dtype) -> frozenset[str]:
@@ -39,7 +47,7 @@ def replicate_as_buffers(module: nn.Module, device: torch.device, dtype: torch.d
     return frozenset(names)
 
 
-def identify(folders: Mapping[str, Path], cache: Path | None = None) -> dict[str, dict[str, Any]]:
+def identify(folders: Mapping[str, Path], cache: Path | None = None) -> dict[str, FrozenModel]:
     """Identity of every frozen model: its folder and one sha256 over the names and hashes of its weight files.
 
     Args:
@@ -57,7 +65,7 @@ def identify(folders: Mapping[str, Path], cache: Path | None = None) -> dict[str
     return found
 
 
-def compare_identities(saved: Mapping[str, Mapping[str, Any]], current: Mapping[str, Mapping[str, Any]]) -> None:
+def compare_identities(saved: Mapping[str, FrozenModel], current: Mapping[str, FrozenModel]) -> None:
     """Raise AlteredModelError unless the frozen models are the ones a checkpoint was trained beside."""
     for name in sorted(saved.keys() | current.keys()):
         old, new = saved.get(name), current.get(name)
@@ -78,7 +86,7 @@ def compare_identities(saved: Mapping[str, Mapping[str, Any]], current: Mapping[
             )
 
 
-def _identify_one(name: str, folder: Path, known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _identify_one(name: str, folder: Path, known: dict[str, dict[str, Any]]) -> FrozenModel:
     files = (
         sorted(path for path in folder.rglob("*") if path.suffix in _WEIGHT_SUFFIXES and path.is_file())
         if folder.is_dir()

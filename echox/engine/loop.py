@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echox.engine import rng_state
 from echox.engine.checkpoint.checkpointer import Checkpointer, Published, find_checkpoint
 from echox.engine.monitor.metrics import step_metrics
+from echox.engine.monitor.step_timer import StepTimer
 from echox.engine.rank_status import RankStatus, Vote
-from echox.engine.step import StepSums, Stopwatch, train_step, validate
+from echox.engine.step import StepSums, train_step, validate
 from echox.errors import CheckpointError
 from echox.stream.quarantine import merge as merge_ledgers
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echox.config.schema import Recipe
+    from echox.engine.checkpoint.contents import Cursor
     from echox.engine.context import RunContext
     from echox.engine.deepspeed_engine import Engine
-    from echox.engine.interfaces import StageSetup
+    from echox.engine.interfaces import BatchLike, StageSetup
     from echox.engine.loss_guard import LossGuard
     from echox.engine.monitor.reporter import Reporter
     from echox.engine.monitor.watchdog import Watchdog
     from echox.engine.stop import StopListener
+    from echox.engine.train_state import TrainState
     from echox.engine.world import World
 
 
@@ -34,8 +36,7 @@ class Loop:
     """Everything one rank trains with; `run` does the steps that are left.
 
     Attributes:
-        checkpoint: the newest checkpoint known to be whole.
-        stopped: why the run was stopped before its last step; empty when it was not.
+        state: where the run stands; only the loop changes it.
     """
 
     recipe: Recipe
@@ -48,13 +49,10 @@ class Loop:
     health: LossGuard
     listener: StopListener
     watchdog: Watchdog
-    checkpoint: Path | None = None
-    stopped: str = ""
+    state: TrainState
     _rank_status: RankStatus = field(init=False)
-    _watch: Stopwatch = field(default_factory=Stopwatch)
+    _timer: StepTimer = field(default_factory=StepTimer)
     _account_A: Tensor | None = None
-    _saved_step: int = -1
-    _bad: bool = False
 
     def __post_init__(self) -> None:
         self._rank_status = RankStatus(self.world)
@@ -62,52 +60,55 @@ class Loop:
     def run(self) -> None:
         """Train to the last step, or until the ranks agree to stop; what was trained is saved when this returns."""
         reporter, steps = self.reporter, self.recipe.optim.steps
-        first = self._saved_step = reporter.step
+        first = self.state.saved_step = self.state.step
         self._apply_votes(self._rank_status.exchange_now(self._vote()))
         self.engine.ds.train()
-        while reporter.step < steps and not self.stopped:
+        while self.state.step < steps and not self.state.stopped:
             self._train(first)
-            if self._bad and self._go_back():
+            if self.state.bad_step and self._go_back():
                 continue
             self._apply_votes(self._rank_status.exchange(self._vote()))
-            due = self._due(self.recipe.engine.validate_every) and not self.stopped
+            due = self._due(self.recipe.engine.validate_every) and not self.state.stopped
             if due:
                 self._validate()
-            if self.stopped or self._due(self.recipe.engine.checkpoint_every):
+            if self.state.stopped or self._due(self.recipe.engine.checkpoint_every):
                 self._save()
-            reporter.progress("stopping" if self.stopped else "training")
+            reporter.progress("stopping" if self.state.stopped else "training")
         self._finish_save(last=True)
         self._rank_status.collect()
 
     def _train(self, first: int) -> None:
         """One optimizer step, with its metrics where they are due."""
-        reporter, plan, loader = self.reporter, self.recipe.engine, self.setup.train_loader
-        step = reporter.step
+        plan, step = self.recipe.engine, self.state.step
         self.watchdog.beat(step, timed=True)
         rates = self.engine.set_learning_rates(step)
-        batches = self._watch.fetch(loader, step)
+        batches = self._fetch_batches(step)
         sums = train_step(self.engine, batches, step, self.world, self.health)
-        self._bad = self.engine.skipped_last_step
-        self.health.record(sums.total, skipped=self._bad)
-        loader.commit()
+        self.state.bad_step = self.engine.skipped_last_step
+        self.health.record(sums.total, skipped=self.state.bad_step)
+        self.setup.train_loader.commit()
         if sums.account_A is not None:
             self._account_A = sums.account_A if self._account_A is None else self._account_A + sums.account_A
-        reporter.step = step + 1
+        self.state.step = step + 1
         due = any(self._due(every) for every in (plan.checkpoint_every, plan.validate_every, plan.log_every))
-        if reporter.step == first + 1 or due or self._bad:
+        if self.state.step == first + 1 or due or self.state.bad_step:
             self._report_step(sums, rates)
 
+    def _fetch_batches(self, step: int) -> Sequence[BatchLike]:
+        """The micro-batches of a step, once the readers have them."""
+        with self._timer.waiting_for_data():
+            return self.setup.train_loader.step(step)
+
     def _report_step(self, sums: StepSums, rates: Mapping[str, float]) -> None:
-        metrics = step_metrics(self.engine, sums, rates, self._watch, self.world)  # host sync
-        self.reporter.record(
-            "step", {**metrics, **self._check_accounts(), "health/bad_steps": float(self.health.bad_steps)}
-        )
-        if self._bad:
+        metrics = step_metrics(self.engine, sums, rates, self._timer, self.world)  # host sync
+        bad_steps = {"health/bad_steps": float(self.health.bad_steps)}
+        self.reporter.record("step", {**metrics, **self._check_accounts(), **bad_steps})
+        if self.state.bad_step:
             losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
             self.reporter.event("bad_step", why=self.health.reason(losses), policy=self.recipe.health.on_bad_step)
             self._finish_save(last=False)  # what was good before it must not be lost with it
-            self.health.check(self.reporter.step, losses, str(self.reporter.folder.path))
-        self._watch.restart()
+            self.health.check(self.state.step, losses, str(self.reporter.folder.path))
+        self._timer.restart()
 
     def _check_accounts(self) -> Mapping[str, float]:
         """Hand the accounts of the steps since the last call to the loader."""
@@ -117,7 +118,7 @@ class Loop:
 
     def _due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
-        done = self.reporter.step
+        done = self.state.step
         return done == self.recipe.optim.steps or (every > 0 and done % every == 0)
 
     def _vote(self) -> Vote:
@@ -125,9 +126,9 @@ class Loop:
 
     def _apply_votes(self, outcome: Vote) -> None:
         """Do what the ranks have voted."""
-        if outcome.stop and not self.stopped:
-            self.stopped = next(why for why in self.world.all_gather(self.listener.why) if why)
-            self.reporter.event("stopping", why=self.stopped)
+        if outcome.stop and not self.state.stopped:
+            self.state.stopped = next(why for why in self.world.all_gather(self.listener.why) if why)
+            self.reporter.event("stopping", why=self.state.stopped)
             self.reporter.progress("stopping")
         try:
             published = self.checkpointer.advance(outcome)
@@ -146,7 +147,7 @@ class Loop:
         with rng_state.untouched():
             for name, batches in self.setup.valid_loaders.items():
                 sums = validate(self.engine, batches, self.world, self._goes_on)
-                if self.stopped:
+                if self.state.stopped:
                     return  # a part of a validation set says nothing
                 if sums.sums_K2 is None:
                     continue
@@ -157,35 +158,35 @@ class Loop:
                     pooled[term] = (so_far[0] + total, so_far[1] + count)
         metrics.update({f"valid/loss/{term}": total / count for term, (total, count) in pooled.items() if count})
         self.reporter.record("validation", metrics)
-        self._watch.restart()
+        self._timer.restart()
 
     def _goes_on(self) -> bool:
         """Between batches of validation: whether nobody asked to stop."""
-        self.watchdog.beat(self.reporter.step, timed=False)
+        self.watchdog.beat(self.state.step, timed=False)
         self._apply_votes(self._rank_status.exchange(self._vote()))
-        return not self.stopped
+        return not self.state.stopped
 
     def _save(self) -> None:
         """Begin a checkpoint of the present step; wait for it where nothing follows that could hide the writing."""
         reporter = self.reporter
-        if reporter.step == self._saved_step:
+        if self.state.step == self.state.saved_step:
             return
-        self.watchdog.beat(reporter.step, timed=False)
+        self.watchdog.beat(self.state.step, timed=False)
         reporter.progress("saving")
-        last = bool(self.stopped) or reporter.step == self.recipe.optim.steps
+        last = bool(self.state.stopped) or self.state.step == self.recipe.optim.steps
         self._finish_save(last=False)
         if self._account_A is not None:
             reporter.record("settled", self._check_accounts())
-        cursor = {
-            "step": reporter.step,
+        cursor: Cursor = {
+            "step": self.state.step,
             "stream": dict(self.setup.train_loader.record()),
             "health": self.health.state(),
         }
-        self.checkpointer.begin(reporter.step, cursor=cursor, metrics=reporter.metrics)
-        self._saved_step = reporter.step
+        self.checkpointer.begin(self.state.step, cursor=cursor, metrics=reporter.metrics)
+        self.state.saved_step = self.state.step
         if last or not self.recipe.engine.async_save:
             self._finish_save(last=last)
-        self._watch.restart()
+        self._timer.restart()
 
     def _finish_save(self, *, last: bool) -> None:
         try:
@@ -199,7 +200,7 @@ class Loop:
     def _announce(self, published: Published) -> None:
         """A checkpoint is published: tell the log, the tracker and the launcher."""
         reporter = self.reporter
-        self.checkpoint = published.path
+        self.state.checkpoint = published.path
         if self.world.is_main:
             merge_ledgers(reporter.folder.path)
         reporter.event("checkpoint", path=published.path, saved_step=published.step)
@@ -212,7 +213,7 @@ class Loop:
         """Go on without a checkpoint that could not be written, if there will be another."""
         if not self.checkpointer.tolerates_failure(last=last):
             raise error
-        self._saved_step = -1
+        self.state.saved_step = -1
         self.reporter.event("checkpoint_failed", why=error.what)
 
     def _go_back(self) -> bool:
@@ -224,13 +225,15 @@ class Loop:
         choice = self.world.broadcast(find_checkpoint(reporter.folder.path) if self.world.is_main else None)
         if choice is None or choice.checkpoint is None:
             return False  # nothing to go back to: the step is passed over
-        bad, cursor = reporter.step, choice.manifest["cursor"]
-        reporter.step = self._saved_step = self.checkpointer.load(choice, self.recipe.seed)
+        bad_step, cursor = self.state.step, choice.checkpoint.manifest["cursor"]
+        step = self.checkpointer.load(choice.checkpoint, self.recipe.seed)
+        self.state.step = self.state.saved_step = step
         self.health.load(cursor["health"])
         self.health.rewinds += 1
-        passed = bad - reporter.step
-        self.setup.train_loader.rewind(step=reporter.step, saved=cursor.get("stream"), pass_over=passed)
+        passed_over = bad_step - step
+        self.setup.train_loader.rewind(step=step, saved=cursor["stream"], pass_over=passed_over)
         if self.world.is_main:
-            reporter.folder.forget_after(reporter.step)
-        reporter.event("rewind", bad_step=bad, checkpoint=choice.checkpoint, steps_passed_over=passed)
+            reporter.folder.forget_after(step)
+        path = choice.checkpoint.path
+        reporter.event("rewind", bad_step=bad_step, checkpoint=path, steps_passed_over=passed_over)
         return True

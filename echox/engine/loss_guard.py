@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
-from echox.errors import EchoXError
+from echox.errors import TrainingError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from echox.config.schema import HealthConfig
+
+
+class GuardState(TypedDict):
+    """What a checkpoint holds of a `LossGuard`: the losses of its window, how many were seen, and the bad steps."""
+
+    losses: list[float]
+    known: int
+    bad_steps: int
 
 
 class LossGuard:
@@ -71,7 +79,7 @@ class LossGuard:
             self._known += 1
 
     def check(self, step: int, losses: Mapping[str, float], where: str) -> None:
-        """After a bad step: raise EchoXError when the recipe's policy has come to its end; a host sync.
+        """After a bad step: raise TrainingError when the recipe's policy is exhausted; a host sync.
 
         Args:
             step: number of the step, from 1.
@@ -87,7 +95,7 @@ class LossGuard:
         elif self.in_a_row > config.max_bad_steps:
             limit = f"more than health.max_bad_steps={config.max_bad_steps} bad steps in a row"
         if limit is not None:
-            raise EchoXError(
+            raise TrainingError(
                 f"{self.reason(losses)} at step {step} ({limit})",
                 where=where,
                 fix="lower the learning rate or look at the batch of that step; the last checkpoint is untouched",
@@ -103,11 +111,11 @@ class LossGuard:
             return f"the gradient is not finite or loss/total={losses['loss/total']:.4g} is a spike"
         return "the gradient is not finite"
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> GuardState:
         """For the checkpoint; JSON types. A host sync."""
         return {"losses": self._losses_W.tolist(), "known": self._known, "bad_steps": self.bad_steps}
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: GuardState) -> None:
         """Continue from what `state` gave; a window of another length begins again."""
         self.bad_steps, self.in_a_row = int(state["bad_steps"]), 0
         losses: Sequence[float] = state["losses"]

@@ -7,7 +7,6 @@ micro-step gives the gradient of `weight * sum(totals) / count`, where `count` i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -112,35 +111,6 @@ def validate(engine: Engine, batches: Iterable[BatchLike], world: World, goes_on
         world.all_reduce(sums.sums_K2)
     engine.ds.train()
     return sums
-
-
-class Stopwatch:
-    """Splits wall time into waiting for data and the rest."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new interval."""
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
-        self.cpu_started = time.process_time()
-
-    def fetch(self, loader: Any, step: int) -> Sequence[BatchLike]:
-        """Take a step's batches from the loader, counting the wait."""
-        before = time.perf_counter()
-        batches: Sequence[BatchLike] = loader.step(step)
-        self.waited += time.perf_counter() - before
-        self.steps += 1
-        return batches
-
-    def cpu_s(self) -> float:
-        """Processor seconds of this process a step, all its threads, since the last restart."""
-        return (time.process_time() - self.cpu_started) / max(self.steps, 1)
-
-    def read(self) -> tuple[float, float]:
-        """Seconds a step, and the share of them spent waiting for data, since the last restart."""
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
-        return elapsed / max(self.steps, 1), self.waited / elapsed
 
 
 def batch_stats(batch: BatchLike) -> dict[str, float]:

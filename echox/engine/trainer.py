@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from echox.engine import rng_state
 from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_checkpoint
-from echox.engine.checkpoint.manifest import Choice, set_aside, sweep
+from echox.engine.checkpoint.manifest import Checkpoint, Choice, set_aside, sweep
 from echox.engine.checkpoint.recipe_diff import changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
-from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
+from echox.engine.frozen import FrozenModel, compare_identities, identify, replicate_as_buffers
 from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
 from echox.engine.loop import Loop
 from echox.engine.loss_guard import LossGuard
@@ -68,7 +68,7 @@ def train(
         CheckpointError: no good checkpoint among those found, one that does not fit, or one that cannot be written.
         DataError: damaged data beyond what the recipe allows, or other samples than planned.
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
-        EchoXError: the loss is not a finite number, and the recipe's `health` has no more patience.
+        TrainingError: the loss is not a finite number or spikes, beyond what the recipe's `health` allows.
     """
     startup = StartupTimer()
     world = World.of(context.rank, context.world_size, device_of(context))
@@ -128,7 +128,9 @@ class _Attempt:
         if problem is not None or chosen is None:
             reporter.event("failed", error=str(problem))
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
-        reporter.step = int(chosen.manifest.get("step", 0))
+        if chosen.checkpoint is not None:
+            reporter.state.step = chosen.checkpoint.manifest["step"]
+            reporter.state.checkpoint = chosen.checkpoint.path
         for path, why in chosen.rejected:
             reporter.event("checkpoint_rejected", path=path, why=why)
             if world.is_main:
@@ -141,8 +143,8 @@ class _Attempt:
         reporter = self.reporter
         tags = {"host": socket.gethostname(), "world_size": str(self.world.size)}
         if self.choice.checkpoint is not None:
-            tags["resumed_from"] = str(self.choice.checkpoint)
-        reporter.tracker.begin_attempt(reporter.attempt, reporter.step, tags)
+            tags["resumed_from"] = str(self.choice.checkpoint.path)
+        reporter.tracker.begin_attempt(reporter.attempt, reporter.state.step, tags)
         try:
             result = self.already_done() or self.train(build, listener, accept_new_data=accept_new_data)
         except BaseException as error:
@@ -159,16 +161,16 @@ class _Attempt:
 
     def already_done(self) -> TrainResult | None:
         """The result of a run that has reached its last step, or None."""
-        reporter = self.reporter
-        if self.choice.checkpoint is None or reporter.step < self.recipe.optim.steps:
+        reporter, checkpoint = self.reporter, self.choice.checkpoint
+        if checkpoint is None or reporter.state.step < self.recipe.optim.steps:
             return None
-        reporter.event("already_done", run=self.recipe.name, checkpoint=self.choice.checkpoint)
+        reporter.event("already_done", run=self.recipe.name, checkpoint=checkpoint.path)
         reporter.progress("finished")
         return TrainResult(
             run_folder=reporter.folder.path,
-            step=reporter.step,
-            checkpoint=self.choice.checkpoint,
-            metrics=self.choice.manifest["metrics"],
+            step=reporter.state.step,
+            checkpoint=checkpoint.path,
+            metrics=checkpoint.manifest["metrics"],
             already_done=True,
         )
 
@@ -211,12 +213,12 @@ class _Attempt:
         self._announce(precision, census, ds_config)
         health = LossGuard(recipe.health, world.device)
         if self.choice.checkpoint is not None:
-            self._resume(checkpointer, health)
+            self._resume(self.choice.checkpoint, checkpointer, health)
         elif world.is_main:
             reporter.folder.metrics_path.unlink(missing_ok=True)
         if world.is_main:
             sweep(reporter.folder.path)
-            reporter.folder.forget_after(reporter.step)
+            reporter.folder.forget_after(reporter.state.step)
         check = UpdateCheck(engine, buffers)
         loop = Loop(
             recipe=recipe,
@@ -229,9 +231,9 @@ class _Attempt:
             health=health,
             listener=listener,
             watchdog=self._watchdog(),
-            checkpoint=self.choice.checkpoint,
+            state=reporter.state,
         )
-        began = reporter.step
+        began = reporter.state.step
         try:
             loop.run()
         finally:
@@ -240,29 +242,29 @@ class _Attempt:
             if world.is_main:
                 merge_ledgers(reporter.folder.path)
         movement = (
-            check.compare(world) if reporter.step > began else UpdateReport(unmoved_trainable=(), moved_frozen=())
+            check.compare(world) if reporter.state.step > began else UpdateReport(unmoved_trainable=(), moved_frozen=())
         )
-        self._finish(movement, loop.stopped)
+        self._finish(movement, reporter.state.stopped)
         engine.close()
         return TrainResult(
             run_folder=reporter.folder.path,
-            step=reporter.step,
-            checkpoint=loop.checkpoint,
+            step=reporter.state.step,
+            checkpoint=reporter.state.checkpoint,
             metrics=reporter.metrics,
             unmoved_trainable=movement.unmoved_trainable,
             moved_frozen=movement.moved_frozen,
-            stopped=loop.stopped,
+            stopped=reporter.state.stopped,
         )
 
-    def _resume(self, checkpointer: Checkpointer, health: LossGuard) -> None:
+    def _resume(self, checkpoint: Checkpoint, checkpointer: Checkpointer, health: LossGuard) -> None:
         """Bring everything but the data to the chosen checkpoint, and say what is not as it was."""
-        manifest, reporter = self.choice.manifest, self.reporter
-        checkpointer.load(self.choice, self.recipe.seed)
+        manifest, reporter = checkpoint.manifest, self.reporter
+        checkpointer.load(checkpoint, self.recipe.seed)
         health.load(manifest["cursor"]["health"])
         reporter.event(
             "resuming",
             run=self.recipe.name,
-            checkpoint=self.choice.checkpoint,
+            checkpoint=checkpoint.path,
             world_size=self.world.size,
             saved_world_size=manifest["world_size"],
         )
@@ -315,11 +317,11 @@ class _Attempt:
             precision=precision,
         )
 
-    def _identify(self, setup: StageSetup) -> dict[str, dict[str, Any]]:
+    def _identify(self, setup: StageSetup) -> dict[str, FrozenModel]:
         """Hash the frozen models on every node, and compare nodes with each other and with the checkpoint."""
         from echox.config.paths import cache_dir
 
-        mine: dict[str, dict[str, Any]] | EchoXError | None = None
+        mine: dict[str, FrozenModel] | EchoXError | None = None
         if self.context.local_rank == 0:
             try:
                 mine = identify(setup.frozen_models, cache_dir() / "sha256.json")
@@ -332,7 +334,7 @@ class _Attempt:
             compare_identities(_checked(found[0]), identity)
         identities = _checked(found[0])
         if self.choice.checkpoint is not None:
-            compare_identities(self.choice.manifest["frozen"], identities)
+            compare_identities(self.choice.checkpoint.manifest["frozen"], identities)
         return identities
 
     def _start_data(self, loader: TrainLoader, *, accept_new_data: bool) -> None:
@@ -345,12 +347,11 @@ class _Attempt:
                     where=str(self.reporter.folder.path),
                     fix="give every node the same datasets, best in a folder that all of them share",
                 )
-        resumes = self.choice.checkpoint is not None
-        step, cursor = (self.choice.manifest["step"], self.choice.manifest["cursor"]) if resumes else (0, {})
+        checkpoint = self.choice.checkpoint
         for clause in loader.start(
-            step=step,
+            step=0 if checkpoint is None else checkpoint.manifest["step"],
             run_folder=self.reporter.folder.path,
-            saved=cursor.get("stream"),
+            saved=None if checkpoint is None else checkpoint.manifest["cursor"]["stream"],
             accept_new_data=accept_new_data,
         ):
             self.reporter.event("new_data", what=clause)
@@ -384,7 +385,7 @@ def _unwritable(folder: Path, error: OSError) -> CheckpointError:
     )
 
 
-def _checked(identity: dict[str, dict[str, Any]] | EchoXError) -> dict[str, dict[str, Any]]:
+def _checked(identity: dict[str, FrozenModel] | EchoXError) -> dict[str, FrozenModel]:
     if isinstance(identity, EchoXError):
         raise identity
     return identity

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from echox.errors import LaunchError
+from echox.errors import LaunchError, TrainingError
 
 if TYPE_CHECKING:
     from launch.client.jobs import Jobs
 
 LOST = "LOST"
 """State of a job that its cluster no longer knows."""
-FINAL_CODES = range(2, LaunchError.exit_code)
+FINAL_CODES = frozenset({*range(2, LaunchError.exit_code), TrainingError.exit_code})
 """Exit codes of the user's own mistakes, which another submission repeats."""
 
 

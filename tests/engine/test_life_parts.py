@@ -24,7 +24,7 @@ from echox.engine.monitor.watchdog import Watchdog
 from echox.engine.rank_status import RankStatus, Vote
 from echox.engine.stop import StopListener, clear_stop, read_stop, request_stop, signals_stop
 from echox.engine.world import World
-from echox.errors import CheckpointError, EchoXError
+from echox.errors import CheckpointError, TrainingError
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -120,7 +120,7 @@ def test_patience_ends_with_the_policy_named(policy: Any, row: int, rewinds: int
     health.rewinds = rewinds
     for _ in range(row):
         health.record(None, skipped=True)
-    with pytest.raises(EchoXError, match=limit) as error:
+    with pytest.raises(TrainingError, match=limit) as error:
         health.check(7, {"loss/total": math.nan, "loss/s2t": 1.0}, "run")
     assert "loss/total is not a finite number at step 7" in str(error.value)
     if policy != "stop":

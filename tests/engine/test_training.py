@@ -240,7 +240,7 @@ def test_what_moved_is_checked(launched: Launched) -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(launched: Launched) -> None:
     outcome = launched.first["nan"]
-    assert outcome["error"] == "EchoXError"
+    assert outcome["error"] == "TrainingError"
     assert "loss/total is not a finite number at step 3" in outcome["text"]
     assert find_weights(launched.folder / "runs" / "nan").parent.name == "step-00000002"
     assert json.loads((launched.folder / "runs" / "nan" / "progress.json").read_text())["state"] == "failed"

@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from echox.engine import rng_state
+from echox.engine.checkpoint.contents import Cursor, RunContents
 from echox.engine.checkpoint.manifest import (
     MANIFEST,
     WEIGHTS,
+    Checkpoint,
     Choice,
     checkpoints_folder,
     choose,
@@ -56,7 +58,7 @@ def find_weights(run_or_checkpoint: Path) -> Path:
     chosen = choose(candidates, only=(WEIGHTS,)).checkpoint
     if chosen is None:
         raise CheckpointError("no checkpoint found", where=str(folder), fix="train the stage first: echox train RECIPE")
-    return chosen / WEIGHTS
+    return chosen.path / WEIGHTS
 
 
 def find_checkpoint(run_folder: Path, asked: Path | None = None) -> Choice:
@@ -71,13 +73,13 @@ def check_fits(choice: Choice, recipe: Recipe, allow: Sequence[str] = ()) -> Non
     """Raise CheckpointError when the run would not go on as this recipe says; `allow` names keys that may differ."""
     if choice.checkpoint is None:
         return
-    changed = refused_changes(choice.manifest["recipe"], recipe.model_dump(mode="json"), allow)
+    changed = refused_changes(choice.checkpoint.manifest["recipe"], recipe.model_dump(mode="json"), allow)
     if changed:
         words = sorted({key.rpartition(".")[2] for key, _, _ in changed})
         raise CheckpointError(
             "the recipe is not the one of the checkpoint: "
             + "; ".join(f"{key} is {new!r} and was {old!r}" for key, old, new in changed),
-            where=str(choice.checkpoint),
+            where=str(choice.checkpoint.path),
             fix=f"put it back, go on with --allow {','.join(words)}, or start a new run under another name",
         )
 
@@ -117,7 +119,7 @@ class Checkpointer:
     folder: RunDir
     attempt: int
     retention: Retention
-    contents: Mapping[str, Any]
+    contents: RunContents
     _host: HostState = field(default_factory=HostState)
     _save: Save | None = None
     _whole: Whole | None = None
@@ -125,7 +127,7 @@ class Checkpointer:
     _failures: int = 0
     _blocked_s: float = 0.0
 
-    def begin(self, step: int, *, cursor: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    def begin(self, step: int, *, cursor: Cursor, metrics: Mapping[str, float]) -> None:
         """Copy the state after `step` to the host and begin to write it; no save may be under way.
 
         `cursor` is where the data stand, `metrics` the last ones; both are the same on every rank.
@@ -202,7 +204,7 @@ class Checkpointer:
         """Whether training may go on after a failed save; the last one must succeed."""
         return not last and self._failures <= _FAILURES_TOLERATED
 
-    def load(self, choice: Choice, seed: int) -> int:
+    def load(self, checkpoint: Checkpoint, seed: int) -> int:
         """Bring the engine back to a checkpoint, and the random states where as many ranks wrote it; return its step.
 
         On another number of ranks the random states are seeded again from `seed` and the step.
@@ -210,35 +212,35 @@ class Checkpointer:
         Raises:
             CheckpointError: the trainable tensors are not those of this model.
         """
-        assert choice.checkpoint is not None
+        manifest = checkpoint.manifest
         ours = {name: list(whole_shape(parameter)) for name, parameter in trainables(self.engine)}
-        theirs = {name: entry["shape"] for name, entry in choice.manifest["trainable"].items()}
+        theirs = {name: entry["shape"] for name, entry in manifest["trainable"].items()}
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise CheckpointError(
                 f"the checkpoint holds other trainable tensors than this model: {', '.join(differing[:3])}{more}",
-                where=str(choice.checkpoint),
+                where=str(checkpoint.path),
                 fix="continue with the recipe of the run, or use another run name",
             )
-        step, ranks = int(choice.manifest["step"]), int(choice.manifest["world_size"])
+        step, ranks = manifest["step"], manifest["world_size"]
         put_back(
             self.engine,
-            choice.checkpoint,
+            checkpoint.path,
             rank=self.world.rank,
             saved_ranks=ranks,
-            updates=int(choice.manifest["updates"]),
+            updates=manifest["updates"],
         )
-        self._load_buffers(choice.checkpoint / WEIGHTS)
+        self._load_buffers(checkpoint.path / WEIGHTS)
         if ranks == self.world.size:
             import torch
 
-            rng_state.restore(torch.load(choice.checkpoint / random_file(self.world.rank), weights_only=False))
+            rng_state.restore(torch.load(checkpoint.path / random_file(self.world.rank), weights_only=False))
         else:
             rng_state.seed_all(seed + 1000 * (self.world.rank + 1) + 7919 * step)
         return step
 
-    def _describe(self, step: int, cursor: Mapping[str, Any], metrics: Mapping[str, float]) -> Whole:
+    def _describe(self, step: int, cursor: Cursor, metrics: Mapping[str, float]) -> Whole:
         """What rank 0 adds to the parts."""
         shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
         return Whole(
@@ -249,7 +251,7 @@ class Checkpointer:
                 "attempt": self.attempt,
                 "world_size": self.world.size,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "cursor": dict(cursor),
+                "cursor": cursor,
                 "metrics": dict(metrics),
                 "trainable": {
                     name: {"shape": list(shape), "dtype": str(dtype)} for name, (shape, dtype) in shapes.items()

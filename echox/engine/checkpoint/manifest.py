@@ -10,8 +10,9 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from echox.engine.checkpoint.contents import Contents, FileEntry, Manifest
 from echox.errors import CheckpointError
 from echox.files import fsync, sha256_file
 
@@ -51,7 +52,7 @@ def newest_manifest(run_folder: Path) -> Path | None:
     return next((manifest for manifest in manifests if manifest.is_file()), None)
 
 
-def write_manifest(folder: Path, contents: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+def write_manifest(folder: Path, contents: Contents, files: Mapping[str, FileEntry]) -> None:
     """Write the manifest over `files` (relative name to bytes and sha256), sealed by its own hash, and fsync it."""
     body = {"version": VERSION, **contents, "files": dict(sorted(files.items()))}
     path = folder / MANIFEST
@@ -62,13 +63,13 @@ def write_manifest(folder: Path, contents: Mapping[str, Any], files: Mapping[str
     fsync(folder)
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> FileEntry:
     """Size and hash of a file for the manifest, which is also forced to disk."""
     fsync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
+def read_manifest(checkpoint: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -85,10 +86,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise CheckpointError(f"{MANIFEST} does not match its own hash", where=str(path))
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{MANIFEST} has version {manifest.get('version')}, not {VERSION}", where=str(path))
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def verify(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any]:
+def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
     """Check every file of a checkpoint (or `only` some) against its manifest; return the manifest.
 
     Raises:
@@ -110,17 +111,23 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> dict[str, Any
 
 
 @dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint that was verified: its folder, and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """The newest checkpoint that verifies, and the newer ones that do not.
 
     Attributes:
-        checkpoint: its folder; None when the run has no checkpoint at all.
-        manifest: its manifest; empty without a checkpoint.
+        checkpoint: None when the run has no checkpoint at all.
         rejected: folder and reason of each newer, damaged one.
     """
 
-    checkpoint: Path | None
-    manifest: dict[str, Any]
+    checkpoint: Checkpoint | None
     rejected: tuple[tuple[Path, str], ...] = ()
 
 
@@ -137,7 +144,7 @@ def choose(candidates: Iterable[Path], only: Iterable[str] | None = None) -> Cho
         except CheckpointError as error:
             rejected.append((candidate, error.what))
             continue
-        return Choice(checkpoint=candidate, manifest=manifest, rejected=tuple(rejected))
+        return Choice(checkpoint=Checkpoint(path=candidate, manifest=manifest), rejected=tuple(rejected))
     if rejected:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in rejected)
         raise CheckpointError(
@@ -145,7 +152,7 @@ def choose(candidates: Iterable[Path], only: Iterable[str] | None = None) -> Cho
             where=str(rejected[0][0].parent),
             fix="restore one from a copy, or move the folder away to start over",
         )
-    return Choice(checkpoint=None, manifest={})
+    return Choice(checkpoint=None)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.engine.checkpoint.contents import Contents, FileEntry
 from echox.engine.checkpoint.manifest import WEIGHTS, describe_file, publish, write_manifest
 from echox.engine.checkpoint.sharded_state import FOLDER, SavedSlices, slices_file
 from echox.errors import CheckpointError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Files = dict[str, dict[str, Any]]
+Files = dict[str, FileEntry]
 
 
 def random_file(rank: int) -> str:
@@ -52,7 +53,7 @@ class Whole:
         allowed: called right before the folder is published; raises where this attempt may no longer do that.
     """
 
-    contents: Mapping[str, Any]
+    contents: Contents
     ranks: int
     trainable: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     buffers: Mapping[str, Tensor]

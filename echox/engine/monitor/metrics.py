@@ -10,7 +10,8 @@ import torch
 
 if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
-    from echox.engine.step import StepSums, Stopwatch
+    from echox.engine.monitor.step_timer import StepTimer
+    from echox.engine.step import StepSums
     from echox.engine.world import World
 
 
@@ -18,7 +19,7 @@ def step_metrics(
     engine: Engine,
     sums: StepSums,
     rates: Mapping[str, float],
-    watch: Stopwatch,
+    timer: StepTimer,
     world: World,
 ) -> dict[str, float]:
     """Metrics after one optimizer step; collective, and a host sync.
@@ -27,7 +28,7 @@ def step_metrics(
     averaged over ranks.
     """
     values = {f"loss/{name}": mean for name, mean in sums.means().items()}
-    step_s, data_wait_share = watch.read()  # After the losses were read: the device has finished the step.
+    step_s, data_wait_share = timer.read()  # After the losses were read: the device has finished the step.
     values |= {f"weight/{name}": float(weight) for name, weight in sums.weights.items()}
     values |= {f"lr/{name}": rate for name, rate in rates.items()}
     values["grad_norm"] = float(engine.ds.get_global_grad_norm() or 0.0)
@@ -41,7 +42,7 @@ def step_metrics(
     values["perf/data_wait_share"] = data_wait_share
     values["perf/peak_gib"] = peak_gib(world.device)
     values["perf/zero_trace_invalidations"] = float(engine.invalidations.count)
-    values |= _skew(step_s, data_wait_share * step_s, watch.cpu_s(), world)
+    values |= _skew(step_s, data_wait_share * step_s, timer.cpu_s(), world)
     if totals.get("audio_s"):
         values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
     if totals.get("positions") and "perf/padding_share" not in values:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from echox.engine.train_state import TrainState
+
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
     from echox.engine.interfaces import Tracker
@@ -28,7 +30,7 @@ class Reporter:
         tracker: of rank 0, or one that records nothing.
         leads: whether this is rank 0.
         attempt: number of this attempt.
-        step: optimizer steps done in all attempts.
+        state: where the run stands; its step is that of every event.
         metrics: the last value of each metric.
     """
 
@@ -38,22 +40,22 @@ class Reporter:
     tracker: Tracker
     is_main: bool
     attempt: int
-    step: int = 0
+    state: TrainState = field(default_factory=TrainState)
     metrics: dict[str, float] = field(default_factory=dict)
 
     def event(self, name: str, **values: Any) -> None:
         """One event at the present step."""
-        self.log(name, step=self.step, **values)
+        self.log(name, step=self.state.step, **values)
 
     def record(self, event: str, metrics: Mapping[str, float]) -> None:
         """Metrics of the present step, as an event too."""
         self.metrics.update(metrics)
         shown = {name: value for name, value in metrics.items() if name.startswith(_SHOWN)}
-        self.log(event, step=self.step, aside={k: v for k, v in metrics.items() if k not in shown}, **shown)
+        self.log(event, step=self.state.step, aside={k: v for k, v in metrics.items() if k not in shown}, **shown)
         if self.is_main:
             with self._unless_full():
-                self.folder.append_metrics(self.step, metrics)
-            self.tracker.log_metrics(metrics, self.step)
+                self.folder.append_metrics(self.state.step, metrics)
+            self.tracker.log_metrics(metrics, self.state.step)
 
     def tag(self, **tags: Any) -> None:
         """Tags of the tracked run."""
@@ -64,12 +66,12 @@ class Reporter:
         """Replace the progress file; see `RunDir.write_progress` for the states."""
         if not self.is_main:
             return
-        left = self.recipe.optim.steps - self.step
+        left = self.recipe.optim.steps - self.state.step
         step_ms = self.metrics.get("perf/step_ms")
         with self._unless_full():
             self.folder.write_progress(
                 stage=self.recipe.stage,
-                step=self.step,
+                step=self.state.step,
                 steps=self.recipe.optim.steps,
                 state=state,
                 attempt=self.attempt,

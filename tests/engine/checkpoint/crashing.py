@@ -57,8 +57,8 @@ def found(run: Path) -> int:
     choice: Choice = choose(list_checkpoints(run))
     if choice.checkpoint is None:
         raise CheckpointError("no checkpoint is left")
-    step = int(choice.manifest["step"])
-    with SavedSlices(choice.checkpoint, RANKS) as saved:
+    step = int(choice.checkpoint.manifest["step"])
+    with SavedSlices(choice.checkpoint.path, RANKS) as saved:
         for kind in ("fp32", "exp_avg", "exp_avg_sq"):
             values = saved.read(f"{kind}/weight", 0, RANKS * ELEMENTS)
             assert torch.equal(values, torch.full_like(values, float(step))), f"a mixture under step {step}"

@@ -59,7 +59,7 @@ def test_every_damage_to_every_file_is_seen(tmp_path: Path, file: str, damage: s
     with pytest.raises(CheckpointError):
         verify(bad)
     choice = choose(list_checkpoints(tmp_path))
-    assert choice.checkpoint == good
+    assert choice.checkpoint.path == good
     assert [folder for folder, _ in choice.rejected] == [bad]
     assert file in choice.rejected[0][1]
 

@@ -104,10 +104,10 @@ def test_damage_to_any_file_of_a_real_checkpoint_falls_back(folder: Path) -> Non
     for path in files:
         for _ in _damages(path):
             choice = find_checkpoint(run)
-            assert choice.checkpoint == before
+            assert choice.checkpoint.path == before
             ((rejected, why),) = choice.rejected
             assert rejected == newest and path.name in why
-    assert find_checkpoint(run).checkpoint == newest
+    assert find_checkpoint(run).checkpoint.path == newest
 
 
 def test_a_resume_past_damage_says_so_and_ends_in_the_same_weights(folder: Path) -> None:
