@@ -1,4 +1,4 @@
-"""`python -m echox` is the `echox` program."""
+"""`python -m echox`: runs the `echox` program."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`echox doctor`: what is installed, found and missing on this machine, and the fix for each gap."""
+"""`echox doctor`: reports what is installed, found and missing on this machine, and the fix for each gap."""
 
 from __future__ import annotations
 

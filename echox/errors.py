@@ -1,4 +1,4 @@
-"""The errors a user can cause or must act on; the command line turns each into one sentence and an exit code."""
+"""Defines the errors a user can cause or must act on; the command line turns each into a sentence and an exit code."""
 
 from __future__ import annotations
 

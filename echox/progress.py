@@ -1,4 +1,4 @@
-"""Progress of a long command as lines on standard error, with a rate and the time left."""
+"""Prints the progress of a long command as lines on standard error, with a rate and the time left."""
 
 from __future__ import annotations
 

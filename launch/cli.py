@@ -1,4 +1,4 @@
-"""`echox submit`, `resume`, `status`, `logs` and `stop`: a recipe on a Ray cluster, through Ray's job API."""
+"""`echox submit`, `resume`, `status`, `logs` and `stop`: run a recipe on a Ray cluster, through Ray's job API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from echox.errors import LaunchError
 from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 
 if TYPE_CHECKING:
-    from launch.client.jobs import Jobs
+    from launch.client.jobs import Job, Jobs
 
 ADDRESS_HELP = "address of the cluster's dashboard; default: $RAY_ADDRESS, then a head on this machine"
 RUN_HELP = "run name, submission id, or the run's folder"
@@ -67,11 +67,11 @@ def run_status(args: argparse.Namespace) -> int:
 
     jobs, found = _jobs_if_any(args)
     if args.job is None:
-        rows = []
-        for job in found:
-            folder = locate(job["id"], found)
-            rows.append({**job, "progress": None if folder is None else run_status(folder)})
-        _print(args, rows, "\n".join(_row(row, short(row["progress"] or {})) for row in rows) or "no jobs")
+        folders = [locate(job["id"], found) for job in found]
+        states = [None if folder is None else run_status(folder) for folder in folders]
+        rows = [{**job, "progress": state} for job, state in zip(found, states, strict=True)]
+        lines = [_row(job, "" if state is None else short(state)) for job, state in zip(found, states, strict=True)]
+        _print(args, rows, "\n".join(lines) or "no jobs")
         return 0
     folder = locate(args.job, found)
     run = args.job if folder is None else folder.name
@@ -180,7 +180,7 @@ def _follow(args: argparse.Namespace, jobs: Jobs, job: str) -> int:
     return 0 if state == "SUCCEEDED" else 1
 
 
-def _jobs_if_any(args: argparse.Namespace) -> tuple[Jobs | None, list[dict[str, Any]]]:
+def _jobs_if_any(args: argparse.Namespace) -> tuple[Jobs | None, list[Job]]:
     """The cluster and its jobs; none where a run's folder may say enough without it."""
     try:
         jobs = connect(args.address)
@@ -197,7 +197,7 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _row(job: dict[str, Any], progress: str) -> str:
+def _row(job: Job, progress: str) -> str:
     from launch.client.status import duration
 
     words = progress or _first(job["message"])

@@ -1,4 +1,4 @@
-"""A run's events as everybody writes them (`<run>/log/*.jsonl`): the driver's own, and all of them merged by time."""
+"""Writes the driver's events of a run (`<run>/log/*.jsonl`), and reads those of all processes, merged by time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
-Event = dict[str, Any]
+from echox.engine.monitor.run_dir import Progress
+
 LOG = "log"
 DRIVER_FILE = "driver.jsonl"
 FAILED = "failed"
@@ -16,10 +17,35 @@ FAILED = "failed"
 FAILURES = ("job_failure", "job_driver_lost", "job_failed")
 """The job's own: of a group of workers and what was decided, of the driver, and the one that ended the job."""
 ENDS = ("job_failed", "job_aborted")
-"""A driver's last word where it did not succeed: an error of the user's, or signals that left nothing to save."""
+"""A driver's last event where it did not succeed: an error of the user's, or signals that left nothing to save."""
 MORE_ROOM = "the cluster has room for more workers"
 """How a request to stop begins that is made only to go on with more workers."""
 _OWN = ("time", "event", "rank", "step", "attempt")
+
+
+class JobEvent(TypedDict):
+    """One line of `<run>/log/*.jsonl`; events have further values of their own.
+
+    Attributes:
+        time: Unix time, seconds.
+        event: its name; those of the driver begin with `job_`.
+        rank: of the worker, or "driver".
+        step, attempt: where the run stood.
+        error: of a failure, in a sentence.
+        kind, failed_rank, decision: of a group of workers that failed: see `Cause`, and what was decided.
+        start_s: of `start`: seconds of each part of the worker's start.
+    """
+
+    time: float
+    event: str
+    rank: int | str
+    step: int
+    attempt: int
+    error: NotRequired[str]
+    kind: NotRequired[str]
+    failed_rank: NotRequired[int | None]
+    decision: NotRequired[str]
+    start_s: NotRequired[dict[str, float]]
 
 
 class JobLog:
@@ -31,50 +57,50 @@ class JobLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, event: str, **values: Any) -> None:
-        """Write `event=job_<event> run=... key=value`; step and attempt are those of the workers' last word."""
+        """Write `event=job_<event> run=... key=value`; step and attempt are those that the workers reported last."""
         progress = read_progress(self.run_folder)
-        place = {"step": progress.get("step", 0), "attempt": progress.get("attempt", 0)}
-        record = {"time": round(time.time(), 3), "event": f"job_{event}", "rank": "driver", **place, **values}
+        stands_at = {"step": progress.get("step", 0), "attempt": progress.get("attempt", 0)}
+        record = {"time": round(time.time(), 3), "event": f"job_{event}", "rank": "driver", **stands_at, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=str) + "\n")
-        pairs = " ".join(f"{key}={_shown(value)}" for key, value in {**place, **values}.items())
+        pairs = " ".join(f"{key}={_shown(value)}" for key, value in {**stands_at, **values}.items())
         print(f"event=job_{event} run={self.run_folder.name} {pairs}", flush=True)
 
 
-def read_progress(run_folder: Path) -> dict[str, Any]:
-    """The engine's progress record (stage, step, steps, state, loss, samples_per_s, eta_s, time); empty if none."""
+def read_progress(run_folder: Path) -> Progress:
+    """The engine's progress record; empty if there is none."""
     try:
-        record: dict[str, Any] = json.loads((run_folder / "progress.json").read_text())
+        record: Progress = json.loads((run_folder / "progress.json").read_text())
     except (OSError, ValueError):
         return {}
     return record
 
 
-def read_events(run_folder: Path) -> list[Event]:
+def read_events(run_folder: Path) -> list[JobEvent]:
     """Every event of a run, of all ranks, attempts and the driver, by time; a line cut short by a crash is left out."""
-    found: list[Event] = []
+    found: list[JobEvent] = []
     for path in sorted((run_folder / LOG).glob("*.jsonl")):
         found += _parsed(path.read_text(encoding="utf-8", errors="replace"))
     return sorted(found, key=lambda event: event["time"])
 
 
-def driver_events(run_folder: Path) -> list[Event]:
+def driver_events(run_folder: Path) -> list[JobEvent]:
     """The job's own events, without those of the ranks, which may be many."""
     path = run_folder / LOG / DRIVER_FILE
     return _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
 
 
-def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float = 0.5) -> Iterator[Event]:
+def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float = 0.5) -> Iterator[JobEvent]:
     """Events as they are written, beginning with those there are, until `going_on` says no."""
-    places: dict[Path, int] = {}
+    offsets: dict[Path, int] = {}
     while True:
         last_round = not going_on()
-        fresh: list[Event] = []
+        fresh: list[JobEvent] = []
         for path in sorted((run_folder / LOG).glob("*.jsonl")):
             with path.open("rb") as file:
-                file.seek(places.get(path, 0))
+                file.seek(offsets.get(path, 0))
                 whole, newline, _ = file.read().rpartition(b"\n")
-            places[path] = places.get(path, 0) + len(whole) + len(newline)
+            offsets[path] = offsets.get(path, 0) + len(whole) + len(newline)
             fresh += _parsed(whole.decode("utf-8", errors="replace"))
         yield from sorted(fresh, key=lambda event: event["time"])
         if last_round:
@@ -82,20 +108,20 @@ def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float 
         time.sleep(poll_s)
 
 
-def is_error(event: Event) -> bool:
-    """Whether an event tells of a failure."""
+def is_error(event: JobEvent) -> bool:
+    """Whether an event reports a failure."""
     return event["event"] in (FAILED, *FAILURES)
 
 
-def line(event: Event) -> str:
+def line(event: JobEvent) -> str:
     """An event for people: `12:00:03.512 rank=1 step=7 attempt=2 failed error="..."`."""
     when = time.strftime("%H:%M:%S", time.localtime(event["time"])) + f"{event['time'] % 1:.3f}"[1:]
     rest = " ".join(f"{key}={_shown(value)}" for key, value in event.items() if key not in _OWN)
-    place = " ".join(f"{key}={event[key]}" for key in ("rank", "step", "attempt") if key in event)
-    return f"{when} {place} {event['event']} {rest}".rstrip()
+    stands_at = " ".join(f"{key}={value}" for key, value in event.items() if key in ("rank", "step", "attempt"))
+    return f"{when} {stands_at} {event['event']} {rest}".rstrip()
 
 
-def _parsed(text: str) -> list[Event]:
+def _parsed(text: str) -> list[JobEvent]:
     found = []
     for raw in text.splitlines():
         try:
@@ -103,7 +129,7 @@ def _parsed(text: str) -> list[Event]:
         except ValueError:
             continue
         if isinstance(event, dict) and isinstance(event.get("time"), int | float) and "event" in event:
-            found.append(event)
+            found.append(cast(JobEvent, event))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Where a job's relative paths start: Ray runs a job in a temporary copy of the project, which is no place for runs."""
+"""Resolves a job's relative paths outside Ray's temporary copy of the project, which is no place for runs."""
 
 from __future__ import annotations
 

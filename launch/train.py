@@ -1,4 +1,4 @@
-"""The entry point of a Ray job: `python -m launch.train RECIPE [key=value ...]`.
+"""`python -m launch.train RECIPE [key=value ...]`: runs a recipe, as the entry point of a Ray job.
 
 This process is light and stays: it checks the recipe, runs the driver (`launch.job.driver`) as a child, and starts it
 again when it was killed, crashed, or ended only to go on with other nodes. What the driver says of the user's own

@@ -1,4 +1,4 @@
-"""`echox shards build CORPUS`: one command a recipe, all with the same options."""
+"""`echox shards build CORPUS`: builds a corpus as shards; one command a recipe, all with the same options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full verification of a dataset: every header, checksum, recording, unit sequence and metadata of every sample."""
+"""Verifies a dataset in full: every header, checksum, recording, unit sequence and metadata of every sample."""
 
 from __future__ import annotations
 

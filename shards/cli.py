@@ -1,4 +1,4 @@
-"""`echox shards`: build a corpus, index, check and describe shards."""
+"""`echox shards`: builds a corpus, and encodes, indexes, checks and describes shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a corpus recipe says: utterances in a fixed order, and where the sound of each one lies."""
+"""Defines what a corpus recipe lists: utterances in a fixed order, and where the audio of each one lies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`echox shards index`, `check` and `stats`."""
+"""`echox shards index`, `check` and `stats`: index, verify and describe datasets of shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dataset consists of, from its catalogue alone: hours, lengths, sources, duplicates."""
+"""Computes statistics of a dataset: hours, lengths, sources and duplicates from its catalogue, tokens from texts."""
 
 from __future__ import annotations
 

@@ -157,8 +157,12 @@ def test_the_lock_holds_names_and_versions_within_the_ranges() -> None:
         assert requirement.specifier.contains(tested[requirement.name.lower()]), item
 
 
-def test_continuous_integration_runs_the_tests() -> None:
+def test_continuous_integration_runs_lint_format_types_and_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     text = script.read_text(encoding="utf-8")
-    assert "set -euo pipefail" in text and "make test" in text
+    assert "set -euo pipefail" in text and "make check" in text
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^check: .*\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    for step in ("ruff check .", "ruff format --check .", "mypy --strict echox launch shards", "-m pytest"):
+        assert step in recipe

@@ -1,1 +1,1 @@
-"""Waveforms and what the speech encoder hears of them: decoding, resampling, log-mel; no corpora and no models."""
+"""Waveforms and the speech encoder's input made of them: decoding, resampling, log-mel; no corpora and no models."""

@@ -1,4 +1,4 @@
-"""Clips of similar length together, so that little of a padded batch is padding."""
+"""Groups clips of similar length into batches, so that little of a padded batch is padding."""
 
 from __future__ import annotations
 

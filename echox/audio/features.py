@@ -1,4 +1,4 @@
-"""Whisper's log-mel spectrogram as a batched module, for clips padded to 30 s or trimmed to the batch's longest."""
+"""Computes Whisper's log-mel spectrogram of a batch of clips, padded to 30 s or trimmed to the batch's longest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Audio files and bytes to and from 16 kHz mono float32, the only waveform the rest of the project handles."""
+"""Decodes and encodes audio, to and from 16 kHz mono float32, the only waveform the rest of the project handles."""
 
 from __future__ import annotations
 

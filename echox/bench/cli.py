@@ -1,4 +1,4 @@
-"""`echox bench`: measure the data layer, a training step, or what a run's safety costs."""
+"""`echox bench`: measures the data layer, a training step, or the overhead of a run's checkpoints and checks."""
 
 from __future__ import annotations
 

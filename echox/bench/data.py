@@ -1,4 +1,4 @@
-"""The data layer against plain webdataset with soundfile, and against reading the same bytes from the page cache.
+"""Benchmarks the data layer against webdataset with soundfile, and against reading the same bytes from the page cache.
 
 All numbers of one table come from one run, best of several repeats that take turns, so that what else a machine does
 falls on all of them equally.
@@ -192,7 +192,7 @@ def resuming(bench: DataBench) -> list[Row]:
     addresses = [StepAddress(0, share * windows // 100, 0) for share in (5, 95)]
     saved = [cursor.record(plan, address, Accounts([source.name])) for address in addresses]
 
-    def resume(record: dict[str, Any]) -> None:
+    def resume(record: cursor.StreamRecord) -> None:
         reader = StreamReader(
             plan, [ShardStore(source.catalogue)], _Bytes(), rank=0, world_size=1, threads=2, prefetch=2,
             allowance=Allowance(0, 0.0),

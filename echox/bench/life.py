@@ -1,4 +1,4 @@
-"""What a run pays for its safety: saving in front of and behind training, and the checks of every step.
+"""Measures the overhead of saving checkpoints, blocking or in the background, and of the checks of every step.
 
 The real train function runs a recipe's stage at its true shapes on random weights and one synthetic batch, in this
 process; the runs that are compared take turns, so that a machine that slows down slows them all.
@@ -45,7 +45,7 @@ class OneBatch:
     def start(
         self, *, step: int, run_folder: Path, saved: Mapping[str, Any] | None, accept_new_data: bool = False
     ) -> list[str]:
-        """Nothing to find."""
+        """No position to restore."""
         return []
 
     def step(self, step: int) -> Sequence[Any]:
@@ -60,11 +60,11 @@ class OneBatch:
         return {}
 
     def record(self) -> Mapping[str, Any]:
-        """Nowhere to be."""
+        """No position to record."""
         return {}
 
     def rewind(self, *, step: int, saved: Mapping[str, Any] | None, pass_over: int) -> None:
-        """Nowhere to go."""
+        """No position to return to."""
 
     def close(self) -> None:
         """Nothing to close."""

@@ -1,4 +1,4 @@
-"""What packing is worth: forward and backward of a recipe's stage on packed rows and on padded ones, in one run.
+"""Measures the speedup of packing: forward and backward of a recipe's stage on packed and on padded rows, in one run.
 
 Weights are random and lengths log-normal, so that nothing needs to be downloaded. Machines differ and shared ones vary
 while they work, so the result is the ratio of neighbouring runs, not a time.

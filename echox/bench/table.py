@@ -1,4 +1,4 @@
-"""Rows of a benchmark and how they are printed."""
+"""Formats the rows of a benchmark as a Markdown table."""
 
 from __future__ import annotations
 

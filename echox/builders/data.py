@@ -1,4 +1,4 @@
-"""From the data section of a recipe to the stream of one rank: datasets, plan, reader, validation."""
+"""Builds one rank's data stream from the data section of a recipe: datasets, plan, reader, validation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def listings(configs: Iterable[SourceConfig]) -> dict[str, Path]:
         try:
             listing = resolve_data(config.path) / DATASET_NAME
         except EchoXError:
-            continue  # who opens it says so in its own words
+            continue  # the error is raised where the dataset is opened
         if listing.is_file():
             found[config.path] = listing
     return found

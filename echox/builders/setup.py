@@ -1,4 +1,4 @@
-"""From a recipe to everything one rank trains with: stage, loaders, and the identity of what is frozen."""
+"""Builds everything one rank trains with from a recipe: stage, loaders, and the identity of what is frozen."""
 
 from __future__ import annotations
 

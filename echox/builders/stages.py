@@ -1,4 +1,4 @@
-"""From recipe sections and pretrained parts to the networks of each stage; sizes come from the parts themselves."""
+"""Builds the networks of each stage from recipe sections and pretrained parts; sizes come from the parts themselves."""
 
 from __future__ import annotations
 

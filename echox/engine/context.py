@@ -1,4 +1,4 @@
-"""Where a train function runs: one process, a process of torchrun, or (from the launch folder) a Ray Train worker."""
+"""Provides a train function with its run context: one process, torchrun or, in `launch`, a Ray Train worker."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ class LocalContext:
         _close()
 
     def report(self, metrics: Mapping[str, float], checkpoint_dir: Path | None) -> None:
-        """Nobody listens."""
+        """Do nothing: there is no launcher to report to."""
 
     def stop_requested(self) -> str | None:
-        """Nobody asks but through signals and the run's folder."""
+        """None: a stop is requested by signals and the run's folder alone."""
         return None
 
 
@@ -128,10 +128,10 @@ class TorchrunContext:
         _close()
 
     def report(self, metrics: Mapping[str, float], checkpoint_dir: Path | None) -> None:
-        """Nobody listens: torchrun restarts a run from what its folder holds."""
+        """Do nothing: torchrun restarts a run from what its folder holds."""
 
     def stop_requested(self) -> str | None:
-        """Nobody asks but through signals and the run's folder."""
+        """None: a stop is requested by signals and the run's folder alone."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a run: optimizer groups, ZeRO-3, and what we watch or correct about it."""
+"""Wraps the DeepSpeed engine of a run: optimizer groups, ZeRO-3, and what we watch or correct about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frozen weights: where they live during training, and what identifies the folders they came from."""
+"""Keeps frozen weights as buffers during training, and identifies the folders they came from by hash."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine asks of the parts it is given: a stage, its batches, its loaders and a tracker."""
+"""Defines the interfaces of the parts that the engine is given: a stage, its batches, its loaders and a tracker."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class StageSetup:
 
 
 class BuildSetup(Protocol):
-    """Builds the setup of one rank; the command line injects `echox.stages.setup.build_setup`."""
+    """Builds the setup of one rank; the command line injects `echox.builders.setup.build_setup`."""
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         """Build stage, loaders and the list of frozen models."""

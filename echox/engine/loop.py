@@ -1,4 +1,4 @@
-"""The training loop: steps, and between them what the ranks have voted: to save, to stop, to go back."""
+"""Runs the training loop: optimizer steps, and between them the saves, stops and rewinds that all ranks agree on."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class Loop:
         self._timer.restart()
 
     def _goes_on(self) -> bool:
-        """Between batches of validation: whether nobody asked to stop."""
+        """Between batches of validation: whether no stop was requested."""
         self.watchdog.beat(self.state.step, timed=False)
         self._apply_votes(self._rank_status.exchange(self._vote()))
         return not self.state.stopped

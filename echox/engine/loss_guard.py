@@ -1,4 +1,4 @@
-"""Steps that would harm the model, seen before the optimizer moves, and what is done about them.
+"""Detects steps that would harm the model before the optimizer moves, and applies the recipe's policy to them.
 
 The verdict on a step is computed on the device from the losses of all ranks, and poisons the gradient instead of being
 read: DeepSpeed looks at the norm of the gradient before every step anyway, and drops a step whose norm is not finite on

@@ -1,4 +1,4 @@
-"""Which number format a run computes in, and a census of the formats it ended up with."""
+"""Resolves the number format a run computes in, and counts the formats it ended up with."""
 
 from __future__ import annotations
 

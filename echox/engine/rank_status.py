@@ -1,5 +1,7 @@
-"""What the ranks decide together after each step, without waiting for each other: the vote of a step is counted after
-the next one, on a group of its own that runs beside training."""
+"""Exchanges the votes of all ranks after each step, without waiting: those of a step are counted after the next one.
+
+The votes go over a process group of their own, beside training.
+"""
 
 from __future__ import annotations
 

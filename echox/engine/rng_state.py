@@ -1,4 +1,4 @@
-"""The random states of one process: seeded, captured and put back, so that a resumed run draws the same numbers."""
+"""Seeds, captures and restores the random states of one process, so that a resumed run draws the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step, and one validation pass: the exact gradient of the mean over all tokens of the global batch.
+"""Runs one optimizer step or validation pass, with the exact gradient of the mean over all tokens of the global batch.
 
 DeepSpeed averages gradients over ranks (it divides by the world size before it adds) and, when told not to scale by
 accumulation steps, adds those of the micro-steps. So a loss of `weight * total * world / count` on each rank and

@@ -1,4 +1,4 @@
-"""Asking a run to stop, and noticing that it was asked: a file in the run's folder, signals, the launcher's word."""
+"""Asks a run to stop, and listens for such requests: a file in the run's folder, signals, the launcher."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_stop(run_folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        return "asked to stop"  # somebody wrote the file by hand
+        return "asked to stop"  # a file written by hand
 
 
 class StopListener:

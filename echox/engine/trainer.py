@@ -1,4 +1,4 @@
-"""The train function: the same in one process, under torchrun and in a Ray Train worker."""
+"""Trains a stage with the same function in one process, under torchrun and in a Ray Train worker."""
 
 from __future__ import annotations
 

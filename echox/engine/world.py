@@ -1,4 +1,4 @@
-"""The processes of one run as a group: the few collectives the engine needs, each a no-op in a world of one.
+"""Provides the collectives that the engine needs over the processes of one run, each a no-op in a world of one.
 
 Tensors of training go over the device's own backend. Everything else (paths, hashes, votes) goes over a second group
 between the hosts, so that it never waits for a GPU.
@@ -27,7 +27,7 @@ class World:
 
     @classmethod
     def of(cls, rank: int, size: int, device: torch.device) -> Self:
-        """The gang of an initialised torch.distributed; every rank must make it."""
+        """The world of an initialised torch.distributed; every rank must make it."""
         import torch.distributed as dist
 
         return cls(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)

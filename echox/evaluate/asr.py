@@ -1,4 +1,4 @@
-"""The judge: a Whisper in ONNX form, not the one in the loop, that writes down what a model says.
+"""Transcribes what a model says with the judge, a Whisper in ONNX form that is not the one in the loop.
 
 The folder has the layout in which hubs publish Whisper for onnxruntime: `onnx/encoder_model*.onnx`,
 `onnx/decoder_model_merged*.onnx`, `tokenizer.json`, `generation_config.json` and `preprocessor_config.json`.

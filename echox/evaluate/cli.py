@@ -1,4 +1,4 @@
-"""`echox evaluate` and `echox report`: scores of a run on held-out sets, and the page that shows them."""
+"""`echox evaluate` and `echox report`: score a run on held-out sets, and write the page that shows the scores."""
 
 from __future__ import annotations
 

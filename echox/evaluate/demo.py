@@ -1,4 +1,4 @@
-"""The demo's evaluation: its held-out sets, the vocoder's ceiling, and samples to listen to."""
+"""Evaluates a run of the demo: scores on its held-out sets, the vocoder's ceiling, and samples to listen to."""
 
 from __future__ import annotations
 

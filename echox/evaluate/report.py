@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with curves, tables and players, for readers who have never seen the project."""
+"""Writes the report of a run, one HTML file with curves, tables and players, for readers new to the project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of a speech-to-speech run on held-out shard folders: what it understood, knew and said aloud.
+"""Scores a speech-to-speech run on held-out shard folders: what it understood, knew and said aloud.
 
 Text and speech are judged on the same answers: `s2t_acc` looks for a right answer in the text, `s2s_acc` in what an
 independent ASR model hears in the speech, `wer` compares that transcript with the model's own text.

@@ -1,4 +1,4 @@
-"""An evaluation on disk: scores and samples with their WAV files, so that a report can be made again."""
+"""Saves and loads an evaluation: scores and samples with their WAV files, so that a report can be made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing texts: English normalisation, word error rate, and whether an answer is in a reply."""
+"""Compares texts: English normalisation, word error rate, and whether an answer is in a reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-head attention and the pre-norm encoder block of the speech adapters.
+"""Defines multi-head attention and the pre-norm encoder block of the speech adapters.
 
 Written on linear maps and `scaled_dot_product_attention`: `nn.MultiheadAttention` reads its output weight from outside
 that weight's module and takes a fused path in eval mode, and both bypass the hooks by which ZeRO-3 gathers parameters.

@@ -1,4 +1,4 @@
-"""Stage III's own parts: the Denoising Adapter and the cutting of a response into segments."""
+"""Defines Stage III's own parts: the Denoising Adapter and the segmentation of a response."""
 
 from __future__ import annotations
 

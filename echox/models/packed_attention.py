@@ -1,4 +1,4 @@
-"""Attention within packed rows, for our own modules and, by registration, inside Hugging Face models."""
+"""Computes attention within packed rows, for our own modules and, by registration, inside Hugging Face models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two layouts of ragged rows, behind one interface: packed for speed, padded with masks as its oracle.
+"""Packs ragged rows end to end for speed, or pads them with masks as the oracle, behind one interface.
 
 Packed, the rows of a micro-batch lie end to end in one row `[1, L, ...]`: linear maps, norms and feed-forwards compute
 on real positions alone, and only attention needs to know where a row ends. Padded, each row has its own line of

@@ -1,4 +1,4 @@
-"""Speech in, text out: the speech front end spliced into the prompt of a LoRA-tuned causal LM."""
+"""Splices the speech front end into the prompt of a LoRA-tuned causal LM: speech in, text out."""
 
 from __future__ import annotations
 

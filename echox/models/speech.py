@@ -1,4 +1,4 @@
-"""Speech to LLM-width vectors: frozen Whisper encoder, alignment adapter with CTC head, shrink with look-back.
+"""Encodes speech to LLM-width vectors: frozen Whisper encoder, alignment adapter with CTC head, shrink with look-back.
 
 Follows Soundwave (arXiv 2502.12900), the first stage of EchoX; sizes are Whisper's and the LLM's own.
 """

@@ -1,4 +1,4 @@
-"""Text-to-codec decoder: a small Llama stack that reads text embeddings and writes unit-language words.
+"""Decodes text to codec: a small Llama stack reads text embeddings and writes unit-language words.
 
 The text table stays with the LLM and comes in as embeddings; only the unit table, the projection, the body and the head
 live here. The same class serves as Stage II model, frozen teacher and Echo decoder, whose text part is the Denoising

@@ -1,4 +1,4 @@
-"""The pinned models and recordings of the demo: where each comes from and how it becomes a folder in the cache."""
+"""Pins the demo's models and recordings, and fetches each from where it comes from into a folder of the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SHA-256 of the files of a model folder: written once when it is published, checked before it is trusted."""
+"""Writes the SHA-256 of a model folder's files when it is published, and checks them before it is trusted."""
 
 from __future__ import annotations
 

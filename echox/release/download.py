@@ -1,4 +1,4 @@
-"""Archives through the clients a machine already has (pip, npm, apt-get, huggingface_hub), each checked by SHA-256."""
+"""Downloads archives with a machine's own pip, npm or apt-get, checked by SHA-256, and files of a model hub."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _command(package: Package, folder: Path) -> list[str]:
 
 
 def _run(command: list[str], folder: Path) -> str:
-    """Run a client in `folder`; the empty string on success, else its last words."""
+    """Run a client in `folder`; the empty string on success, else why it failed, in one line."""
     try:
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     except FileNotFoundError:

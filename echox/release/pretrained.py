@@ -1,4 +1,4 @@
-"""Pretrained parts: causal LM with LoRA, Whisper encoder, tokenizer; or their shapes on random weights."""
+"""Loads pretrained parts (causal LM with LoRA, Whisper encoder, tokenizer) or their shapes on random weights."""
 
 from __future__ import annotations
 

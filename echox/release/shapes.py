@@ -1,4 +1,4 @@
-"""Published shapes of the models the recipes name, for runs on random weights without any download."""
+"""Lists published shapes of the models the recipes name, for runs on random weights without any download."""
 
 from __future__ import annotations
 

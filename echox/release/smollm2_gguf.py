@@ -1,4 +1,4 @@
-"""A Llama-shaped GGUF file turned into an ordinary Hugging Face folder with dequantised weights."""
+"""Converts a Llama-shaped GGUF file to an ordinary Hugging Face folder with dequantised weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whisper weights of a CTranslate2 `model.bin` turned into an ordinary Hugging Face folder.
+"""Converts the Whisper weights of a CTranslate2 `model.bin` to an ordinary Hugging Face folder.
 
 CTranslate2 binary, version 6: u32 version, string specification, u32 revision, u32 count, then per tensor: name, u8
 rank, u32 dimensions, u8 type, u32 bytes, data; at the end u32 count of aliases (two names each). A string is a u16

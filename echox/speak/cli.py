@@ -1,4 +1,4 @@
-"""`echox speak`: one spoken question in, one spoken answer out."""
+"""`echox speak`: answers one spoken question with speech."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained run as a speech-to-speech model: question audio to text and units, greedily and in batches."""
+"""Runs a trained speech-to-speech model: question audio to text and units, greedily and in batches."""
 
 from __future__ import annotations
 

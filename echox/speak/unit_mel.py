@@ -1,4 +1,4 @@
-"""Units to log-mel, with durations from context: the trained half of the embedded vocoder, and its training.
+"""Maps units to log-mel with durations from context, and trains this half of the embedded vocoder.
 
 For one voice. Durations: a small convolutional network gives each unit a frame count from the units around it. Mel:
 units repeated for their durations, 50 frames a second; two mel frames are a linear map of the seven units around each,

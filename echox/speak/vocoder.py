@@ -1,4 +1,4 @@
-"""Units to waveforms: the embedded unit-to-mel vocoder with Griffin-Lim, and a unit HiFi-GAN, behind one interface."""
+"""Synthesises waveforms from units: the unit-to-mel vocoder with Griffin-Lim, and a unit HiFi-GAN, by one interface."""
 
 from __future__ import annotations
 

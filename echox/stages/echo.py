@@ -1,4 +1,4 @@
-"""Stage III: Echo training. One forward runs S2T model, frozen teacher and Echo path (paper section 2.3)."""
+"""Computes the losses of stage III: one forward runs S2T model, frozen teacher and Echo path (paper section 2.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss terms: sums and counts, so that the engine can take token means over the global batch."""
+"""Computes loss terms as sums and counts, so that the engine can take token means over the global batch."""
 
 from __future__ import annotations
 

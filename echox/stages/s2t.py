@@ -1,4 +1,4 @@
-"""Stage I: speech to text. CE on the response plus weighted CTC on the transcript; CTC alone at first (U26)."""
+"""Computes the losses of stage I, speech to text: response CE, weighted transcript CTC; CTC alone at first (U26)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage II: text to codec. CE on unit-language words and the end token."""
+"""Computes the loss of stage II, text to codec: CE on unit-language words and the end token."""
 
 from __future__ import annotations
 

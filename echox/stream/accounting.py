@@ -1,4 +1,4 @@
-"""Exactly-once accounting: what the ranks did train, added up beside the losses, against what the plan says.
+"""Counts what the ranks trained, beside the losses, and checks it against the plan: exactly-once accounting.
 
 Every micro-batch carries a vector of numbers. They are added over ranks and micro-batches by an all-reduce that runs
 anyway, stay on the device, and are compared with the plan when the metrics are read. The hashes of all visits, trained
@@ -8,7 +8,7 @@ and dropped, must add up to the plan's modulo 2^64: a lost, repeated or foreign 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -62,6 +62,23 @@ def micro_batch_account(
         table[:, column] = np.bincount(window.source_N[trained], weights=values, minlength=sources)
     table[:, 5] = np.bincount(window.source_N[gone], minlength=sources)
     return vector
+
+
+class AccountsRecord(TypedDict):
+    """What a checkpoint holds of `Accounts`; multisets are 64-bit sums in hexadecimal.
+
+    Attributes:
+        sources: what each source has given, by `COLUMNS`.
+        multiset, quarantined_multiset: sums of the hashes of all visits, and of those dropped.
+        kinds: dropped samples by kind of damage.
+        passed_over: samples left out by rewinding.
+    """
+
+    sources: list[dict[str, float]]
+    multiset: str
+    quarantined_multiset: str
+    kinds: dict[str, int]
+    passed_over: int
 
 
 class Accounts:
@@ -140,7 +157,7 @@ class Accounts:
                 metrics[f"data/{name}/padding_share"] = float(1 - now[3] / now[4])
         return metrics
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> AccountsRecord:
         """Everything but unchecked steps; JSON types."""
         return {
             "sources": [dict(zip(COLUMNS, row, strict=True)) for row in self.table.tolist()],
@@ -150,7 +167,7 @@ class Accounts:
             "passed_over": self.passed_over,
         }
 
-    def load(self, record: Mapping[str, Any]) -> None:
+    def load(self, record: AccountsRecord) -> None:
         """Continue from what `to_json` gave for the same sources."""
         self.table = np.array([[row[column] for column in COLUMNS] for row in record["sources"]], dtype=np.float64)
         self.multiset = int(record["multiset"], 16)

@@ -1,4 +1,4 @@
-"""What a stage's `forward` receives: tensors of one micro-batch, padded, with masks."""
+"""Defines the micro-batches that a stage's `forward` receives: padded tensors with masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples to micro-batches: decoding, log-mel, tokens, padding."""
+"""Collates samples into micro-batches: decoding, log-mel, tokens, padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a stream stands, as one small record for all ranks, and whether a stream may go on from such a record.
+"""Saves a stream's position as one small record for all ranks, and decides whether a stream may resume from it.
 
 It holds no rank, worker or random state: any world size, split and thread count continues the same stream.
 """
@@ -6,12 +6,12 @@ It holds no rank, worker or random state: any world size, split and thread count
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from echox.errors import CheckpointError
 from echox.stream.accounting import Accounts
 from echox.stream.sampling.blend import Blend, BlendVersion
-from echox.stream.sampling.plan import Plan, StepAddress
+from echox.stream.sampling.plan import DatasetRecord, Plan, StepAddress
 
 VERSION = 2
 _FIELDS = {
@@ -23,11 +23,57 @@ _FIELDS = {
 }
 
 
-def record(plan: Plan, address: StepAddress, accounts: Accounts) -> dict[str, Any]:
+class SourceRecord(DatasetRecord):
+    """One source of the stream: how far its order had come at the start of the window, and what it has given."""
+
+    window_starts: dict[str, int]
+    consumed: dict[str, float]
+
+
+class QuarantineRecord(TypedDict):
+    """Samples that were dropped: their number, the sum of their hashes, and how many of each kind of damage."""
+
+    samples: int
+    multiset: str
+    kinds: dict[str, int]
+
+
+class StreamRecord(TypedDict):
+    """Where a stream stands; JSON types.
+
+    Attributes:
+        version: of this record.
+        seed, plan, plan_hash: of the order: seed, parameters of the plan, and their hash.
+        sources: the datasets, in order.
+        blend: versions of the weights; None for a union.
+        epoch, window, step: address of the next step.
+        samples, tokens: seen so far.
+        multiset: sum of the hashes of all visits.
+        quarantined: what was dropped.
+        passed_over: samples left out by rewinding.
+    """
+
+    version: int
+    seed: int
+    plan: dict[str, Any]
+    plan_hash: str
+    sources: list[SourceRecord]
+    blend: list[dict[str, Any]] | None
+    epoch: int
+    window: int
+    step: int
+    samples: int
+    tokens: float
+    multiset: str
+    quarantined: QuarantineRecord
+    passed_over: int
+
+
+def record(plan: Plan, address: StepAddress, accounts: Accounts) -> StreamRecord:
     """The state after the step before `address`; JSON types."""
     cursors = plan.order.cursors(address.epoch, address.window)
     booked = accounts.to_json()
-    sources = [
+    sources: list[SourceRecord] = [
         {**source, "window_starts": cursor, "consumed": consumed}
         for source, cursor, consumed in zip(plan.data(), cursors, booked["sources"], strict=True)
     ]
@@ -38,7 +84,9 @@ def record(plan: Plan, address: StepAddress, accounts: Accounts) -> dict[str, An
         "plan_hash": plan.digest(),
         "sources": sources,
         "blend": [version.to_json() for version in plan.order.versions] if isinstance(plan.order, Blend) else None,
-        **address._asdict(),
+        "epoch": address.epoch,
+        "window": address.window,
+        "step": address.step,
         "samples": accounts.seen,
         "tokens": float(accounts.table[:, 2].sum()),
         "multiset": booked["multiset"],
@@ -51,7 +99,7 @@ def record(plan: Plan, address: StepAddress, accounts: Accounts) -> dict[str, An
     }
 
 
-def differences(plan: Plan, saved: Mapping[str, Any]) -> list[str]:
+def differences(plan: Plan, saved: StreamRecord) -> list[str]:
     """What of datasets, plan and seed is not as it was, a clause each, by the recipe's names."""
     found: list[str] = []
     if plan.seed != saved["seed"]:
@@ -60,10 +108,12 @@ def differences(plan: Plan, saved: Mapping[str, Any]) -> list[str]:
     if len(before) != len(now):
         found.append(f"data.train has {len(now)} sources and had {len(before)}")
     for index, (old, new) in enumerate(zip(before, now, strict=False)):
-        for name in ("task", "fingerprint"):
-            if old[name] != new[name]:
-                what = f"data.train.{index} ({new['path']})"
-                found.append(f"the {name} of {what} is {_short(new[name])} and was {_short(old[name])}")
+        what = f"data.train.{index} ({new['path']})"
+        if old["task"] != new["task"]:
+            found.append(f"the task of {what} is {new['task']} and was {old['task']}")
+        if old["fingerprint"] != new["fingerprint"]:
+            now_is, was = _short(new["fingerprint"]), _short(old["fingerprint"])
+            found.append(f"the fingerprint of {what} is {now_is} and was {was}")
     parameters = plan.parameters()
     for name in sorted(parameters.keys() | saved["plan"].keys()):
         values = parameters.get(name), saved["plan"].get(name)
@@ -73,7 +123,7 @@ def differences(plan: Plan, saved: Mapping[str, Any]) -> list[str]:
 
 
 def resume(
-    plan: Plan, saved: Mapping[str, Any], accounts: Accounts, *, accept_new_data: bool, where: str
+    plan: Plan, record: Mapping[str, Any], accounts: Accounts, *, accept_new_data: bool, where: str
 ) -> tuple[StepAddress, list[str]]:
     """Bring plan and accounts to a saved state.
 
@@ -85,8 +135,9 @@ def resume(
     Raises:
         CheckpointError: datasets, plan or seed are others, and that was not accepted; names what.
     """
-    if saved.get("version") != VERSION:
-        raise CheckpointError(f"the stream's record has version {saved.get('version')}, not {VERSION}", where=where)
+    if record.get("version") != VERSION:
+        raise CheckpointError(f"the stream's record has version {record.get('version')}, not {VERSION}", where=where)
+    saved = cast(StreamRecord, record)
     new = differences(plan, saved)
     if new and not accept_new_data:
         raise CheckpointError(
@@ -109,7 +160,7 @@ def resume(
     )
     if isinstance(plan.order, Blend):
         wanted = plan.order.versions[-1]
-        new += _reweight(plan, [BlendVersion.from_json(version) for version in saved["blend"]], wanted, address)
+        new += _reweight(plan, [BlendVersion.from_json(version) for version in saved["blend"] or []], wanted, address)
     return address, new
 
 

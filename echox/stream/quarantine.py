@@ -1,4 +1,4 @@
-"""Samples that are damaged for good: the ledger that names them, and how many a run may drop.
+"""Records permanently damaged samples in a ledger, and limits how many of them a run may drop.
 
 A dropped sample leaves its place in the plan empty, so the order of all others is what it would be without the damage.
 """

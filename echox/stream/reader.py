@@ -1,4 +1,4 @@
-"""The micro-batches of one rank, read and decoded ahead in threads; what comes when is the plan's business alone."""
+"""Reads and decodes the micro-batches of one rank ahead in threads; the plan alone decides what comes when."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class StreamReader:
         self._allowance.check(self.accounts.quarantined, self.accounts.seen, self._run_folder)
         return metrics
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> cursor.StreamRecord:
         """Where the stream stands after the committed and checked steps; the same on all ranks; JSON types."""
         return cursor.record(self.plan, self._committed, self.accounts)
 

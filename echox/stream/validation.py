@@ -1,4 +1,4 @@
-"""A fixed pass over a held-out dataset, the same number of micro-batches on every rank."""
+"""Reads a held-out dataset in a fixed pass, the same number of micro-batches on every rank."""
 
 from __future__ import annotations
 

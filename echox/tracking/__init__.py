@@ -1,1 +1,1 @@
-"""Experiment tracking with MLflow: run creation, batched metrics, a spool for bad days; no training code and no Ray."""
+"""Experiment tracking with MLflow: run creation, batched metrics, a spool for outages; no training code and no Ray."""

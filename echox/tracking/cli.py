@@ -1,4 +1,4 @@
-"""`echox runs`: the table of runs, and runs side by side."""
+"""`echox runs`: lists runs in a table, and compares runs side by side."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
     show = actions.add_parser(
         "list",
         help="one line a run: status, attempts, steps, loss, scores",
-        description="One line a run. A run whose process is gone and that nobody ended is ended on the way.",
+        description="One line a run. A run whose process is gone before it was ended is ended on the way.",
         epilog="example: echox runs list --storage runs/demo",
     )
     show.set_defaults(run=run_list)

@@ -1,4 +1,4 @@
-"""A tracker over `MlflowClient`: explicit run ids, a journal that loses nothing, a thread that talks to the server."""
+"""Tracks runs with `MlflowClient`: explicit run ids, a journal that loses nothing, a thread that calls the server."""
 
 from __future__ import annotations
 

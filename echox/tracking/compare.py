@@ -1,4 +1,4 @@
-"""What differs between runs: parameters, grouped by section, and what each metric came to."""
+"""Compares runs: parameters that differ, grouped by section, and the outcome of each metric."""
 
 from __future__ import annotations
 

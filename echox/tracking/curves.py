@@ -1,4 +1,4 @@
-"""The curves of a run that its checkpoints come from: over steps, hours, tokens and seconds of audio."""
+"""Loads a run's curves, without steps that were lost, over steps, hours, tokens and seconds of audio."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Curves:
     Attributes:
         name: as the reader knows it, different for each run of a comparison.
         params: parameters, flat.
-        points: metric to its points, in order of steps; what attempts did in vain is left out.
+        points: metric to its points, in order of steps; steps that were done again count once.
         scores: results of evaluations.
     """
 

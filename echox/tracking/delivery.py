@@ -1,4 +1,4 @@
-"""Operations to MLflow runs: each metric point once, every attempt a child run, whatever was sent before.
+"""Sends operations to MLflow runs: each metric point once, every attempt a child run, whatever was sent before.
 
 MLflow never forgets a point, so a step that is done again after a resume would put a second value beside the first and
 the stage run's chart would run back and forth. A run therefore takes only steps beyond the last that it has of a
@@ -47,7 +47,7 @@ class Delivery:
     Args:
         client: the server.
         run_id: the stage run.
-        final: whether nobody else will make a missing attempt's child, so that this does.
+        final: whether no other process will make a missing attempt's child, so that this does.
     """
 
     def __init__(self, client: MlflowClient, run_id: str, *, final: bool = False) -> None:
@@ -231,7 +231,7 @@ def attempts_of(client: MlflowClient, stage: Run) -> dict[int, Run]:
 
 
 def refused(error: Exception) -> bool:
-    """Whether trying again is in vain: the server calls the operation wrong, or a file cannot be read or stored."""
+    """Whether trying again cannot succeed: the server calls the operation wrong, or a file cannot be read or stored."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):

@@ -1,4 +1,4 @@
-"""The runs of a folder on the server: found or created, and ended, by the owner or by whoever comes after it."""
+"""Creates or finds the runs of a folder on the server, and ends them, for the owner or for a later process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 TIMEOUT_S = 60
-"""How long one request may take where nobody waits for it; a server that needs half a minute is slow, not away."""
+"""How long one request may take where nothing waits for it; a server that needs half a minute is slow, not away."""
 _WORST = ("FAILED", "KILLED", "FINISHED")
 
 
 def make_client(uri: str, timeout_s: int = TIMEOUT_S) -> MlflowClient:
-    """A client that tries each request once; whoever calls it has its own way to try again."""
+    """A client that tries each request once; its callers have their own way to try again."""
     for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))):
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -68,7 +68,7 @@ def create_runs(client: MlflowClient, run_folder: Path) -> tuple[str, str]:
 def finish_pending(client: MlflowClient, run_folder: Path, owner: Process | None) -> str | None:
     """Deliver what every process of a run has left, and end its runs; returns the status they end with.
 
-    For the owner at its end, and for whoever finds that the owner is gone. A new owner that took the run over meanwhile
+    For the owner at its end, and for a process that finds the owner gone. A new owner that took the run over meanwhile
     keeps it: then nothing is ended, and the answer is None.
     """
     state = read_state(run_folder)
@@ -121,7 +121,7 @@ def _experiment(client: MlflowClient, state: Mapping[str, Any]) -> str:
 
 
 def _known(client: MlflowClient, run_id: str | None) -> Run | None:
-    """The run of an id, or None where the store was emptied or moved, or somebody deleted the run."""
+    """The run of an id, or None where the store was emptied or moved, or the run was deleted."""
     from mlflow.exceptions import MlflowException
 
     if run_id is None:

@@ -1,4 +1,4 @@
-"""Which runs there are: those of run folders, those of a server, and the ones that a name on the command line means."""
+"""Lists runs: those of run folders, those of a server, and the ones that a name on the command line means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What MLflow accepts: names, sizes and URIs. Pure functions, importable without MLflow."""
+"""Fits names, sizes and URIs to what MLflow accepts, by pure functions that are importable without MLflow."""
 
 from __future__ import annotations
 

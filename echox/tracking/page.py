@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file with overlaid curves, outcomes and what was set differently."""
+"""Writes the page of a comparison: one HTML file with overlaid curves, outcomes and what was set differently."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _ABOUT_AXES = (
     "Runs of different scale take a different time for a step and may see other batches, so each loss is drawn over "
     "everything it can be compared by: optimizer steps, hours of training (pauses between attempts left out), tokens "
-    "and audio seen. Steps that an attempt did in vain are left out. Thin lines are single steps, thick lines their "
-    "running mean, dashed lines validation."
+    "and audio seen. Steps that a later attempt did again are drawn once. Thin lines are single steps, thick lines "
+    "their running mean, dashed lines validation."
 )
 _PERF = {
     "perf/tokens_per_s_per_gpu": "tokens a second and GPU",

@@ -1,4 +1,4 @@
-"""The life of an MLflow run as its owner sees it: opened, shared with workers, repaired when an owner died."""
+"""Opens the MLflow run of a recipe as its owner, shares it with workers, and repairs it when an owner died."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ log = logging.getLogger("echox.tracking")
 CREATE_S = 30.0
 """How long the start of a run waits for the server. It goes on without, and the runs are created when it answers."""
 SILENT_S = 900.0
-"""A run of another machine that was not heard of for so long has lost its owner."""
+"""A run of another machine without a change to its files for so long has lost its owner."""
 
 
 def open_run(recipe: Recipe, params: Mapping[str, Any], *, storage: Path, recipe_name: str = "") -> MlflowTracker:
@@ -184,7 +184,7 @@ def _refuse_if_owned(run_folder: Path, state: Mapping[str, Any]) -> None:
 
 
 def _beats(run_folder: Path) -> bool:
-    """Whether a sign of life comes within the time in which one must; clocks of two machines are not compared."""
+    """Whether a heartbeat comes within the time in which one must; clocks of two machines are not compared."""
     before, until = last_beat(run_folder), time.monotonic() + 2 * BEAT_S
     while time.monotonic() < until:
         if last_beat(run_folder) != before:

@@ -1,7 +1,7 @@
-"""The journal between training and the tracking server: JSON lines beside the run, each removed when delivered.
+"""Journals what goes from training to the tracking server: JSON lines beside the run, each removed when delivered.
 
 Everything a process records goes into its own file first and is sent from there, so a killed process, a server that is
-away and one that is slow all end the same way: whoever comes next sends the rest from where the last one stopped.
+away and one that is slow all end the same way: the next process sends the rest from where the last one stopped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Spool:
         self.path = self._new_path()
 
     def append(self, operations: Sequence[Operation]) -> None:
-        """Keep operations; they are in the operating system's hands on return, so a killed process loses none.
+        """Keep operations; they have reached the operating system on return, so a killed process loses none.
 
         Raises:
             OSError: the folder cannot be written; nothing of the operations is kept.
@@ -43,7 +43,7 @@ class Spool:
         self._rotate()
         lines = "".join(json.dumps(operation) + "\n" for operation in operations).encode()
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Opened again each time: a file that somebody else delivered and removed meanwhile begins again.
+        # Opened again each time: a file that another process delivered and removed meanwhile begins again.
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
             try:

@@ -1,4 +1,4 @@
-"""What a run's folder knows of its MLflow run: ids, the process that owns it, signs of life. Imports nothing heavy."""
+"""Keeps a run folder's record of its MLflow run: ids, the process that owns it, heartbeats. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPOOL_FOLDER = "mlflow-spool"
 STOP_FILE = "stop.json"
 """The engine's: there when the run was asked to stop."""
 BEAT_S = 10.0
-"""How often the watcher touches the sign of life of a run whose owner lives."""
+"""How often the watcher touches the heartbeat file of a run whose owner lives."""
 
 _lock = threading.Lock()
 
@@ -114,19 +114,19 @@ def fate(run_folder: Path, state: Mapping[str, Any]) -> str:
 
 
 def beat(run_folder: Path) -> None:
-    """Leave a sign of life for processes of other machines."""
+    """Leave a heartbeat for processes of other machines."""
     path = run_folder / ALIVE_FILE
     with contextlib.suppress(OSError):
         path.touch()
 
 
 def last_beat(run_folder: Path) -> float:
-    """When the sign of life was left, in seconds; 0 if never."""
+    """When the last heartbeat was left, in seconds; 0 if never."""
     return _mtime(run_folder / ALIVE_FILE)
 
 
 def last_sign(run_folder: Path) -> float:
-    """When anything of the run was heard of last, in seconds."""
+    """When a file that shows the run's activity last changed, in seconds."""
     return max(_mtime(run_folder / name) for name in ("progress.json", ALIVE_FILE, STATE_FILE))
 
 

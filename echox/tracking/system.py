@@ -1,4 +1,4 @@
-"""CPU, memory and GPU memory of one node, sampled beside training."""
+"""Samples CPU, memory and GPU memory of one node beside training."""
 
 from __future__ import annotations
 

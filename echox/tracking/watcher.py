@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def watch(run_folder: Path, owner: Process, *, hours: float) -> None:
-    """Wait until the owner has ended the run or is gone, then see to it that the server knows."""
+    """Wait until the owner has ended the run or is gone, then make sure that the server records the end."""
     beaten = 0.0
     while owner.alive():
         state = read_state(run_folder)

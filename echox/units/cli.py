@@ -1,4 +1,4 @@
-"""`echox units` and `echox unit-language`: fit and apply both, on shard folders or folders of audio."""
+"""`echox units` and `echox unit-language`: fit and apply units and unit language, on folders of shards or audio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts and look-ups of 64-bit integer keys as whole-array operations."""
+"""Counts and looks up 64-bit integer keys by whole-array operations."""
 
 from __future__ import annotations
 

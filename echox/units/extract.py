@@ -1,4 +1,4 @@
-"""Speech to units: features, nearest centroids, consecutive duplicates removed."""
+"""Extracts units from speech: features, nearest centroids, consecutive duplicates removed."""
 
 from __future__ import annotations
 

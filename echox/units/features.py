@@ -1,4 +1,4 @@
-"""Frame features that units are made of, at 50 frames a second: a Whisper or HuBERT layer, or log-mel."""
+"""Computes the frame features that units are made of, at 50 a second: a Whisper or HuBERT layer, or log-mel."""
 
 from __future__ import annotations
 

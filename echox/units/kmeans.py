@@ -1,4 +1,4 @@
-"""k-means over speech frames: fitted by scikit-learn in mini-batches, applied in batches by torch."""
+"""Clusters speech frames by k-means, fitted by scikit-learn in mini-batches, applied in batches by torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Unit language: words of at most K speech units, found by dynamic programming under a 1- or 2-gram model.
+"""Cuts speech units into words of at most K units (unit language), by dynamic programming under a 1- or 2-gram model.
 
 Source: Unit Language (arXiv 2505.15333). A sequence of units u_1..u_n is cut into the words w_1..w_m, each of at most K
 units, that maximise P(w_1..w_m). Probabilities are relative frequencies on a unit corpus; how they are smoothed and

@@ -1,4 +1,4 @@
-"""The first norm of a HuBERT, made to see each clip of a padded batch alone."""
+"""Makes the first norm of a HuBERT normalise each clip of a padded batch by its own frames alone."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""Following a job: a progress bar fed by the run folder's progress file, and the job's own words when it fails."""
+"""Follows a job: a progress bar fed by the run folder's progress file, and the job's own error when it fails."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from echox.engine.monitor.run_dir import Progress as ProgressRecord
 from echox.errors import LaunchError
 from launch.client.jobs import Jobs
 from launch.events import read_progress
@@ -23,18 +24,19 @@ class _Columns(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         """One line of numbers."""
-        return Text(describe(task.fields.get("record") or {}, with_step=False))
+        return Text(describe(cast(ProgressRecord, task.fields.get("record") or {}), with_step=False))
 
 
-def describe(record: dict[str, Any], *, with_step: bool = True) -> str:
+def describe(record: ProgressRecord, *, with_step: bool = True) -> str:
     """A progress record as words: `12/300 loss 2.31 25.0 samples/s ETA 1:05`."""
     words = [f"{record['step']}/{record['steps']}"] if with_step and "step" in record else []
     if record.get("loss") is not None:
         words.append(f"loss {record['loss']:.3f}")
     if record.get("samples_per_s"):
         words.append(f"{record['samples_per_s']:.1f} samples/s")
-    if record.get("eta_s") is not None and record.get("state") == "training":
-        minutes, seconds = divmod(int(record["eta_s"]), 60)
+    eta_s = record.get("eta_s")
+    if eta_s is not None and record.get("state") == "training":
+        minutes, seconds = divmod(int(eta_s), 60)
         words.append(f"ETA {minutes}:{seconds:02d}")
     state = record.get("state")
     if state and state != "training":
@@ -49,7 +51,7 @@ def follow(
     *,
     title: str,
     console: Console,
-    watch: Callable[[dict[str, Any]], None] | None = None,
+    watch: Callable[[ProgressRecord], None] | None = None,
     poll_s: float = 0.5,
 ) -> None:
     """Show a job's progress until it ends: a live bar on a terminal, a line every ten seconds elsewhere.

@@ -1,4 +1,4 @@
-"""Ray's job API: submit a recipe, ask for its state, follow its log, stop it. Sugar over `ray job submit`."""
+"""Submits, queries, follows and stops jobs through Ray's job API, the one behind `ray job submit`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import urlparse
 
 from echox.config.load import find_recipe, load_recipe
@@ -46,6 +46,31 @@ def token_header() -> dict[str, str]:
         with contextlib.suppress(OSError):
             token = path.read_text().strip()
     return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+class Job(TypedDict):
+    """One job of a cluster.
+
+    Attributes:
+        id: submission id.
+        run: name of the run it trains, or the id where it is none of ours.
+        attempt: how often the run had been submitted.
+        status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+        message: Ray's words on it.
+        exit_code: of its entry process, once that has ended.
+        folder: of the run, where that is known; else empty.
+        start, end: Unix time; 0 and None before.
+    """
+
+    id: str
+    run: str
+    attempt: int
+    status: str
+    message: str
+    exit_code: int | None
+    folder: str
+    start: float
+    end: float | None
 
 
 class Jobs:
@@ -130,9 +155,9 @@ class Jobs:
         """Whether the cluster's head is this machine."""
         return urlparse(self.address).hostname in ("127.0.0.1", "localhost", "::1")
 
-    def list(self, run: str | None = None) -> list[dict[str, Any]]:
-        """Jobs of the cluster, oldest first: id, run, attempt, status, message, folder, start and end in seconds."""
-        found = []
+    def list(self, run: str | None = None) -> list[Job]:
+        """Jobs of the cluster, oldest first."""
+        found: list[Job] = []
         for job in self._call(self._client.list_jobs):
             if job.submission_id is None:
                 continue
@@ -179,7 +204,7 @@ class Jobs:
         return _text(self._call(lambda: self._client.get_job_status(job)))
 
     def message(self, job: str) -> str:
-        """Ray's own words on a job's state."""
+        """Ray's message on a job's state."""
         return str(self._call(lambda: self._client.get_job_info(job)).message or "")
 
     def logs(self, job: str) -> str:

@@ -1,4 +1,4 @@
-"""A local Ray head: found if one runs, started if none does, and stopped only by whoever started it."""
+"""Finds a running local Ray head or starts one, and stops only a head that this project started."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Head:
         return _runs(self.pid, self.created)
 
     def abandoned(self) -> bool:
-        """Whether its starter is gone, so that nobody else will stop it."""
+        """Whether its starter is gone, so that no other process will stop it."""
         return not _runs(self.starter, self.starter_created)
 
     def environment(self) -> dict[str, str]:

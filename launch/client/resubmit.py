@@ -1,4 +1,4 @@
-"""Following a job from outside its cluster: over the loss of the cluster, and to another submission where it failed."""
+"""Follows a job from outside its cluster: across the loss of the cluster, and to another submission where it failed."""
 
 from __future__ import annotations
 

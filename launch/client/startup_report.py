@@ -1,17 +1,17 @@
-"""Where the start of a run's last attempt went, from its events."""
+"""Reports what the start of a run's last attempt spent its time on, from the run's events."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from launch.events import Event
+from launch.events import JobEvent
 
 BEGIN, DRIVER, FAILURE, WORKER, STEP = "job_begin", "job_start", "job_failure", "start", "step"
 """Events of the job, of its driver with the MLflow run open, of workers that were lost, of rank 0 before its first step
 and after it."""
 
 
-def start_up(events: Iterable[Event], submitted: float | None = None) -> dict[str, float]:
+def start_up(events: Iterable[JobEvent], submitted: float | None = None) -> dict[str, float]:
     """Seconds from submission, or from the loss of the workers before, to the first step, by what they went into.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is known of a run: from its job, and from its folder where that can be seen from here."""
+"""Reports what is known of a run: from its job, and from its folder where that can be seen from here."""
 
 from __future__ import annotations
 
@@ -6,20 +6,48 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.manifest import newest_manifest
+from echox.engine.monitor.run_dir import Progress
 from echox.errors import LaunchError
 from launch import paths
 from launch.client.follow import describe
+from launch.client.jobs import Job
 from launch.client.startup_report import describe as describe_start
 from launch.client.startup_report import start_up
-from launch.events import FAILED, FAILURES, Event, is_error, line, read_events, read_progress
+from launch.events import FAILED, FAILURES, JobEvent, is_error, line, read_events, read_progress
 from launch.job.failure_cause import lost_peer
 
 
-def locate(run: str, jobs: Iterable[dict[str, Any]] = ()) -> Path | None:
+class CheckpointAge(TypedDict):
+    """Folder of a run's newest checkpoint, and the seconds since it was published."""
+
+    path: str
+    age_s: float
+
+
+class Failure(TypedDict):
+    """The last failure of a run: when, in which attempt, at which step, why, and what was decided."""
+
+    time: float
+    attempt: int
+    step: int
+    error: str | None
+    decision: str | None
+
+
+class RunStatus(Progress):
+    """What a run's folder says: its progress, newest checkpoint, last failure, and the seconds of its last start."""
+
+    folder: str
+    checkpoint: CheckpointAge | None
+    failure: Failure | None
+    start_s: dict[str, float]
+
+
+def locate(run: str, jobs: Iterable[Job] = ()) -> Path | None:
     """The folder of a run given as a folder, a job or a name; None where it cannot be seen from here.
 
     Args:
@@ -35,7 +63,7 @@ def locate(run: str, jobs: Iterable[dict[str, Any]] = ()) -> Path | None:
     return None
 
 
-def resolved_recipe(run: str, jobs: Iterable[dict[str, Any]] = ()) -> Path:
+def resolved_recipe(run: str, jobs: Iterable[Job] = ()) -> Path:
     """The recipe that a run's folder holds.
 
     Raises:
@@ -53,7 +81,7 @@ def resolved_recipe(run: str, jobs: Iterable[dict[str, Any]] = ()) -> Path:
     return file
 
 
-def run_status(folder: Path, submitted: float | None = None) -> dict[str, Any]:
+def run_status(folder: Path, submitted: float | None = None) -> RunStatus:
     """Progress, last checkpoint, last failure and where the start went: what a run's folder says.
 
     Args:
@@ -61,26 +89,43 @@ def run_status(folder: Path, submitted: float | None = None) -> dict[str, Any]:
         submitted: Unix time at which the cluster took its job.
     """
     progress = read_progress(folder)
-    found: dict[str, Any] = {"folder": str(folder), **progress, "checkpoint": None, "failure": None}
-    newest = newest_manifest(folder)
-    if newest is not None:
-        age = time.time() - newest.stat().st_mtime
-        found["checkpoint"] = {"path": str(newest.parent), "age_s": round(age, 1)}
     events = read_events(folder)
-    found["start_s"] = {name: round(value, 1) for name, value in start_up(events, submitted).items()}
-    failures = [event for event in events if event["event"] in FAILURES]
-    if failures:
-        last = failures[-1]
-        found["failure"] = {key: last.get(key) for key in ("time", "attempt", "step", "error", "decision")}
-    return found
+    start_s = {name: round(value, 1) for name, value in start_up(events, submitted).items()}
+    return {
+        "folder": str(folder),
+        **progress,
+        "checkpoint": _checkpoint(folder),
+        "failure": _last_failure(events),
+        "start_s": start_s,
+    }
 
 
-def short(status: dict[str, Any]) -> str:
+def _checkpoint(folder: Path) -> CheckpointAge | None:
+    newest = newest_manifest(folder)
+    if newest is None:
+        return None
+    return {"path": str(newest.parent), "age_s": round(time.time() - newest.stat().st_mtime, 1)}
+
+
+def _last_failure(events: Iterable[JobEvent]) -> Failure | None:
+    last = next((event for event in reversed(list(events)) if event["event"] in FAILURES), None)
+    if last is None:
+        return None
+    return {
+        "time": last["time"],
+        "attempt": last["attempt"],
+        "step": last["step"],
+        "error": last.get("error"),
+        "decision": last.get("decision"),
+    }
+
+
+def short(status: RunStatus) -> str:
     """A run's progress in a few words, for a table; empty before there is any."""
     return describe(status) if "step" in status else ""
 
 
-def report(run: str, job: dict[str, Any] | None, status: dict[str, Any] | None) -> str:
+def report(run: str, job: Job | None, status: RunStatus | None) -> str:
     """Everything about one run, a line each."""
     lines = [f"run         {run}"]
     if job is not None:
@@ -90,7 +135,8 @@ def report(run: str, job: dict[str, Any] | None, status: dict[str, Any] | None) 
     lines.append(f"folder      {status['folder']}")
     if "step" in status:
         lines.append(f"state       {status['state']}, attempt {status['attempt']}")
-        lines.append(f"progress    {describe({**status, 'state': 'training'})}")
+        training = cast(Progress, {**status, "state": "training"})  # its state has a line of its own
+        lines.append(f"progress    {describe(training)}")
     if status["start_s"]:
         lines.append(f"start       {describe_start(status['start_s'])}")
     if status["checkpoint"] is not None:
@@ -104,9 +150,9 @@ def report(run: str, job: dict[str, Any] | None, status: dict[str, Any] | None) 
     return "\n".join(lines)
 
 
-def error_report(events: Iterable[Event]) -> list[str]:
+def error_report(events: Iterable[JobEvent]) -> list[str]:
     """The failures of a run, attempt by attempt: the cause first, then what every rank said, by time."""
-    attempts: dict[int, list[Event]] = {}
+    attempts: dict[int, list[JobEvent]] = {}
     for event in events:
         if is_error(event):
             attempts.setdefault(event.get("attempt", 0), []).append(event)
@@ -125,7 +171,7 @@ def error_report(events: Iterable[Event]) -> list[str]:
     return lines
 
 
-def duration(job: dict[str, Any]) -> str:
+def duration(job: Job) -> str:
     """How long a job has run: `1:02:03`."""
     seconds = int((job["end"] or time.time()) - job["start"]) if job["start"] else 0
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,4 +1,4 @@
-"""Phases of a long command: what runs, how long it took, and the most memory its processes held at once."""
+"""Times the phases of a long command, and measures the most memory that its processes held at once."""
 
 from __future__ import annotations
 

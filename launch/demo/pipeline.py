@@ -34,6 +34,7 @@ from launch.demo.phases import MemoryWatch, Phases
 
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
+    from echox.engine.monitor.run_dir import Progress
     from launch.client.jobs import Jobs
 
 STAGES = ("s2t", "t2c", "echo")
@@ -207,14 +208,14 @@ class Demo:
         job = jobs.submit(f"demo/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
         self._open[stage] = (jobs, job)
 
-    def _near_end(self, jobs: Jobs, running: Recipe) -> Callable[[dict[str, Any]], None]:
+    def _near_end(self, jobs: Jobs, running: Recipe) -> Callable[[Progress], None]:
         """Looks at the progress of a stage, and submits the next one when this one is about to end.
 
         Job, driver and controller of the next are up, then, when the places of this one's workers become free.
         """
         following = STAGES[STAGES.index(running.stage) + 1 :][:1]
 
-        def look(record: dict[str, Any]) -> None:
+        def look(record: Progress) -> None:
             eta_s = record.get("eta_s")
             if eta_s is None or eta_s > LEAD_S:
                 return

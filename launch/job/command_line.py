@@ -40,7 +40,7 @@ def arguments(prog: str) -> argparse.ArgumentParser:
 
 
 def said(error: EchoXError, *, debug: bool) -> int:
-    """Print an error as the job's last word; returns its exit code."""
+    """Print an error as the last line of the job's output; returns its exit code."""
     if debug:
         traceback.print_exc()
     print(f"error: {error}", file=sys.stderr, flush=True)

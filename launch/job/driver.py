@@ -1,4 +1,4 @@
-"""The driver of a job, child of `launch.train`: it opens the MLflow run, lets Ray Train run the workers, and waits.
+"""Drives a job as a child of `launch.train`: opens the MLflow run, lets Ray Train run the workers, and waits.
 
 Everything of Ray happens in a thread, for Ray takes signals for itself in the main one: Ray Train's handler kills the
 workers, and a stop should let them save first. It imports no torch and never touches a GPU.
@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from echox.config.load import find_recipe, load_recipe, resolved
 from echox.config.schema import Recipe, worker_counts
@@ -26,7 +26,7 @@ from launch.job.command_line import ABORTED, AGAIN, CRASHED, arguments, said
 from launch.job.failure_cause import find_cause, first_line
 from launch.job.ray_context import DRAINED
 from launch.job.signals import StopSignals, die_with
-from launch.job.worker import run_worker
+from launch.job.worker import WorkerConfig, WorkerResult, run_worker
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
@@ -129,7 +129,7 @@ class Driver:
             print("event=stopped: submit the same recipe again to continue", flush=True)
         return code
 
-    def _wait_for_work(self, work: _Work) -> dict[str, Any]:
+    def _wait_for_work(self, work: _Work) -> WorkerResult:
         """Wait for the training; on a signal, ask it to stop and wait as long as Ray will."""
         deadline: float | None = None
         while not work.done.wait(POLL_S):
@@ -165,7 +165,7 @@ class Driver:
         request = read_stop(self.run_folder)
         return request is None or request.startswith(MORE_ROOM)
 
-    def _fit(self, handle: RunHandle) -> dict[str, Any]:
+    def _fit(self, handle: RunHandle) -> WorkerResult:
         """Start the workers with their options, see `run_worker`, and wait for them."""
         recipe, scaling = self.recipe, self.recipe.scaling
         least, most = scaling.bounds
@@ -180,7 +180,7 @@ class Driver:
         import ray.train
 
         if len(ray.nodes()) == 1 and not os.environ.get("ECHOX_AUTOSCALED"):
-            # Nobody would be left to hear that the only node is being drained: one process less to start.
+            # When the only node is drained, no process is left to notify: one process less to start.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
@@ -200,7 +200,7 @@ class Driver:
             counts = LegalCounts(scaling_config, counts=worker_counts(recipe), run_folder=self.run_folder)
         elif not os.environ.get("ECHOX_AUTOSCALED"):
             counts = FixedCount(scaling_config)
-        options = {
+        options: WorkerConfig = {
             "recipe": resolved(recipe),
             "handle": handle,
             "train": self.args.train,
@@ -237,7 +237,7 @@ class Driver:
             attempt = read_progress(self.run_folder).get("attempt")
             events = [e for e in read_events(self.run_folder) if e["event"] == FAILED and e.get("attempt") == attempt]
             raise find_cause(error, self.run_folder, events).error from error
-        return dict(result.return_value)
+        return cast(WorkerResult, result.return_value)
 
     def _artifacts(self, tracker: MlflowTracker) -> None:
         """The resolved recipe, the DeepSpeed JSON and the fingerprints of the data, as files of the run."""
@@ -256,12 +256,12 @@ class Driver:
 
 
 class _Work:
-    """A function in a thread; nobody waits for the thread when the process ends."""
+    """A function in a thread that the process does not wait for when it ends."""
 
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Callable[[], WorkerResult]) -> None:
         self.done = threading.Event()
         self._function = function
-        self._result: dict[str, Any] = {}
+        self._result: WorkerResult | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name="fit", daemon=True).start()
 
@@ -273,10 +273,11 @@ class _Work:
         finally:
             self.done.set()
 
-    def outcome(self) -> dict[str, Any]:
+    def outcome(self) -> WorkerResult:
         """What the function returned; raises what it raised."""
         if self._error is not None:
             raise self._error
+        assert self._result is not None
         return self._result
 
 
@@ -327,7 +328,7 @@ def connect() -> None:
 
 
 def check_room(recipe: Recipe, resources: dict[str, float]) -> None:
-    """Fail at once where the cluster could never hold the workers; Ray would wait without a word."""
+    """Fail at once where the cluster could never hold the workers; Ray would wait without a message."""
     import ray
 
     least, _ = recipe.scaling.bounds

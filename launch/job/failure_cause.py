@@ -1,4 +1,4 @@
-"""Why a group of workers failed: which rank was the first, told apart from those that only lost their peer."""
+"""Finds why a group of workers failed: which rank was the first, told apart from those that only lost their peer."""
 
 from __future__ import annotations
 

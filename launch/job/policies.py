@@ -1,4 +1,4 @@
-"""Ray Train's decisions, made by the recipe's rules: what is worth another try, and how many workers may run."""
+"""Makes Ray Train's decisions by the recipe's rules: which failures are tried again, and how many workers may run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from echox.engine.monitor.run_dir import Progress
 from echox.engine.stop import request_stop
 from launch.events import FAILED, MORE_ROOM, JobLog, read_events, read_progress
 from launch.job.failure_cause import Cause, find_cause
@@ -66,7 +67,7 @@ class Failures(FailurePolicy):
         )
         return FailureDecision.RETRY if again else FailureDecision.RAISE
 
-    def _budget(self, cause: Cause, error: TrainingFailedError, progress: dict[str, Any]) -> str:
+    def _budget(self, cause: Cause, error: TrainingFailedError, progress: Progress) -> str:
         """`worker`, `start`, `none` (always again) or `final` (never)."""
         if cause.kind == "drained":
             return "none"
@@ -108,14 +109,14 @@ class LegalCounts(ElasticScalingPolicy):
 
 
 class FixedCount(FixedScalingPolicy):
-    """Ray's policy of a fixed count, for a cluster that does not grow: it asks nobody for resources.
+    """Ray's policy of a fixed count, for a cluster that does not grow: it sends no requests for resources.
 
     Ray's own starts a process to ask an autoscaler through, and waits for it; the placement group of the workers asks
     for the same.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Nothing: no client for the requests is made, so none is cancelled at the end."""
+        """Do nothing: no client for the requests is made, so none is cancelled at the end."""
 
     def _maybe_send_resource_request(self) -> None:
         pass

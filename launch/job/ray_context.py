@@ -1,4 +1,4 @@
-"""The engine's run context inside a Ray Train worker."""
+"""Implements the engine's run context inside a Ray Train worker."""
 
 from __future__ import annotations
 

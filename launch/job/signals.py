@@ -1,4 +1,4 @@
-"""Signals as requests: the first asks for a stop, the second insists; and children that die with their parent."""
+"""Turns signals into requests: the first asks for a stop, the second insists; and ends children with their parent."""
 
 from __future__ import annotations
 

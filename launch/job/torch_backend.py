@@ -1,4 +1,4 @@
-"""The workers' torch process group. Only workers import torch for it.
+"""Joins the workers into a torch process group. Only workers import torch for it.
 
 Ray's own `TorchConfig` does the same and imports torch in the driver and in Ray Train's controller as well, which never
 compute anything: seconds of every start, one after the other, and a gigabyte of memory.

@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: the engine's train function, with a tracker where this rank has something to say."""
+"""Runs the engine's train function in a Ray Train worker, with a tracker on the first rank of each node."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from echox.config.schema import Recipe
 from echox.errors import EchoXError
@@ -19,15 +19,35 @@ from launch.job.failure_cause import error_file
 from launch.job.ray_context import RayContext
 
 
-def run_worker(config: dict[str, Any]) -> dict[str, Any]:
+class WorkerConfig(TypedDict):
+    """What a worker is started with.
+
+    Attributes:
+        recipe: as plain values.
+        handle: of the MLflow run.
+        train, setup: `module:function` of the train function and of what builds its setup.
+        accept_new_data, allow, debug: as on the command line.
+    """
+
+    recipe: dict[str, Any]
+    handle: RunHandle
+    train: str
+    setup: str
+    accept_new_data: bool
+    allow: list[str]
+    debug: bool
+
+
+class WorkerResult(TypedDict):
+    """How training ended: optimizer steps, newest checkpoint, and why it was stopped (empty: it was not)."""
+
+    step: int
+    checkpoint: str
+    stopped: str
+
+
+def run_worker(config: WorkerConfig) -> WorkerResult:
     """Train on one rank.
-
-    Args:
-        config: `recipe` (plain tree), `handle` (fields of `RunHandle`), `train` and `setup` (`module:function`),
-            `accept_new_data` and `allow`, as the engine takes them.
-
-    Returns:
-        `step`, `checkpoint` and `stopped` (why, or "") of the engine's result.
 
     Raises:
         EchoXError: what the user can act on, for the driver to print.
@@ -36,7 +56,7 @@ def run_worker(config: dict[str, Any]) -> dict[str, Any]:
     from echox.engine.interfaces import NullTracker
 
     recipe = Recipe.model_validate(config["recipe"])
-    handle: RunHandle = config["handle"]
+    handle = config["handle"]
     context = RayContext(Path(recipe.storage))
     traceback_file = error_file(handle.run_folder, context.rank)
     traceback_file.unlink(missing_ok=True)

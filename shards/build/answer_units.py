@@ -1,4 +1,4 @@
-"""Units of spoken answers: `answer.flac` of finished shards becomes `answer.units`, shard by shard, on a GPU if any."""
+"""Extracts units of spoken answers in finished shards, `answer.flac` to `answer.units`, on a GPU where there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One shard of a corpus: utterances in, a tar and its record out; runs in worker processes, so it imports little."""
+"""Converts utterances of a corpus to a shard and its record; runs in worker processes, so it imports little."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def is_kept(folder: Path, number: int) -> bool:
-    """Whether the shard is the one its record tells of, byte for byte."""
+    """Whether the shard is the one its record describes, byte for byte."""
     record, tar = read_json(record_path(folder, number)), tar_path(folder, number)
     return bool(record) and tar.is_file() and sha256_file(tar) == record["sha256"]
 
@@ -227,7 +227,7 @@ def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
         raise EchoXError(
             f"Cannot read audio: {error.strerror or error}",
             where=str(audio.stands_in()),
-            fix="Mend the source and run the same command again: finished shards are kept.",
+            fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
     seconds = len(samples) / SAMPLE_RATE
     if _is_cut(data) or seconds < 0.98 * info.duration:
@@ -239,7 +239,7 @@ def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether a WAV promises more bytes than there are: libsndfile then decodes what is left without a word."""
+    """Whether a WAV promises more bytes than there are: libsndfile then decodes what is left without an error."""
     promised = int.from_bytes(data[4:8], "little")
     # Programs that write WAV into a pipe cannot know its length, and promise nothing or everything.
     return data[:4] == b"RIFF" and promised < 0x7FFFFFFF and promised + 8 > len(data)

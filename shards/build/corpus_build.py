@@ -202,5 +202,5 @@ class _Run:
             f"{self._meter.rejected:,} of {self._meter.seen:,} utterances are bad, more than "
             f"{self._settings.max_rejected:.1%}; the first, {rejected['id']}: {rejected['reason']}",
             where=str(self._work / LEDGER_NAME),
-            fix="Mend the source, or raise --max-rejected; finished shards are kept.",
+            fix="Repair the source, or raise --max-rejected; finished shards are kept.",
         )

@@ -1,4 +1,4 @@
-"""How far a build has come: utterances, hours, rate, time left."""
+"""Reports how far a build has come: utterances, hours, rate, time left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHOW_EVERY_S = 2.0
 
 
 class Meter:
-    """Counts what is done, and says so every two seconds.
+    """Counts what is done, and reports it every two seconds.
 
     Args:
         name: of the corpus.

@@ -1,4 +1,4 @@
-"""The folder of shards as others see it: `dataset.json`, what it was built from, what was rejected."""
+"""Publishes a folder of shards with `dataset.json`, what it was built from, and what was rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small JSON files beside the shards that say what a step was made from, so that it can be skipped."""
+"""Records in small JSON files beside the shards what a step was made from, so that it can be skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Worker processes, and the lock that keeps two builds out of one folder."""
+"""Runs worker processes, and keeps two builds out of one folder by a lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AudioQA-1M: spoken questions with spoken answers, as its owners (VITA-MLLM) or the EchoX authors publish it."""
+"""Reads AudioQA-1M: spoken questions and answers, as its owners (VITA-MLLM) or the EchoX authors publish it."""
 
 from __future__ import annotations
 

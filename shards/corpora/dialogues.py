@@ -1,4 +1,4 @@
-"""Spoken dialogues as the EchoX authors and the VITA project write them down, and utterances made of them."""
+"""Reads spoken dialogues in the layouts of the EchoX authors and the VITA project, and makes utterances of them."""
 
 from __future__ import annotations
 

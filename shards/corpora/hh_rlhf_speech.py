@@ -1,4 +1,4 @@
-"""HH-RLHF-Speech: helpful and harmless dialogues, spoken, as the EchoX authors publish their spoken dialogues."""
+"""Reads HH-RLHF-Speech: helpful and harmless dialogues, spoken, as the EchoX authors publish spoken dialogues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LibriSpeech: 960 hours of read English, as OpenSLR unpacks it or as Hugging Face stores it."""
+"""Reads LibriSpeech: 960 hours of read English, as OpenSLR unpacks it or as Hugging Face stores it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Magpie-Pro-Speech+: instructions of Magpie-Llama-3.3-Pro, rewritten for speech and spoken by the EchoX authors."""
+"""Reads Magpie-Pro-Speech+: Magpie-Llama-3.3-Pro instructions, rewritten for speech and spoken by the EchoX authors."""
 
 from __future__ import annotations
 

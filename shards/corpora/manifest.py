@@ -1,4 +1,4 @@
-"""Your own recordings: a file with one JSON object a line, each naming audio and saying what is spoken in it."""
+"""Reads your own recordings: a file with one JSON object a line, each naming audio and saying what is spoken in it."""
 
 from __future__ import annotations
 

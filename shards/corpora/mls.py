@@ -1,4 +1,4 @@
-"""Multilingual LibriSpeech: read speech of eight languages, as OpenSLR unpacks it or as Hugging Face stores it."""
+"""Reads Multilingual LibriSpeech: read speech of eight languages, as OpenSLR unpacks it or Hugging Face stores it."""
 
 from __future__ import annotations
 

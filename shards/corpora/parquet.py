@@ -1,4 +1,4 @@
-"""Rows of the parquet files in which Hugging Face keeps speech, without their sound."""
+"""Reads rows of the parquet files in which Hugging Face stores speech, without their audio."""
 
 from __future__ import annotations
 

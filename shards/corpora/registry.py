@@ -1,4 +1,4 @@
-"""The corpora there are recipes for, in the order in which help lists them."""
+"""Lists the corpora there are recipes for, in the order in which help shows them."""
 
 from __future__ import annotations
 

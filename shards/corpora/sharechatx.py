@@ -1,4 +1,4 @@
-"""ShareChatX: spoken dialogues of several turns, as the EchoX authors publish them."""
+"""Reads ShareChatX: spoken dialogues of several turns, as the EchoX authors publish them."""
 
 from __future__ import annotations
 

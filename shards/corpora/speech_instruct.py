@@ -1,4 +1,4 @@
-"""SpeechInstruct: instructions as text and as the units of mHuBERT, the ones EchoX speaks in."""
+"""Reads SpeechInstruct: instructions as text and as the units of mHuBERT, the ones EchoX speaks in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the demo corpus step by step; a step whose inputs have not changed is skipped and says so."""
+"""Builds the demo corpus step by step; a step whose inputs have not changed is reported and skipped."""
 
 from __future__ import annotations
 

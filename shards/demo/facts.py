@@ -1,4 +1,4 @@
-"""Countries and what the demo asks about them, written from general knowledge."""
+"""Lists countries and what the demo asks about them, written from general knowledge."""
 
 from __future__ import annotations
 

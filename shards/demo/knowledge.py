@@ -1,4 +1,4 @@
-"""What the text LLM knows by itself: its greedy answers to written questions, in the speech model's own prompt."""
+"""Asks the text LLM what it knows by itself: greedy answers to written questions, in the speech model's own prompt."""
 
 from __future__ import annotations
 

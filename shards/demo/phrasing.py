@@ -1,4 +1,4 @@
-"""Sentences of the demo: questions and answers about facts, and carriers that name things without stating a fact."""
+"""Phrases the demo's sentences: questions and answers about facts, and carriers that name things but state no fact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo corpus says: a pure function from the facts the text model knows to each set's sentences and voices."""
+"""Plans the sentences and voices of every set of the demo corpus: a pure function of the facts the text model knows."""
 
 from __future__ import annotations
 

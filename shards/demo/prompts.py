@@ -1,4 +1,4 @@
-"""Real recordings: the Asterisk voice prompts of one speaker, with their transcripts."""
+"""Reads and splits real recordings: the Asterisk voice prompts of one speaker, with their transcripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Speech for the demo: one Piper voice for answers, variations of it for questions, the same samples on every build."""
+"""Synthesises speech for the demo: one Piper voice for answers, variations for questions, the same on every build."""
 
 from __future__ import annotations
 

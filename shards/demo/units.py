@@ -1,4 +1,4 @@
-"""Units of the demo's spoken answers: k-means and unit language of the answer voice, units added to the shards."""
+"""Fits k-means and unit language on the demo's answer voice, and adds units of the spoken answers to the shards."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _with_units(folder: Path, found: list[tuple[Units, Units]]) -> Iterator[dict
 def add_units(cache: Path, progress: Progress | None = None, settings: UnitSettings | None = None) -> dict[str, Any]:
     """Fit units and unit language on `tts-train`; write them to `units/` and every unit sequence into the tts sets.
 
-    Done already with the same settings on the same audio, it only says so.
+    Done already with the same settings on the same audio, it only reports that.
 
     Args:
         cache: root of the cache, with the demo corpus built.

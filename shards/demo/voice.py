@@ -1,4 +1,4 @@
-"""The demo's vocoder: units to waveforms, trained on the answer voice of the corpus."""
+"""Trains the demo's vocoder, units to waveforms, on the answer voice of the corpus."""
 
 from __future__ import annotations
 

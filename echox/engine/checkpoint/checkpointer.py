@@ -1,4 +1,4 @@
-"""Saving and loading the trainable state of a run: complete under its name, or not there at all.
+"""Saves and loads the trainable state of a run: a checkpoint is complete under its name, or not there at all.
 
 A save begins with a copy to the host and goes on behind the next steps; the ranks' votes after each step move it along.
 """

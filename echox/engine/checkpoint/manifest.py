@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: the manifest that makes one whole, verification, listing, and publishing by rename."""
+"""Writes and verifies the manifests of checkpoint folders, lists the folders, and publishes them by rename."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def discard(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Take a damaged checkpoint's name away and keep it for whoever wants to look at it; returns where it is."""
+    """Take a damaged checkpoint's name away and keep it for inspection; returns where it is."""
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

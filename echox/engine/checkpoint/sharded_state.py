@@ -1,4 +1,4 @@
-"""What trains, as the slices that ZeRO-3 gives each rank: copied to the host, and put back on any number of ranks.
+"""Copies the ZeRO-3 slices of what trains to the host, and restores them on any number of ranks.
 
 ZeRO-3 cuts every trainable tensor, flattened, into one slice a rank, all of ceil(elements / world size). A checkpoint
 holds each rank's slices of the fp32 weights and of both Adam moments under the tensor's name, so a run of another size

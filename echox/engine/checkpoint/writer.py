@@ -1,4 +1,4 @@
-"""One checkpoint on its way to disk, written behind training: every rank its part, then rank 0 makes it whole.
+"""Writes one checkpoint in the background of training: every rank its part, then rank 0 completes and publishes it.
 
 The order is the protocol. Each rank writes its slices and random states into the attempt's temporary folder, forces
 them to disk and hashes them. When all have said so, rank 0 adds the consolidated weights and the manifest over all

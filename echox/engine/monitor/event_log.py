@@ -1,4 +1,4 @@
-"""One logging vocabulary: each event is a line for people and a line of JSON."""
+"""Logs each event of a run in one vocabulary, as a line for people and a line of JSON."""
 
 from __future__ import annotations
 

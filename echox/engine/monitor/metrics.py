@@ -1,4 +1,4 @@
-"""The numbers of a step under their stable names."""
+"""Computes the metrics of a step under their stable names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: events, metrics and progress, to its folder and to the tracker."""
+"""Reports events, metrics and progress of a run while it trains, to its folder and to the tracker."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SHOWN = ("loss/", "valid/loss/", "lr/", "grad_norm", "perf/step_ms", "perf/samp
 
 @dataclass
 class Reporter:
-    """The voice of one rank; files and tracker are rank 0's business, the log every rank's.
+    """Reports for one rank: rank 0 alone writes the files and the tracker, every rank its log.
 
     Attributes:
         recipe: the run.
         folder: where it lies.
         log: this rank's events.
         tracker: of rank 0, or one that records nothing.
-        leads: whether this is rank 0.
+        is_main: whether this is rank 0.
         attempt: number of this attempt.
         state: where the run stands; its step is that of every event.
         metrics: the last value of each metric.
@@ -63,7 +63,7 @@ class Reporter:
             self.tracker.set_tags({name: str(value) for name, value in tags.items()})
 
     def progress(self, state: str) -> None:
-        """Replace the progress file; see `RunDir.write_progress` for the states."""
+        """Replace the progress file; see `Progress` for the states."""
         if not self.is_main:
             return
         left = self.recipe.optim.steps - self.state.step

@@ -1,4 +1,4 @@
-"""The folder of one run: its attempts, its progress file and its metrics, written by rank 0 and read by anyone."""
+"""Manages the folder of one run: its attempts, progress file and metrics, written by rank 0 and read by anyone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,34 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from echox.errors import CheckpointError
 from echox.files import append_line, write_atomically
+
+
+class Progress(TypedDict, total=False):
+    """`progress.json`: where a run stands right now; empty before its first attempt.
+
+    Attributes:
+        stage: of the recipe.
+        step, steps: optimizer steps done, and those of the whole run.
+        state: starting, training, validating, saving, stopping, stopped, finished or failed.
+        attempt: number of the attempt.
+        loss, samples_per_s: of the last report; None before it.
+        eta_s: seconds to the last step, where a rate is known.
+        time: Unix time of the record.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    state: str
+    attempt: int
+    loss: float | None
+    samples_per_s: float | None
+    eta_s: float | None
+    time: float
 
 
 @dataclass(frozen=True)
@@ -75,9 +100,8 @@ class RunDir:
         samples_per_s: float | None = None,
         eta_s: float | None = None,
     ) -> None:
-        """Replace the progress file; `state` is starting, training, validating, saving, stopping, stopped,
-        finished or failed."""
-        record = {
+        """Replace the progress file; see `Progress`."""
+        record: Progress = {
             "stage": stage,
             "step": step,
             "steps": steps,

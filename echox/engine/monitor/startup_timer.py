@@ -1,4 +1,4 @@
-"""Where the start of a process goes."""
+"""Times the phases of a process's start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Did training move what it should, and nothing else? A cheap fingerprint of every tensor, taken twice and compared."""
+"""Checks that training moved every trainable tensor and no frozen one, by cheap fingerprints that are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that takes far too long: every rank writes down where its threads are, then ends, so that the run restarts."""
+"""Detects a step that takes far too long: every rank dumps its threads' stacks, then ends, so that the run restarts."""
 
 from __future__ import annotations
 

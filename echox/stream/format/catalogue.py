@@ -1,4 +1,4 @@
-"""The packed catalogue of a dataset: every sample's place, lengths and checksum, mapped into memory and never changed.
+"""Writes a dataset's catalogue once and maps it into memory: the place, lengths and checksum of every sample, packed.
 
 File `dataset.catalogue`, little-endian: magic, version, length and XXH3-64 of a JSON header; the header lists segments
 with offset, length and XXH3-64 each; segments start at multiples of 64 bytes. So the header's hash stands for the whole

@@ -1,4 +1,4 @@
-"""Makes a dataset of a folder of shards: `x.tar.idx` beside each, one catalogue, and `dataset.json` that names it."""
+"""Indexes a folder of shards as a dataset: `x.tar.idx` beside each, one catalogue, and `dataset.json` that names it."""
 
 from __future__ import annotations
 

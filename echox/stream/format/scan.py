@@ -1,4 +1,4 @@
-"""One shard to its rows of the catalogue: where each sample is, how long, what it says, and what its bytes hash to."""
+"""Scans one shard to its rows of the catalogue: where each sample is, how long, what it says, and its hashes."""
 
 from __future__ import annotations
 

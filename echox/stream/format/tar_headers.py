@@ -1,4 +1,4 @@
-"""The headers of a tar shard, read without a tar library, so that no damage passes for the end of the archive.
+"""Parses the headers of a tar shard without a tar library, so that no damage passes for the end of the archive.
 
 A shard is a plain, uncompressed tar in WebDataset's naming. A member `dir/key.ext` belongs to the sample `dir/key`; the
 extension starts at the first dot of the file name. Long names may be written the PAX or the GNU way. What is refused is
@@ -157,7 +157,7 @@ def _headers(
 ) -> tuple[list[bytes], list[int], list[int], ShardDefect | None]:
     """Headers, their offsets, the sizes they name, and what stopped the walk where that was not the end.
 
-    The sizes are believed for now: a wrong one leads astray, but the header it stands in fails its checksum then.
+    The sizes are trusted for now: a wrong one gives wrong offsets, but the header it stands in then fails its checksum.
     """
     headers: list[bytes] = []
     starts: list[int] = []

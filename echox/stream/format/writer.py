@@ -1,4 +1,4 @@
-"""A folder of shards from samples: plain tars through webdataset's writer, the same bytes for the same samples."""
+"""Writes samples to a folder of shards: plain tars through webdataset's writer, the same bytes for the same samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples to optimizer steps: micro-batches of like cost within a budget, the same number of them in every step.
+"""Groups samples into optimizer steps: micro-batches of like cost within a budget, the same number in every step.
 
 Rows that are padded cost as much as the longest, so like lengths go together; rows that are packed cost what they hold,
 so long and short ones are mixed until every micro-batch holds as much.

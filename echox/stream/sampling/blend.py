@@ -1,4 +1,4 @@
-"""The order in which sources are read: as one union, epoch after epoch, or blended by weight without end.
+"""Decides the order in which sources are read: as one union, epoch after epoch, or blended by weight without end.
 
 Both are pure functions of (datasets, seed, epoch, window), and both know in closed form how far each source has come.
 """

@@ -1,4 +1,4 @@
-"""Keyed randomness: permutations and numbers that are the same on every machine, world size and thread count."""
+"""Draws keyed permutations and random numbers, the same on every machine, world size and thread count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples make up each micro-batch of a run: a pure function of (datasets, seed, epoch, plan parameters).
+"""Plans which samples make up each micro-batch of a run: a pure function of (datasets, seed, epoch, plan parameters).
 
 An epoch is a sequence of windows, a window a sequence of optimizer steps, a step G micro-batches, G the same in all. A
 step is named by its `StepAddress`; planning it takes its window alone, however far into the epoch it lies. World size
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -76,6 +76,14 @@ class Window:
         return np.concatenate(self.steps[step])
 
 
+class DatasetRecord(TypedDict):
+    """A dataset of the plan: the recipe's name of it, its task, and the SHA-256 over its shards."""
+
+    path: str
+    task: str
+    fingerprint: str
+
+
 class Plan:
     """The stream of a run.
 
@@ -121,7 +129,7 @@ class Plan:
         """Samples in one pass over the union; over all sources once, for a blend."""
         return sum(source.catalogue.samples * source.repeat for source in self.sources)
 
-    def data(self) -> list[dict[str, Any]]:
+    def data(self) -> list[DatasetRecord]:
         """The datasets, in order; JSON types."""
         return [
             {"path": source.path, "task": source.task, "fingerprint": source.catalogue.fingerprint}

@@ -1,4 +1,4 @@
-"""One dataset of a run: where its samples are, what they are used for, and how long they are."""
+"""Describes one dataset of a run: where its samples are, what they are used for, and how long they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bounded folder of fetched shards that all processes of a node share.
+"""Caches fetched shards in a bounded folder that all processes of a node share.
 
 A file is complete from the moment it is published. Whoever uses one holds a shared lock on it, whoever fetches one an
 exclusive lock on its `.part`; the kernel drops both with the process, however it ends. Eviction takes the files used
@@ -103,7 +103,7 @@ class NodeCache:
         return held
 
     def _lock_part(self, name: str) -> OpenShard | None:
-        """The file to fetch into, ours alone; None where somebody else has finished it while we waited."""
+        """The file to fetch into, ours alone; None where another process has finished it while we waited."""
         path = self.folder / f"{name}{_PART}"
         part = OpenShard(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
         fcntl.flock(part.descriptor, fcntl.LOCK_EX)

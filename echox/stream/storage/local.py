@@ -1,4 +1,4 @@
-"""Open shards of a local folder."""
+"""Opens the shards of a local folder, and keeps the last ones used open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _OPEN_AT_ONCE = 128
 
 
 class OpenShard:
-    """A file that closes itself when nobody holds it, so that no thread closes what another one reads.
+    """A file that closes with its last reference, so that no thread closes what another one reads.
 
     A lock on the file goes with it.
     """

@@ -1,4 +1,4 @@
-"""Datasets behind a URL: `http(s)://`, whatever fsspec opens (`s3://`, `gs://`, ...), and `pipe:` commands.
+"""Reads datasets behind a URL: `http(s)://`, whatever fsspec opens (`s3://`, `gs://`, ...), and `pipe:` commands.
 
 `https://host/folder` and `s3://bucket/folder` name the folder of `dataset.json`. `pipe:COMMAND {}` runs a shell command
 with the file's name in place of `{}` and reads its output; it cannot seek, so each shard comes as one stream.

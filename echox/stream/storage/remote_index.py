@@ -1,4 +1,4 @@
-"""Makes a local catalogue of shards that are behind URLs, for servers that nobody can write an index to."""
+"""Builds a local catalogue of shards that are behind URLs, for servers that no index can be written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trying again what may pass, and giving up with one clear error."""
+"""Retries operations that may succeed later, and gives up with one clear error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from echox.errors import TransientReadError
 
 T = TypeVar("T")
 
-# What a network file system or a tired disk may answer once and not the next time.
+# What a network file system or a failing disk may answer once and not the next time.
 _PASSING = frozenset(
     getattr(errno, name)
     for name in (
@@ -23,17 +23,17 @@ _PASSING = frozenset(
 
 
 class PassingError(Exception):
-    """A failure that the same request may not meet again."""
+    """A transient failure: the same request may succeed later."""
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether an operating system error is of the kind that goes away."""
+    """Whether an operating system error is transient: the same call may succeed later."""
     return error.errno in _PASSING
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how patiently something is tried.
+    """How often an operation is tried, and the waits in between.
 
     Attributes:
         attempts: in all.

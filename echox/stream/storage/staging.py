@@ -1,4 +1,4 @@
-"""Remote shards, fetched whole into the node's cache one window ahead and read from there."""
+"""Fetches remote shards whole into the node's cache one window ahead, and opens them there."""
 
 from __future__ import annotations
 

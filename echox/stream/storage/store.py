@@ -1,4 +1,4 @@
-"""Verified bytes of any sample of a catalogue, from local shards or from staged remote ones."""
+"""Reads verified samples of a dataset from local or staged remote shards."""
 
 from __future__ import annotations
 
