@@ -77,7 +77,7 @@ class PromptTokens:
     end: int
 
 
-class Heard(NamedTuple):
+class SpeechFeatures(NamedTuple):
     """Audio as the speech front end takes it, see `SpeechBatch`."""
 
     mel_BMT: Tensor
@@ -111,14 +111,14 @@ class SpeechRow:
 
     Attributes:
         id, task, weight: of the item.
-        heard: 16 kHz mono samples, or the encoder's output `[frames, width]` where the shards hold it.
+        speech: 16 kHz mono samples, or the encoder's output `[frames, width]` where the shards hold it.
         question, answer: what is said, and what to answer.
     """
 
     id: str
     task: str
     weight: float
-    heard: np.ndarray | Tensor
+    speech: np.ndarray | Tensor
     question: str
     answer: str
 
@@ -161,20 +161,20 @@ class SpeechCollate:
         Raises:
             CorruptSampleError: no such member, or one that cannot be decoded.
         """
-        heard = decoded(item.sample, AUDIO, read_audio) if self.precomputed is None else self._features(item.sample)
+        speech = decoded(item.sample, AUDIO, read_audio) if self.precomputed is None else self._features(item.sample)
         texts = (text_of(item.sample, name) for name in ("question_text", "answer_text"))
-        return SpeechRow(id_of(item.sample), item.task, item.weight, heard, *texts)
+        return SpeechRow(id_of(item.sample), item.task, item.weight, speech, *texts)
 
     def join(self, rows: Sequence[SpeechRow], step: int) -> SpeechBatch:
         """Featurise, tokenise and pad."""
-        clips = [row.heard for row in rows if isinstance(row.heard, np.ndarray)]
+        clips = [row.speech for row in rows if isinstance(row.speech, np.ndarray)]
         if clips:
-            heard = self._hear(clips)
+            speech = self._encode_audio(clips)
         else:
-            features_BTd, frames_B = pad_features([row.heard for row in rows if isinstance(row.heard, Tensor)])
-            heard = Heard(torch.zeros(len(rows), self.log_mel.n_mels, 0), 2 * frames_B, features_BTd)
+            features_BTd, frames_B = pad_features([row.speech for row in rows if isinstance(row.speech, Tensor)])
+            speech = SpeechFeatures(torch.zeros(len(rows), self.log_mel.n_mels, 0), 2 * frames_B, features_BTd)
         return self._batch(
-            heard,
+            speech,
             [row.task for row in rows],
             [row.question for row in rows],
             [row.answer for row in rows],
@@ -186,10 +186,10 @@ class SpeechCollate:
     def blank(self, step: int) -> SpeechBatch:
         """A moment of silence without question or answer."""
         if self.precomputed is None:
-            heard: np.ndarray | Tensor = np.zeros(SAMPLE_RATE // 10, dtype=np.float32)
+            speech: np.ndarray | Tensor = np.zeros(SAMPLE_RATE // 10, dtype=np.float32)
         else:
-            heard = torch.zeros(_BLANK_FRAMES, self.precomputed)
-        return replace(self.join([SpeechRow("", "sqa", 0.0, heard, "", "")], step), ids=[])
+            speech = torch.zeros(_BLANK_FRAMES, self.precomputed)
+        return replace(self.join([SpeechRow("", "sqa", 0.0, speech, "", "")], step), ids=[])
 
     def __call__(self, items: Sequence[Item], step: int) -> SpeechBatch:
         """Decode and join."""
@@ -217,15 +217,15 @@ class SpeechCollate:
         step: int = -1,
     ) -> SpeechBatch:
         """The same for audio in memory; serving passes empty transcripts and answers."""
-        return self._batch(self._hear(audio), tasks, transcripts, answers, ids=ids, weights=weights, step=step)
+        return self._batch(self._encode_audio(audio), tasks, transcripts, answers, ids=ids, weights=weights, step=step)
 
-    def _hear(self, audio: Sequence[np.ndarray]) -> Heard:
+    def _encode_audio(self, audio: Sequence[np.ndarray]) -> SpeechFeatures:
         self.cut += sum(len(clip) > self.max_samples for clip in audio)
-        return Heard(*self.log_mel(*pad_audio([clip[: self.max_samples] for clip in audio])))
+        return SpeechFeatures(*self.log_mel(*pad_audio([clip[: self.max_samples] for clip in audio])))
 
     def _batch(
         self,
-        heard: Heard,
+        speech: SpeechFeatures,
         tasks: Sequence[str],
         transcripts: Sequence[str],
         answers: Sequence[str],
@@ -242,9 +242,9 @@ class SpeechCollate:
             ids=list(ids),
             step=step,
             weight_B=torch.tensor(weights, dtype=torch.float32),
-            mel_BMT=heard.mel_BMT,
-            frames_B=heard.frames_B,
-            features_BTd=heard.features_BTd,
+            mel_BMT=speech.mel_BMT,
+            frames_B=speech.frames_B,
+            features_BTd=speech.features_BTd,
             before_BP=before,
             after_BQ=after,
             after_mask_BQ=after_mask,

@@ -125,10 +125,10 @@ class _Pass:
 
     def _shard(self, number: int, shard: Path, made_from: str, threads: ThreadPoolExecutor) -> dict[str, Any]:
         samples = list(read_shard(shard))
-        heard = [sample for sample in samples if AUDIO in sample]
-        clips = list(threads.map(read_audio, (sample[AUDIO] for sample in heard)))
+        recorded = [sample for sample in samples if AUDIO in sample]
+        clips = list(threads.map(read_audio, (sample[AUDIO] for sample in recorded)))
         found = self._extractor().extract(clips) if clips else []
-        for sample, (units, durations) in zip(heard, found, strict=True):
+        for sample, (units, durations) in zip(recorded, found, strict=True):
             sample["answer.units"] = units.astype("<u2").tobytes()
             sample["answer.durations"] = durations.astype("<u2").tobytes()
             if not self._keep_audio:
@@ -147,7 +147,7 @@ class _Pass:
                 "bytes": partial.stat().st_size,
                 "samples": len(samples),
                 "members": members,
-                "answers": len(heard),
+                "answers": len(recorded),
                 "units": sum(len(units) for units, _ in found),
                 "audio_s": round(sum(map(len, clips)) / SAMPLE_RATE, 3),
             }
