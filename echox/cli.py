@@ -1,4 +1,4 @@
-"""The `echox` program: finds the command, runs it, turns errors into one sentence and an exit code.
+"""`echox`: finds the command, runs it, and turns errors into one sentence and an exit code.
 
 A command lives in the module that owns its subject and enters through `add_parser(subparsers)`, which sets
 `run(args) -> int | None` as its default; only the module of the command asked for is imported.
@@ -17,6 +17,7 @@ from echox.errors import EchoXError
 # Command -> module that registers it; several commands may share a module.
 COMMANDS: dict[str, str] = {
     "train": "echox.train",
+    "recipe": "echox.config.cli",
     "checkpoint": "echox.engine.checkpoint.cli",
     "submit": "launch.cli",
     "resume": "launch.cli",

@@ -1,6 +1,6 @@
-"""Checking and completing the DeepSpeed JSON.
+"""Checks and completes the DeepSpeed JSON.
 
-DeepSpeed accepts a misspelt top-level key in silence and then runs with its default (`gradient_cliping: 0.1` clips at
+DeepSpeed silently accepts a misspelt top-level key and then runs with its default (`gradient_cliping: 0.1` clips at
 1.0), so the top level is checked here against the keys it reads; sub-sections are checked through DeepSpeed's own
 models. What the recipe already says (batch sizes, precision, clipping) is written by us, never left to a default.
 """
@@ -214,7 +214,7 @@ def _top_level_mistakes(config: Mapping[str, Any]) -> list[Mistake]:
 
 
 def _stray_auto(key: str, value: Any) -> list[Mistake]:
-    """ "auto" that nobody fills: DeepSpeed drops it and takes its default in silence."""
+    """ "auto" that is not filled from the recipe: DeepSpeed drops it and silently takes its default."""
     if value == "auto" and key != "data_types.keep_in_fp32_modules":
         return [
             Mistake(f'{key}="auto"', "is not filled by anyone", f'write a value; "auto" is for {", ".join(FILLED)}')

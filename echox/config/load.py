@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML file, command-line overrides, and every mistake at once.
+"""Loads a recipe: reads the YAML file, applies command-line overrides, and reports every mistake at once.
 
 A mistake in one key must not hide a mistake in another, so wrong leaves are taken out one after the other and the rest
 is validated again, cross-section rules included; a rule that involves a wrong key is then left out, because what it
@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -23,29 +23,10 @@ from pydantic_core import ErrorDetails
 from echox.config import deepspeed
 from echox.config.mistakes import Mistake, did_you_mean, nearest, raise_all, shown
 from echox.config.paths import project_root, resolve_file
-from echox.config.schema import Recipe, cross_checks
+from echox.config.schema import Change, Recipe, change_of, cross_checks
 from echox.errors import RecipeError
 
 Loc = tuple[int | str, ...]
-
-# Keys that say where and how a run is watched, not what it computes.
-_WITHOUT_EFFECT = (
-    "name",
-    "scale",
-    "storage",
-    "tracking",
-    "data.reader_threads",
-    "data.prefetch",
-    "data.quarantine",
-    "engine.validate_every",
-    "engine.checkpoint_every",
-    "engine.keep",
-    "engine.log_every",
-    "scaling.cpus_per_worker",
-    "scaling.max_failures",
-    "scaling.max_start_failures",
-    "scaling.collective_timeout_s",
-)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -95,16 +76,19 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a resolved recipe that is no section; a list is one value."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def fingerprint(recipe: Recipe) -> str:
-    """sha256 over everything in the recipe that can change the numbers of a run; 64 hex digits."""
-    tree = resolved(recipe)
-    for key in _WITHOUT_EFFECT:
-        node = tree
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            node = node[parent]
-        del node[leaf]
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    """sha256 over all keys but the free ones: equal for recipes that ask for the same training; 64 hex digits."""
+    kept = {key: value for key, value in leaves(resolved(recipe)) if change_of(key) is not Change.FREE}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One mistake in a recipe or a DeepSpeed JSON, and the sentences that name it."""
+"""Describes mistakes in a recipe or a DeepSpeed JSON, and raises them all as one error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things are: the project, the download cache, models, datasets and run folders.
+"""Resolves the paths of the project, the download cache, models, datasets and run folders.
 
 A recipe names models and datasets either by folder or by a short name below the cache, so that one recipe works on a
 laptop and on a cluster. Nothing here downloads; a missing folder is an error that says how to get it.

@@ -1,13 +1,16 @@
-"""The typed tree of one recipe: every knob of a run, its unit, its default and the reason for it.
+"""Defines the typed tree of one recipe: every setting of a run, its unit, its default and the reason for it.
 
 Only shapes and rules live here; reading YAML, overrides and error sentences are in `echox.config.load`.
-"U1" to "U27" number the paper's unknowns; the comments name the default and the alternatives.
+"U1" to "U27" number the paper's unknowns; the comments name the default and the alternatives. Descriptions and
+docstrings are also the text of `README.md` beside this file, which `echox recipe keys --write` writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from enum import Enum
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -20,9 +23,30 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
+T = TypeVar("T")
 StageName = Literal["s2t", "t2c", "echo"]
 Precision = Literal["auto", "bf16", "fp32"]
+
+
+class Change(Enum):
+    """What it means for a trained run that a key of its recipe changes.
+
+    A field carries the mark in its type, `Free[int]` or `Guarded[int]`; without one it has that of the section it is
+    in, and outside marked sections `REFUSED`. `change_of` finds the mark of a key.
+    """
+
+    FREE = "free"
+    """It says where and how a run computes, not what: it may change at every resume, and a finished run stays so."""
+    GUARDED = "guarded"
+    """A resume compares what the key stands for, not its text: models by hash, data and their order by fingerprint."""
+    REFUSED = "refused"
+    """It makes another training: a resume refuses it unless --allow names it."""
+
+
+Free = Annotated[T, Change.FREE]
+Guarded = Annotated[T, Change.GUARDED]
 
 
 class Section(BaseModel):
@@ -34,13 +58,21 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """Low-rank adaptation of the LLM's linear maps (U6)."""
 
-    r: PositiveInt = Field(64, description="rank")
-    alpha: PositiveFloat = Field(16.0, description="scale numerator: the update is alpha/r * BA")
-    dropout: float = Field(0.05, ge=0, lt=1)
+    r: PositiveInt = Field(64, description="rank of the update; 64 fits the published number of trainable parameters")
+    alpha: PositiveFloat = Field(
+        16.0, description="scale numerator: the update is alpha/r * BA; 16 as in Soundwave, on which Stage I is built"
+    )
+    dropout: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="share of the inputs of A dropped while training; 0.05 as in Qwen's fine-tuning script",
+    )
     targets: tuple[str, ...] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="names of the linear maps that get an adapter",
+        description="names of the linear maps that get an adapter; all seven of a Llama layer, since attention alone "
+        "has too few parameters for the published number",
     )
 
 
@@ -55,7 +87,7 @@ class PromptConfig(Section):
 class LlmConfig(Section):
     """Any Hugging Face causal LM (U24)."""
 
-    path: str = Field(description="model folder, or a name below $ECHOX_CACHE/models")
+    path: Guarded[str] = Field(description="model folder, or a name below $ECHOX_CACHE/models")
     lora: LoraConfig = LoraConfig()
     prompt: PromptConfig
 
@@ -63,12 +95,17 @@ class LlmConfig(Section):
 class SpeechEncoderConfig(Section):
     """The frozen Whisper encoder."""
 
-    path: str = Field(description="Whisper folder, or a name below $ECHOX_CACHE/models")
+    path: Guarded[str] = Field(description="Whisper folder, or a name below $ECHOX_CACHE/models")
     input: Literal["trim", "pad_30s"] = Field(
         "trim", description="trim: real frames plus a margin; pad_30s: as Whisper was pretrained, 3 to 7 times the cost"
     )
     margin_s: float = Field(0.5, ge=0, le=5, description="silence appended when trimming, seconds")
-    max_audio_s: float = Field(30.0, gt=0, le=30, description="longer audio is cut here and counted (U27), seconds")
+    max_audio_s: float = Field(
+        30.0,
+        gt=0,
+        le=30,
+        description="longer audio is cut here and counted (U27), seconds; 30 is all that Whisper hears at once",
+    )
     precomputed: bool = Field(
         False, description="read the encoder's output from the shards (`echox shards encode`), no forward in training"
     )
@@ -78,9 +115,11 @@ class AlignmentAdapterConfig(Section):
     """Frame stacking, projection to the LLM width, one Transformer encoder layer, LayerNorm (Soundwave)."""
 
     stack: PositiveInt = Field(2, description="encoder frames joined into one; 2 gives 25 Hz")
-    heads: PositiveInt | None = Field(None, description="attention heads; None takes the LLM's")
-    ffn_multiple: PositiveFloat = Field(2.0, description="feed-forward width over LLM width")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    heads: PositiveInt | None = Field(None, description="attention heads; null takes the LLM's")
+    ffn_multiple: PositiveFloat = Field(2.0, description="feed-forward width over LLM width; 2 as released")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="share dropped in the Transformer layer while training; 0.1 as released"
+    )
     attention: Literal["time", "frame_local"] = Field(
         "time", description="U18: attention over time, or the released code's effective per-frame form"
     )
@@ -89,19 +128,29 @@ class AlignmentAdapterConfig(Section):
 class CtcConfig(Section):
     """The auxiliary CTC head over LLM tokens; blank is the audio placeholder token (released code)."""
 
-    weight: float = Field(0.3, ge=0, description="weight beside the text loss")
+    weight: float = Field(0.3, ge=0, description="weight beside the text loss, which counts 1; 0.3 as released")
     vocabulary: Literal["llm", "corpus"] = Field(
         "llm", description="classes: every LLM token, or only those in the training transcripts (cheap on a CPU)"
     )
-    init_from_llm: bool = Field(True, description="U26: start the head from the LLM's token table")
-    align_steps: int = Field(0, ge=0, description="U26: first steps that train only the adapter and this head by CTC")
+    init_from_llm: bool = Field(
+        True, description="U26: start the head from the LLM's token table, so that fewer steps are needed to train it"
+    )
+    align_steps: int = Field(
+        0, ge=0, description="U26: first optimizer steps, which train only the alignment adapter and this head by CTC"
+    )
 
 
 class ShrinkConfig(Section):
     """Keep one frame a run of equal CTC labels, then look back at the frames by cross-attention (Soundwave)."""
 
-    heads: PositiveInt | None = Field(None, description="attention heads; None takes the LLM's")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    heads: PositiveInt | None = Field(None, description="attention heads; null takes the LLM's")
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the look-back, its attention weights and its output, dropped while training; 0.1 as "
+        "released",
+    )
     keys: Literal["all", "kept"] = Field("all", description="frames the look-back attends: all, or the release's kept")
     blanks: Literal["keep", "drop"] = Field(
         "keep", description="whether a run of CTC blanks keeps a frame, as released"
@@ -113,20 +162,28 @@ class ShrinkConfig(Section):
 
 
 class T2cConfig(Section):
-    """The text-to-codec decoder: frozen text table, trained unit table, small Llama stack, unit head."""
+    """The text-to-codec decoder: frozen text table, trained unit table, small Llama stack, unit head (U16)."""
 
-    layers: PositiveInt = 6
-    width: PositiveInt = 512
-    heads: PositiveInt = 8
-    ffn: PositiveInt = 2048
-    max_positions: PositiveInt = 2048
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the input embeddings while training")
+    layers: PositiveInt = Field(6, description="Transformer layers; 6 as in the published 3B model, the 8B has 8")
+    width: PositiveInt = Field(
+        512, description="hidden width, a multiple of 2 * heads; 512 as in the published 3B model, the 8B has 768"
+    )
+    heads: PositiveInt = Field(8, description="attention heads; 8 as in the published 3B model, the 8B has 12")
+    ffn: PositiveInt = Field(2048, description="feed-forward width; 2048 as published, for 3B and 8B")
+    max_positions: PositiveInt = Field(
+        2048, description="most tokens of a row, text and unit-language words together; 2048 as published"
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the projected input embeddings dropped while training; 0: none"
+    )
     text_stride: PositiveFloat | None = Field(
-        None, description="words spoken a text token, to set both at like rotary positions; None counts on"
+        None,
+        description="unit-language words spoken a text token: token i gets rotary position i * text_stride and word m "
+        "position m, so that what belongs together is close; null counts on from the text to its words",
     )
     head: Literal["units", "full_vocab"] = Field("units", description="U15: unit classes only, or text and units")
-    prefix: str = Field(min_length=1, description="text before the words, in the LLM's own special tokens")
-    unit_header: str = Field(min_length=1, description="text between the words and the units")
+    prefix: str = Field(min_length=1, description="template before the answer's text, in the LLM's own special tokens")
+    unit_header: str = Field(min_length=1, description="template between the answer's text and its units")
     unit_language: str = Field(
         description="unit-language JSON fitted on the corpus, file path or name below $ECHOX_CACHE/data"
     )
@@ -135,42 +192,70 @@ class T2cConfig(Section):
 class DenoisingConfig(Section):
     """Maps the LLM's hidden states to text embeddings: Linear, ReLU, dropout, Linear (Eq. 2)."""
 
-    ffn: PositiveInt | None = Field(None, description="hidden width; None takes the LLM's feed-forward width")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    ffn: PositiveInt | None = Field(None, description="hidden width; null takes the LLM's feed-forward width")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="share dropped between the two maps while training; 0.1 as released"
+    )
     weighting: Literal["dynamic_cap", "fixed"] = Field("dynamic_cap", description="U1: how lambda of Eq. 4 is set")
-    cap: PositiveFloat = Field(0.2, description="dynamic_cap: its share of the echo loss may not exceed this")
+    cap: PositiveFloat = Field(
+        0.2, description="dynamic_cap: the share of the echo loss that this loss may not exceed; 0.2 as released"
+    )
     weight: float = Field(0.1, ge=0, description="fixed: lambda itself")
     align_steps: int = Field(
         0,
         ge=0,
-        description="first steps that train only this adapter, forward through the LLM and without the teacher: the "
-        "Echo decoder then starts on inputs it knows (0 in the paper)",
+        description="first optimizer steps, which train only this adapter, forward through the LLM and without the "
+        "teacher: the Echo decoder then starts on inputs it knows (0 in the paper)",
     )
 
 
 class SegmentationConfig(Section):
-    """Where the response is cut into segments for the streaming trigger (U3)."""
+    """Where the response is cut into segments (U3): by the streaming trigger, unless `mode` says otherwise.
 
-    mode: Literal["trigger", "none", "fixed"] = "trigger"
-    min_tokens: PositiveInt = 20
-    max_wait: PositiveInt = 50
-    threshold: float = 0.1
-    look_ahead: PositiveInt = 5
-    fixed_tokens: PositiveInt = Field(20, description="mode=fixed: tokens in a segment")
+    The trigger's score is the cosine of a hidden state with the LM-head row of the full stop. A segment ends at a peak
+    of the score. Numbers are those of the released inference code.
+    """
+
+    mode: Literal["trigger", "none", "fixed"] = Field(
+        "trigger", description="trigger: as when streaming; none: one segment; fixed: segments of `fixed_tokens`"
+    )
+    min_tokens: PositiveInt = Field(
+        20, description="mode=trigger: text tokens of a segment before a peak above `threshold` can end it"
+    )
+    max_wait: PositiveInt = Field(50, description="mode=trigger: text tokens of a segment before any peak can end it")
+    threshold: float = Field(
+        0.1, description="mode=trigger: score, a cosine, that a peak before `max_wait` must be above"
+    )
+    look_ahead: PositiveInt = Field(
+        5,
+        description="mode=trigger: text tokens on each side, none of which scores above a peak; streaming waits for as "
+        "many before a cut",
+    )
+    fixed_tokens: PositiveInt = Field(20, description="mode=fixed: text tokens in a segment")
 
 
 class EchoConfig(Section):
     """Stage III: pseudo text, segments, teacher decoding."""
 
     pseudo_text: Literal["argmax_teacher_forced", "reference", "free_run"] = Field(
-        "argmax_teacher_forced", description="U2: where X' comes from"
+        "argmax_teacher_forced",
+        description="U2: the text X' that the teacher speaks: the LLM's most probable token at each token of the "
+        "reference answer (no second forward), that answer itself, or an answer that the LLM generates",
     )
     segmentation: SegmentationConfig = SegmentationConfig()
     denoising: DenoisingConfig = DenoisingConfig()
-    s2t_weight: float = Field(1.0, ge=0, description="U4: weight of the text loss in Eq. 4")
-    units_per_token: PositiveInt = Field(12, description="U20: the teacher stops after units_per_token * T + 32 words")
+    s2t_weight: float = Field(1.0, ge=0, description="U4: weight of the text loss in Eq. 4, which has it at 1")
+    units_per_token: PositiveInt = Field(
+        12,
+        description="U20: unit-language words a text token; the teacher stops a segment of T tokens after "
+        "units_per_token * T + 32 words",
+    )
     free_run_tokens: PositiveInt = Field(64, description="pseudo_text=free_run: tokens generated for every sample")
-    train_speech_adapters: bool = Field(False, description="the release's parameter count says they are frozen")
+    train_speech_adapters: bool = Field(
+        False,
+        description="train alignment and shrink adapter in Stage III too; the release's parameter count says they are "
+        "frozen",
+    )
 
 
 class ModelConfig(Section):
@@ -194,7 +279,10 @@ class SourceConfig(Section):
     """One folder of shards."""
 
     path: str = Field(description="folder of shards, or a name below $ECHOX_CACHE/data")
-    task: Literal["sqa", "asr", "tts"]
+    task: Literal["sqa", "asr", "tts"] = Field(
+        description="what a sample is: sqa, a spoken question and its answer; asr, speech and its transcript (both for "
+        "the stages s2t and echo); tts, a text and its units (for t2c)"
+    )
     repeat: PositiveInt = Field(1, description="passes over this source in one epoch, where sources are one union")
     weight: PositiveFloat | None = Field(
         None, description="share of the stream; given to all sources, they are blended without end, each wrapping alone"
@@ -208,8 +296,10 @@ class BudgetConfig(Section):
     tokens are estimated: 25 speech vectors a second and a quarter of its characters, or its units and those.
     """
 
-    by: Literal["seconds", "tokens"]
-    size: PositiveFloat = Field(description="most that one forward on one rank may cost; a longer sample goes alone")
+    by: Literal["seconds", "tokens"] = Field(description="what the length of a sample is counted in")
+    size: PositiveFloat = Field(
+        description="most that one forward on one rank may cost, in seconds or tokens; a longer sample goes alone"
+    )
     micro_batches: PositiveInt = Field(
         description="micro-batches in one optimizer step, over all ranks; any number of ranks that divides it will do"
     )
@@ -218,28 +308,36 @@ class BudgetConfig(Section):
 class QuarantineConfig(Section):
     """How many damaged samples a run may drop before it stops."""
 
-    samples: int | None = Field(None, ge=0, description="in all; None is any number")
-    share: float = Field(0.01, ge=0, le=1, description="of the samples seen, of 1,000 at least")
+    samples: int | None = Field(None, ge=0, description="dropped samples in all; null is any number")
+    share: float = Field(0.01, ge=0, le=1, description="dropped share of the samples seen, of 1,000 at least")
 
 
 class DataConfig(Section):
     """What is read, and in what portions."""
 
-    train: tuple[SourceConfig, ...] = Field(min_length=1)
-    valid: tuple[SourceConfig, ...] = ()
-    global_batch: PositiveInt = Field(128, description="samples in one optimizer step, over all ranks (U7)")
-    micro_batch: PositiveInt = Field(16, description="samples in one forward on one rank")
-    budget: BudgetConfig | None = Field(None, description="takes the place of global_batch and micro_batch")
-    window_shards: PositiveInt = Field(16, description="shards whose samples are shuffled together and read ahead")
-    pool: PositiveInt | None = Field(
+    train: Guarded[tuple[SourceConfig, ...]] = Field(min_length=1, description="sources to train on")
+    valid: Free[tuple[SourceConfig, ...]] = Field((), description="sources to validate on; without any, nothing is")
+    global_batch: Guarded[PositiveInt] = Field(
+        128, description="samples in one optimizer step, over all ranks (U7); no effect under a budget"
+    )
+    micro_batch: Free[PositiveInt] = Field(
+        16, description="samples in one forward on one rank, as memory allows; no effect under a budget"
+    )
+    budget: Guarded[BudgetConfig | None] = Field(None, description="takes the place of global_batch and micro_batch")
+    window_shards: Guarded[PositiveInt] = Field(
+        16, description="shards whose samples are shuffled together and read ahead"
+    )
+    pool: Guarded[PositiveInt | None] = Field(
         None,
         description="optimizer steps whose samples are sorted by length together: more leave less padding, and lengths "
-        "that differ less within a step; None is the whole window",
+        "that differ less within a step; null is the whole window",
     )
-    weight_by: Literal["samples", "seconds", "tokens"] = Field("samples", description="what weights are shares of")
-    quarantine: QuarantineConfig = QuarantineConfig()
-    reader_threads: PositiveInt = Field(2, description="decoding threads a rank; the order does not depend on it")
-    prefetch: PositiveInt = Field(4, description="micro-batches decoded ahead")
+    weight_by: Guarded[Literal["samples", "seconds", "tokens"]] = Field(
+        "samples", description="what weights are shares of"
+    )
+    quarantine: Free[QuarantineConfig] = QuarantineConfig()
+    reader_threads: Free[PositiveInt] = Field(2, description="decoding threads a rank; the order does not depend on it")
+    prefetch: Free[PositiveInt] = Field(4, description="micro-batches decoded ahead")
     asr_instruction: str = Field("Transcribe the speech.", description="text that follows the audio of an ASR sample")
 
     @property
@@ -251,52 +349,86 @@ class DataConfig(Section):
 
 
 class LrConfig(Section):
-    """Peak learning rate of each part; a part the stage freezes ignores its rate (U8)."""
+    """Peak learning rate of each part; a part the stage freezes ignores its rate (U8).
 
-    adapters: PositiveFloat = 1e-4
-    lora: PositiveFloat = 1e-4
-    t2c: PositiveFloat = 5e-4
-    denoising: PositiveFloat = 2e-4
-    echo: PositiveFloat = 2e-4
+    The paper gives none. The defaults are cautious, most of all for LoRA in Stage III, which is already trained.
+    """
+
+    adapters: PositiveFloat = Field(
+        1e-4, description="alignment adapter, CTC head and shrink adapter, Stage I; in Stage III, where it trains them"
+    )
+    lora: PositiveFloat = Field(1e-4, description="LoRA of the LLM, Stages I and III")
+    t2c: PositiveFloat = Field(
+        5e-4, description="T2C decoder, Stage II; small and trained from scratch, it bears a higher rate"
+    )
+    denoising: PositiveFloat = Field(2e-4, description="Denoising Adapter, Stage III")
+    echo: PositiveFloat = Field(2e-4, description="Echo decoder, Stage III; it starts as the T2C decoder")
     align: PositiveFloat | None = Field(
         None,
         description="what the alignment phase trains (Stage I: adapters, Stage III: Denoising Adapter), which then is "
-        "a cycle of its own; None: one cycle a run",
+        "a cycle of its own; null: one cycle a run",
     )
 
 
 class OptimConfig(Section):
-    """AdamW, linear warm-up, cosine decay (U7)."""
+    """AdamW, linear warm-up, cosine decay (U7).
+
+    The defaults of `betas`, `weight_decay` and `clip` are those of Qwen's fine-tuning script, which the authors say
+    they follow.
+    """
 
     lr: LrConfig = LrConfig()
     steps: PositiveInt = Field(description="optimizer steps of the whole run")
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(
+        0, ge=0, description="optimizer steps in which the rate rises to its peak; 1 in 100 of `steps` is usual"
+    )
     hold_steps: int = Field(0, ge=0, description="steps at the peak rate between warm-up and decay")
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the last step over the peak")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: float = Field(0.1, ge=0)
-    clip: PositiveFloat = Field(1.0, description="global gradient norm")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95),
+        description="how much of the running mean of gradients, and of their squares, a step keeps; each below 1",
+    )
+    eps: PositiveFloat = Field(
+        1e-8, description="added to the root of the mean square before dividing by it; 1e-8 is AdamW's usual value"
+    )
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="share of a weight that a step takes off it, times the learning rate; vectors do not decay",
+    )
+    clip: PositiveFloat = Field(1.0, description="global gradient norm above which the gradient is scaled down to it")
 
 
 class EngineConfig(Section):
     """How a step runs, and what a run leaves behind."""
 
-    deepspeed: str = Field(description="DeepSpeed JSON, file path")
+    deepspeed: Free[str] = Field(
+        description="DeepSpeed JSON, file path; `ds_configs/README.md` describes those of the project"
+    )
     precision: Precision = Field("auto", description="auto: bf16 where the hardware multiplies it fast, else fp32")
-    frozen_placement: Literal["shard", "replicate"] = Field(
+    frozen_placement: Free[Literal["shard", "replicate"]] = Field(
         "replicate", description="frozen weights: ZeRO-3 partitions, or whole on each rank and outside ZeRO-3"
     )
-    activation_checkpointing: bool = False
-    validate_every: int = Field(0, ge=0, description="steps; 0 validates at the end only")
-    checkpoint_every: int = Field(0, ge=0, description="steps; 0 saves at the end only")
-    async_save: bool = Field(True, description="write checkpoints behind the next steps, from a copy in host memory")
-    keep: PositiveInt = Field(2, description="newest checkpoints kept")
-    keep_every: int = Field(0, ge=0, description="steps; checkpoints at multiples of it stay for good; 0: none does")
-    keep_best: str | None = Field(
+    activation_checkpointing: Free[bool] = Field(
+        False, description="compute the LLM's activations again in the backward pass: less memory, more time"
+    )
+    validate_every: Free[int] = Field(0, ge=0, description="steps; 0 validates at the end only")
+    checkpoint_every: Free[int] = Field(0, ge=0, description="steps; 0 saves at the end only")
+    async_save: Free[bool] = Field(
+        True, description="write checkpoints behind the next steps, from a copy in host memory"
+    )
+    keep: Free[PositiveInt] = Field(
+        2, description="newest checkpoints kept; 2, so that a run can go on where one is damaged"
+    )
+    keep_every: Free[int] = Field(
+        0, ge=0, description="steps; checkpoints at multiples of it stay for good; 0: none does"
+    )
+    keep_best: Free[str | None] = Field(
         None, description="metric, such as valid/loss/total, whose lowest value keeps its checkpoint"
     )
-    log_every: PositiveInt = 1
+    log_every: Free[PositiveInt] = Field(
+        1, description="steps; metrics are read from the device and logged at multiples of it, and at the first step"
+    )
 
 
 class HealthConfig(Section):
@@ -342,8 +474,12 @@ class ScalingConfig(Section):
         2,
         description="ranks; [least, most] takes as many as there is room for and the batch divides by",
     )
-    gpus_per_worker: float = Field(0, ge=0)
-    cpus_per_worker: PositiveFloat = 1
+    gpus_per_worker: float = Field(
+        0, ge=0, description="GPUs of a worker, 1 or 0 (a worker is one rank); 0 trains on the CPU"
+    )
+    cpus_per_worker: PositiveFloat = Field(
+        1, description="CPU cores that Ray sets aside for a worker; count its reader threads in"
+    )
     max_failures: int = Field(
         0,
         ge=0,
@@ -352,7 +488,11 @@ class ScalingConfig(Section):
     max_start_failures: int = Field(
         2, ge=0, description="the same for failures before the first step: no room, a worker that cannot start"
     )
-    collective_timeout_s: PositiveInt = 1800
+    collective_timeout_s: PositiveInt = Field(
+        1800,
+        description="seconds that a rank waits for the others in a collective operation before it fails; 1800 is "
+        "torch's default on a CPU",
+    )
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -363,38 +503,41 @@ class ScalingConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow keeps the run."""
 
-    uri: str | None = Field(None, description="MLflow tracking URI; None is a SQLite file under the run's storage")
-    experiment: str = "echox"
-    parent_run: str | None = Field(None, description="name of the parent run that groups the stages; None is `name`")
-    system_metrics: bool = True
+    uri: str | None = Field(None, description="MLflow tracking URI; null is a SQLite file under the run's storage")
+    experiment: str = Field("echox", description="MLflow experiment that holds the run")
+    parent_run: str | None = Field(None, description="name of the parent run that groups the stages; null is `name`")
+    system_metrics: bool = Field(True, description="log CPU, memory and GPU memory of each node every 10 seconds")
     deliver_hours: float = Field(
-        12.0, ge=0, description="how long after its end a run goes on to try a server that does not answer"
+        12.0, ge=0, description="how long after its end a run goes on to try a server that does not answer, hours"
     )
 
 
 class InitConfig(Section):
     """Weights a stage starts from: run folders or checkpoint folders of earlier stages."""
 
-    s2t: str | None = None
-    t2c: str | None = None
+    s2t: str | None = Field(None, description="Stage I run; Stage III needs it, Stage I may go on from it")
+    t2c: str | None = Field(None, description="Stage II run; Stage III needs it, as teacher and as first Echo decoder")
 
 
 class Recipe(Section):
     """One run: a stage at a scale."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run folder below storage, and MLflow name")
-    stage: StageName
-    scale: str = Field(description="demo, 3b, 8b or your own; a tag to compare runs by")
-    seed: int = 17
-    storage: str = Field("runs", description="folder of runs; on a cluster, one that every node sees")
+    name: Free[str] = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="run folder below storage, and MLflow name: letters, digits, dots, dashes and underscores",
+    )
+    stage: StageName = Field(description="s2t: Stage I, speech to text; t2c: Stage II, text to units; echo: Stage III")
+    scale: Free[str] = Field(description="demo, 3b, 8b or your own; a tag to compare runs by")
+    seed: Guarded[int] = Field(17, description="random seed of new weights, of dropout and of the order of the data")
+    storage: Free[str] = Field("runs", description="folder of runs; on a cluster, one that every node sees")
     model: ModelConfig
-    init: InitConfig = InitConfig()
+    init: Guarded[InitConfig] = InitConfig()
     data: DataConfig
     optim: OptimConfig
     engine: EngineConfig
-    health: HealthConfig = HealthConfig()
-    scaling: ScalingConfig = ScalingConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    health: Free[HealthConfig] = HealthConfig()
+    scaling: Free[ScalingConfig] = ScalingConfig()
+    tracking: Free[TrackingConfig] = TrackingConfig()
 
     @property
     def align_steps(self) -> int:
@@ -411,6 +554,29 @@ class Recipe(Section):
         if breaches:
             raise ValueError("\n".join(f"{breach.rule}; {breach.fix}" for breach in breaches))
         return self
+
+
+def change_of(key: str) -> Change:
+    """What a change of a dotted key means; a key that the schema does not know has the mark of its section."""
+    mark, section = Change.REFUSED, section_in(Recipe)
+    for part in key.split("."):
+        field = section.model_fields.get(part) if section else None
+        if field is None:
+            break
+        mark = own_mark(field) or mark
+        section = section_in(field.annotation)
+    return mark
+
+
+def own_mark(field: FieldInfo) -> Change | None:
+    """The mark a field carries itself; None where it has that of its section."""
+    return next((item for item in field.metadata if isinstance(item, Change)), None)
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, also where it may be null."""
+    arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((arm for arm in arms if isinstance(arm, type) and issubclass(arm, Section)), None)
 
 
 def worker_counts(recipe: Recipe) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Whether a stage's earlier run can be reused, continued, or has to make room for a new one."""
+"""Decides whether a stage's earlier run can be reused, continued, or has to make room for a new one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ State = Literal["none", "partial", "done", "stale"]
 def run_state(recipe: Recipe) -> tuple[State, str]:
     """What an earlier run of this recipe (paths absolute) is worth, and why.
 
-    `done`: trained to the end by an equal recipe, after the runs it starts from and after its data were made.
-    `partial`: the same, not yet at the end: submitting it continues it. `stale`: made by another recipe or from other
-    inputs. `none`: nothing was saved.
+    `done`: trained to the end by this recipe or one that differs in free keys alone, after the runs it starts from and
+    after its data were made. `partial`: the same, not yet at the end: submitting it continues it. `stale`: made by
+    another recipe or from other inputs. `none`: nothing was saved.
     """
     folder = Path(recipe.storage) / recipe.name
     path = newest_manifest(folder)

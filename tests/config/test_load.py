@@ -234,9 +234,13 @@ def test_short_names_work_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_fingerprint_follows_what_is_computed_and_nothing_else() -> None:
     base = fingerprint(load_recipe("demo/s2t"))
     same = ["name=x", "storage=/s", "tracking.uri=sqlite:///x", "engine.keep=9", "data.reader_threads=7", "scale=big"]
+    same += ["health.spike_sigma=6", "scaling.workers=1", "data.micro_batch=4", "data.valid=[]", "engine.keep_best=x"]
+    same += ["engine.frozen_placement=shard", "engine.deepspeed=ds_configs/zero3_3b.json", "data.quarantine.share=1"]
     for override in same:
         assert fingerprint(load_recipe("demo/s2t", [override])) == base, override
-    for override in ("seed=1", "optim.lr.lora=1e-5", "data.train.0.repeat=2", "scaling.workers=1"):
+    others = ["seed=1", "optim.lr.lora=1e-5", "data.train.0.repeat=2", "engine.precision=bf16", "init.s2t=runs/x"]
+    others += ["data.budget={by: tokens, size: 9, micro_batches: 4}", "model.llm.path=x", "model.ctc.weight=0.4"]
+    for override in others:
         assert fingerprint(load_recipe("demo/s2t", [override])) != base, override
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from echox.config.load import load_recipe, resolved
 from echox.config.schema import HealthConfig
 from echox.engine.checkpoint.recipe_diff import changes, refused_changes
 from echox.engine.checkpoint.retention import Retention
@@ -83,6 +85,17 @@ def test_changes_that_make_another_training_are_refused_unless_named() -> None:
     ]
     assert not refused_changes(before, now, ["optim", "engine.precision", "asr_instruction", "new"])
     assert refused_changes(before, now, ["ste", "lora"])[-1][0] == "optim.steps"
+
+
+def test_a_checkpoint_of_an_older_version_lacks_keys_and_has_others() -> None:
+    now = resolved(load_recipe("demo/s2t"))
+    before = copy.deepcopy(now)
+    del before["health"], before["data"]["micro_batch"], before["data"]["pool"], before["optim"]["hold_steps"]
+    before["scaling"]["gone"] = before["engine"]["gone"] = before["data"]["train"][0]["gone"] = 1
+    before["model"]["llm"]["path"] = "elsewhere"
+    hold_steps = now["optim"]["hold_steps"]
+    assert refused_changes(before, now) == [("engine.gone", 1, None), ("optim.hold_steps", None, hold_steps)]
+    assert not refused_changes(before, now, ["gone", "optim.hold_steps", "no_such_key"])
 
 
 def test_health_judges_against_good_steps_alone() -> None:

@@ -1,4 +1,4 @@
-"""Which changes of its recipe a run may go on with."""
+"""Decides with which changes of its recipe a run may resume."""
 
 from __future__ import annotations
 

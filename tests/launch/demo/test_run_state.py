@@ -52,6 +52,14 @@ def test_a_run_is_reused_continued_or_replaced(tmp_path: Path, cache: Path) -> N
     assert run_state.run_state(recipe(tmp_path, "echo", "optim.lr.echo=0.5")) == ("stale", "the recipe changed")
 
 
+def test_a_finished_stage_is_kept_where_only_free_keys_changed(tmp_path: Path, cache: Path) -> None:
+    trained(recipe(tmp_path), 20, age=40)
+    for override in ("health.spike_sigma=6", "scaling.workers=1", "data.micro_batch=4", "engine.async_save=false"):
+        assert run_state.run_state(recipe(tmp_path, "echo", override))[0] == "done", override
+    for override in ("optim.lr.lora=0.5", "optim.lr.echo=0.5", "seed=18", "model.ctc.weight=0.4"):
+        assert run_state.run_state(recipe(tmp_path, "echo", override)) == ("stale", "the recipe changed"), override
+
+
 def test_newer_inputs_make_a_run_stale(tmp_path: Path, cache: Path) -> None:
     echo = recipe(tmp_path, "echo", "init.s2t=runs/demo-s2t", "init.t2c=runs/demo-t2c")
     trained(echo, 20, age=40)
