@@ -27,7 +27,7 @@ def home() -> Path:
     return Path.home() / "echox" if in_ray_copy(here) else here
 
 
-def anchor(recipe: Recipe, start: Path) -> Recipe:
+def make_absolute(recipe: Recipe, start: Path) -> Recipe:
     """The recipe with `storage`, `init.*` and a relative SQLite URI made absolute, starting from `start`."""
 
     def absolute(path: str | None) -> str | None:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     args = arguments("python -m launch.train").parse_intermixed_args(words)
     try:
-        recipe = paths.anchor(load_recipe(args.recipe, args.overrides), paths.home())
+        recipe = paths.make_absolute(load_recipe(args.recipe, args.overrides), paths.home())
     except EchoXError as error:
         return said(error, debug=args.debug)
     log = JobLog(Path(recipe.storage) / recipe.name)

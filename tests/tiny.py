@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from echox.builders.stages import build_echo_stage, build_s2t, build_t2c, build_t2c_stage
-from echox.config.schema import LoraConfig, ModelConfig
+from echox.config.model_schema import LoraConfig, ModelConfig
 from echox.errors import DataError
 from echox.models.s2t import S2TModel
 from echox.models.t2c import T2CDecoder

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from echox.config.model_schema import ModelConfig
 from echox.config.paths import resolve_model
-from echox.config.schema import ModelConfig
 from echox.errors import DataError
 from echox.files import sha256_file
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from echox.config.schema import EchoConfig, ModelConfig, T2cConfig
+from echox.config.model_schema import EchoConfig, ModelConfig, T2cConfig
 from echox.models.echo import DenoisingAdapter
 from echox.models.ragged import Layout
 from echox.models.s2t import S2TModel

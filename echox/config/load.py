@@ -23,7 +23,8 @@ from pydantic_core import ErrorDetails
 from echox.config import deepspeed
 from echox.config.mistakes import Mistake, did_you_mean, nearest, raise_all, shown
 from echox.config.paths import project_root, resolve_file
-from echox.config.schema import Change, Recipe, change_of, cross_checks
+from echox.config.schema import Recipe, change_of, cross_checks
+from echox.config.section import Change
 from echox.errors import RecipeError
 
 Loc = tuple[int | str, ...]

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from echox.config.schema import Recipe, Section, change_of, section_in
+from echox.config.schema import Recipe, change_of
+from echox.config.section import Section, section_in
 
 README = Path(__file__).with_name("README.md")
 _TOP = """\
@@ -37,7 +38,8 @@ The last column of the tables says what a change of the key means for what was t
 "U1" to "U27" number what the [paper](https://arxiv.org/abs/2509.09174) leaves open: the default there is a choice of
 this project. "As released" refers to the code that the authors released, "Eq." to an equation of the paper.
 
-This page is made from the docstrings and descriptions in `schema.py`. After a change there, write it again:
+This page is made from the docstrings and descriptions in `schema.py` and `model_schema.py`. After a change there, write
+it again:
 
 ```bash
 echox recipe keys --write

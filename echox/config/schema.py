@@ -8,13 +8,9 @@ docstrings are also the text of `README.md` beside this file, which `echox recip
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
-from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -23,256 +19,12 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
-T = TypeVar("T")
+from echox.config.model_schema import ModelConfig
+from echox.config.section import Change, Free, Guarded, Section, own_mark, section_in
+
 StageName = Literal["s2t", "t2c", "echo"]
 Precision = Literal["auto", "bf16", "fp32"]
-
-
-class Change(Enum):
-    """What it means for a trained run that a key of its recipe changes.
-
-    A field carries the mark in its type, `Free[int]` or `Guarded[int]`; without one it has that of the section it is
-    in, and outside marked sections `REFUSED`. `change_of` finds the mark of a key.
-    """
-
-    FREE = "free"
-    """It says where and how a run computes, not what: it may change at every resume, and a finished run stays so."""
-    GUARDED = "guarded"
-    """A resume compares what the key stands for, not its text: models by hash, data and their order by fingerprint."""
-    REFUSED = "refused"
-    """It makes another training: a resume refuses it unless --allow names it."""
-
-
-Free = Annotated[T, Change.FREE]
-Guarded = Annotated[T, Change.GUARDED]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-
-class LoraConfig(Section):
-    """Low-rank adaptation of the LLM's linear maps (U6)."""
-
-    r: PositiveInt = Field(64, description="rank of the update; 64 fits the published number of trainable parameters")
-    alpha: PositiveFloat = Field(
-        16.0, description="scale numerator: the update is alpha/r * BA; 16 as in Soundwave, on which Stage I is built"
-    )
-    dropout: float = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="share of the inputs of A dropped while training; 0.05 as in Qwen's fine-tuning script",
-    )
-    targets: tuple[str, ...] = Field(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
-        description="names of the linear maps that get an adapter; all seven of a Llama layer, since attention alone "
-        "has too few parameters for the published number",
-    )
-
-
-class PromptConfig(Section):
-    """The chat template around one spoken turn, in the LLM's own special tokens (U17: one BOS, no quirks)."""
-
-    before: str = Field(description="text before the audio")
-    after: str = Field(description="text between the audio and the response")
-    end: str = Field(description="token that ends the response")
-
-
-class LlmConfig(Section):
-    """Any Hugging Face causal LM (U24)."""
-
-    path: Guarded[str] = Field(description="model folder, or a name below $ECHOX_CACHE/models")
-    lora: LoraConfig = LoraConfig()
-    prompt: PromptConfig
-
-
-class SpeechEncoderConfig(Section):
-    """The frozen Whisper encoder."""
-
-    path: Guarded[str] = Field(description="Whisper folder, or a name below $ECHOX_CACHE/models")
-    input: Literal["trim", "pad_30s"] = Field(
-        "trim", description="trim: real frames plus a margin; pad_30s: as Whisper was pretrained, 3 to 7 times the cost"
-    )
-    margin_s: float = Field(0.5, ge=0, le=5, description="silence appended when trimming, seconds")
-    max_audio_s: float = Field(
-        30.0,
-        gt=0,
-        le=30,
-        description="longer audio is cut here and counted (U27), seconds; 30 is all that Whisper hears at once",
-    )
-    precomputed: bool = Field(
-        False, description="read the encoder's output from the shards (`echox shards encode`), no forward in training"
-    )
-
-
-class AlignmentAdapterConfig(Section):
-    """Frame stacking, projection to the LLM width, one Transformer encoder layer, LayerNorm (Soundwave)."""
-
-    stack: PositiveInt = Field(2, description="encoder frames joined into one; 2 gives 25 Hz")
-    heads: PositiveInt | None = Field(None, description="attention heads; null takes the LLM's")
-    ffn_multiple: PositiveFloat = Field(2.0, description="feed-forward width over LLM width; 2 as released")
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="share dropped in the Transformer layer while training; 0.1 as released"
-    )
-    attention: Literal["time", "frame_local"] = Field(
-        "time", description="U18: attention over time, or the released code's effective per-frame form"
-    )
-
-
-class CtcConfig(Section):
-    """The auxiliary CTC head over LLM tokens; blank is the audio placeholder token (released code)."""
-
-    weight: float = Field(0.3, ge=0, description="weight beside the text loss, which counts 1; 0.3 as released")
-    vocabulary: Literal["llm", "corpus"] = Field(
-        "llm", description="classes: every LLM token, or only those in the training transcripts (cheap on a CPU)"
-    )
-    init_from_llm: bool = Field(
-        True, description="U26: start the head from the LLM's token table, so that fewer steps are needed to train it"
-    )
-    align_steps: int = Field(
-        0, ge=0, description="U26: first optimizer steps, which train only the alignment adapter and this head by CTC"
-    )
-
-
-class ShrinkConfig(Section):
-    """Keep one frame a run of equal CTC labels, then look back at the frames by cross-attention (Soundwave)."""
-
-    heads: PositiveInt | None = Field(None, description="attention heads; null takes the LLM's")
-    dropout: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="share of the look-back, its attention weights and its output, dropped while training; 0.1 as "
-        "released",
-    )
-    keys: Literal["all", "kept"] = Field("all", description="frames the look-back attends: all, or the release's kept")
-    blanks: Literal["keep", "drop"] = Field(
-        "keep", description="whether a run of CTC blanks keeps a frame, as released"
-    )
-    ctc_embedding: bool = Field(
-        False,
-        description="add the text embedding the CTC head expects: speech reads as text before the LLM was ever tuned",
-    )
-
-
-class T2cConfig(Section):
-    """The text-to-codec decoder: frozen text table, trained unit table, small Llama stack, unit head (U16)."""
-
-    layers: PositiveInt = Field(6, description="Transformer layers; 6 as in the published 3B model, the 8B has 8")
-    width: PositiveInt = Field(
-        512, description="hidden width, a multiple of 2 * heads; 512 as in the published 3B model, the 8B has 768"
-    )
-    heads: PositiveInt = Field(8, description="attention heads; 8 as in the published 3B model, the 8B has 12")
-    ffn: PositiveInt = Field(2048, description="feed-forward width; 2048 as published, for 3B and 8B")
-    max_positions: PositiveInt = Field(
-        2048, description="most tokens of a row, text and unit-language words together; 2048 as published"
-    )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of the projected input embeddings dropped while training; 0: none"
-    )
-    text_stride: PositiveFloat | None = Field(
-        None,
-        description="unit-language words spoken a text token: token i gets rotary position i * text_stride and word m "
-        "position m, so that what belongs together is close; null counts on from the text to its words",
-    )
-    head: Literal["units", "full_vocab"] = Field("units", description="U15: unit classes only, or text and units")
-    prefix: str = Field(min_length=1, description="template before the answer's text, in the LLM's own special tokens")
-    unit_header: str = Field(min_length=1, description="template between the answer's text and its units")
-    unit_language: str = Field(
-        description="unit-language JSON fitted on the corpus, file path or name below $ECHOX_CACHE/data"
-    )
-
-
-class DenoisingConfig(Section):
-    """Maps the LLM's hidden states to text embeddings: Linear, ReLU, dropout, Linear (Eq. 2)."""
-
-    ffn: PositiveInt | None = Field(None, description="hidden width; null takes the LLM's feed-forward width")
-    dropout: float = Field(
-        0.1, ge=0, lt=1, description="share dropped between the two maps while training; 0.1 as released"
-    )
-    weighting: Literal["dynamic_cap", "fixed"] = Field("dynamic_cap", description="U1: how lambda of Eq. 4 is set")
-    cap: PositiveFloat = Field(
-        0.2, description="dynamic_cap: the share of the echo loss that this loss may not exceed; 0.2 as released"
-    )
-    weight: float = Field(0.1, ge=0, description="fixed: lambda itself")
-    align_steps: int = Field(
-        0,
-        ge=0,
-        description="first optimizer steps, which train only this adapter, forward through the LLM and without the "
-        "teacher: the Echo decoder then starts on inputs it knows (0 in the paper)",
-    )
-
-
-class SegmentationConfig(Section):
-    """Where the response is cut into segments (U3): by the streaming trigger, unless `mode` says otherwise.
-
-    The trigger's score is the cosine of a hidden state with the LM-head row of the full stop. A segment ends at a peak
-    of the score. Numbers are those of the released inference code.
-    """
-
-    mode: Literal["trigger", "none", "fixed"] = Field(
-        "trigger", description="trigger: as when streaming; none: one segment; fixed: segments of `fixed_tokens`"
-    )
-    min_tokens: PositiveInt = Field(
-        20, description="mode=trigger: text tokens of a segment before a peak above `threshold` can end it"
-    )
-    max_wait: PositiveInt = Field(50, description="mode=trigger: text tokens of a segment before any peak can end it")
-    threshold: float = Field(
-        0.1, description="mode=trigger: score, a cosine, that a peak before `max_wait` must be above"
-    )
-    look_ahead: PositiveInt = Field(
-        5,
-        description="mode=trigger: text tokens on each side, none of which scores above a peak; streaming waits for as "
-        "many before a cut",
-    )
-    fixed_tokens: PositiveInt = Field(20, description="mode=fixed: text tokens in a segment")
-
-
-class EchoConfig(Section):
-    """Stage III: pseudo text, segments, teacher decoding."""
-
-    pseudo_text: Literal["argmax_teacher_forced", "reference", "free_run"] = Field(
-        "argmax_teacher_forced",
-        description="U2: the text X' that the teacher speaks: the LLM's most probable token at each token of the "
-        "reference answer (no second forward), that answer itself, or an answer that the LLM generates",
-    )
-    segmentation: SegmentationConfig = SegmentationConfig()
-    denoising: DenoisingConfig = DenoisingConfig()
-    s2t_weight: float = Field(1.0, ge=0, description="U4: weight of the text loss in Eq. 4, which has it at 1")
-    units_per_token: PositiveInt = Field(
-        12,
-        description="U20: unit-language words a text token; the teacher stops a segment of T tokens after "
-        "units_per_token * T + 32 words",
-    )
-    free_run_tokens: PositiveInt = Field(64, description="pseudo_text=free_run: tokens generated for every sample")
-    train_speech_adapters: bool = Field(
-        False,
-        description="train alignment and shrink adapter in Stage III too; the release's parameter count says they are "
-        "frozen",
-    )
-
-
-class ModelConfig(Section):
-    """The parts of the speech-to-speech model; a stage builds those it needs."""
-
-    llm: LlmConfig
-    speech_encoder: SpeechEncoderConfig | None = None
-    alignment: AlignmentAdapterConfig = AlignmentAdapterConfig()
-    ctc: CtcConfig = CtcConfig()
-    shrink: ShrinkConfig = ShrinkConfig()
-    t2c: T2cConfig | None = None
-    echo: EchoConfig = EchoConfig()
-    layout: Literal["packed", "padded"] = Field(
-        "packed",
-        description="rows of a training forward: end to end, or each padded to the longest under a mask; same losses",
-    )
-    random_init: bool = Field(False, description="true shapes, random weights: needs config.json and tokenizer only")
 
 
 class SourceConfig(Section):
@@ -566,17 +318,6 @@ def change_of(key: str) -> Change:
         mark = own_mark(field) or mark
         section = section_in(field.annotation)
     return mark
-
-
-def own_mark(field: FieldInfo) -> Change | None:
-    """The mark a field carries itself; None where it has that of its section."""
-    return next((item for item in field.metadata if isinstance(item, Change)), None)
-
-
-def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, also where it may be null."""
-    arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    return next((arm for arm in arms if isinstance(arm, type) and issubclass(arm, Section)), None)
 
 
 def worker_counts(recipe: Recipe) -> tuple[int, ...]:

@@ -146,7 +146,7 @@ class Loop:
         pooled: dict[str, tuple[float, float]] = {}
         with rng_state.untouched():
             for name, batches in self.setup.valid_loaders.items():
-                sums = validate(self.engine, batches, self.world, self._goes_on)
+                sums = validate(self.engine, batches, self.world, self._keep_going)
                 if self.state.stopped:
                     return  # a part of a validation set says nothing
                 if sums.sums_K2 is None:
@@ -160,7 +160,7 @@ class Loop:
         self.reporter.record("validation", metrics)
         self._timer.restart()
 
-    def _goes_on(self) -> bool:
+    def _keep_going(self) -> bool:
         """Between batches of validation: whether no stop was requested."""
         self.watchdog.beat(self.state.step, timed=False)
         self._apply_votes(self._rank_status.exchange(self._vote()))

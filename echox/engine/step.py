@@ -95,15 +95,15 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
 
 
 @torch.no_grad()
-def validate(engine: Engine, batches: Iterable[BatchLike], world: World, goes_on: Callable[[], bool]) -> StepSums:
+def validate(engine: Engine, batches: Iterable[BatchLike], world: World, keep_going: Callable[[], bool]) -> StepSums:
     """Sums of the losses over a validation set, every rank with the same number of batches.
 
-    `goes_on` is asked before each batch and gives the same answer on all ranks; the rest is left out once it says no.
+    `keep_going` is asked before each batch, and gives the same answer on all ranks; after a no, the rest is left out.
     """
     engine.ds.eval()
     sums = StepSums()
     for batch in batches:
-        if not goes_on():
+        if not keep_going():
             break
         sums.names, local_K2 = _local_sums(engine.ds(batch.to(world.device)))
         sums.sums_K2 = local_K2 if sums.sums_K2 is None else sums.sums_K2 + local_K2

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from echox.config.schema import LoraConfig
+    from echox.config.model_schema import LoraConfig
 
 
 def load_causal_lm(ref: str, dtype: torch.dtype, *, random_init: bool = False) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from echox.config.schema import EchoConfig
+from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, TriggerRule, segment_rows, trigger_scores, trigger_segments
 from echox.models.ragged import padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput

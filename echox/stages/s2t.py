@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from echox.config.schema import CtcConfig
+from echox.config.model_schema import CtcConfig
 from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
 from echox.stages.losses import LossTerm, ctc_loss, text_loss

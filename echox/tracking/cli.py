@@ -45,11 +45,11 @@ def add_parser(subparsers: Any) -> None:
     compare.add_argument("--out", type=Path, default=Path(PAGE), help=f"HTML file; default: {PAGE}")
     compare.set_defaults(run=run_compare)
     for action in (show, compare):
-        place = action.add_mutually_exclusive_group()
-        place.add_argument(
+        source = action.add_mutually_exclusive_group()
+        source.add_argument(
             "--storage", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs; default: runs"
         )
-        place.add_argument("--uri", help="MLflow tracking URI, for runs of which this machine sees no folder")
+        source.add_argument("--uri", help="MLflow tracking URI, for runs of which this machine sees no folder")
         action.add_argument("--json", action="store_true", help="print JSON")
 
 

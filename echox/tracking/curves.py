@@ -50,12 +50,12 @@ class Curves:
 
     def axis(self, axis: str, metric: str) -> list[tuple[float, float]]:
         """The finite points of a metric over one of `AXES`; empty where the run does not know that axis."""
-        places = self._places(axis)
+        positions = self._positions(axis)
         found = []
         for point in self.points.get(metric, ()):
-            place = {"step": float(point.step), "hours": point.hours}.get(axis, places.get(point.step))
-            if place is not None and math.isfinite(point.value):
-                found.append((place, point.value))
+            position = {"step": float(point.step), "hours": point.hours}.get(axis, positions.get(point.step))
+            if position is not None and math.isfinite(point.value):
+                found.append((position, point.value))
         return found
 
     def total(self, axis: str) -> float | None:
@@ -63,21 +63,21 @@ class Curves:
         found = self.axis(axis, "loss/total")
         return found[-1][0] if found else None
 
-    def _places(self, axis: str) -> dict[int, float]:
+    def _positions(self, axis: str) -> dict[int, float]:
         """Step to what was seen until then: the rates that were reported, over the steps they stand for."""
         if axis not in ("tokens", "audio"):
             return {}
         rate = {"tokens": "perf/tokens_per_s_per_gpu", "audio": "perf/audio_s_per_s"}[axis]
         scale = int(self.params.get("scaling.workers", "1")) / 1e6 if axis == "tokens" else 1 / 3600
         step_s = {point.step: point.value / 1000 for point in self.points.get("perf/step_ms", ())}
-        places: dict[int, float] = {}
+        positions: dict[int, float] = {}
         seen, before = 0.0, 0
         for point in self.points.get(rate, ()):
             if point.step in step_s and math.isfinite(point.value):
                 seen += point.value * step_s[point.step] * (point.step - before) * scale
                 before = point.step
-                places[point.step] = seen
-        return places
+                positions[point.step] = seen
+        return positions
 
 
 def load(run: KnownRun, client: MlflowClient | None, name: str) -> Curves:

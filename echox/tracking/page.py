@@ -74,14 +74,14 @@ def _loss(runs: Sequence[Curves], name: str) -> str:
     axes = [axis for axis in AXES if any(run.axis(axis, name) for run in runs)]
     figure = Figure(figsize=(10, 2.9 * ((len(axes) + 1) // 2)), dpi=110, layout="constrained")
     grid = figure.subplots((len(axes) + 1) // 2, 2, squeeze=False, sharey=True).flat
-    for place, axis in zip(grid, axes, strict=False):
+    for plot, axis in zip(grid, axes, strict=False):
         for index, run in enumerate(runs):
-            _curve(place, run, axis, name, colour_of(index))
-            _curve(place, run, axis, f"valid/{name}", colour_of(index), valid=True)
-        place.set_xlabel(AXES[axis])
-        place.set_ylabel("nats a token")
-    for place in list(grid)[len(axes) :]:
-        place.set_visible(False)
+            _curve(plot, run, axis, name, colour_of(index))
+            _curve(plot, run, axis, f"valid/{name}", colour_of(index), valid=True)
+        plot.set_xlabel(AXES[axis])
+        plot.set_ylabel("nats a token")
+    for plot in list(grid)[len(axes) :]:
+        plot.set_visible(False)
     return _picture(as_png(figure), f"{name} of the runs")
 
 
@@ -90,12 +90,12 @@ def _curve(axes: Axes, run: Curves, axis: str, name: str, colour: str, *, valid:
     axes.grid(alpha=0.3)
     if not points:
         return
-    places, values = [place for place, _ in points], [value for _, value in points]
+    positions, values = [plot for plot, _ in points], [value for _, value in points]
     if valid:
-        axes.plot(places, values, color=colour, lw=1.2, ls="--", marker="o", ms=3)
+        axes.plot(positions, values, color=colour, lw=1.2, ls="--", marker="o", ms=3)
         return
-    axes.plot(places, values, color=colour, lw=0.6, alpha=0.35)
-    axes.plot(places, smooth(values), color=colour, lw=1.6)
+    axes.plot(positions, values, color=colour, lw=0.6, alpha=0.35)
+    axes.plot(positions, smooth(values), color=colour, lw=1.6)
 
 
 def _speed(runs: Sequence[Curves]) -> str:
@@ -107,16 +107,16 @@ def _speed(runs: Sequence[Curves]) -> str:
     rows = (len(shown) + 1) // 2
     figure = Figure(figsize=(10, 2.6 * rows), dpi=110, layout="constrained")
     grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for place, name in zip(grid, shown, strict=False):
+    for plot, name in zip(grid, shown, strict=False):
         for index, run in enumerate(runs):
             points = run.axis("step", name)
-            place.plot([x for x, _ in points], [y for _, y in points], color=colour_of(index), lw=1.2)
-        place.set_title(_PERF[name], fontsize=10)
-        place.set_xlabel(AXES["step"])
-        place.set_ylim(bottom=0)
-        place.grid(alpha=0.3)
-    for place in grid[len(shown) :]:
-        place.set_visible(False)
+            plot.plot([x for x, _ in points], [y for _, y in points], color=colour_of(index), lw=1.2)
+        plot.set_title(_PERF[name], fontsize=10)
+        plot.set_xlabel(AXES["step"])
+        plot.set_ylim(bottom=0)
+        plot.grid(alpha=0.3)
+    for plot in grid[len(shown) :]:
+        plot.set_visible(False)
     return f"<h2>Speed and memory</h2>{_picture(as_png(figure), 'speed and memory of the runs')}"
 
 

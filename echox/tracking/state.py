@@ -130,21 +130,21 @@ def last_sign(run_folder: Path) -> float:
     return max(_mtime(run_folder / name) for name in ("progress.json", ALIVE_FILE, STATE_FILE))
 
 
-def gang() -> str:
+def worker_group() -> str:
     """What the processes of one start of the workers have in common and no other start has: where they met."""
     return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
 
 
 def announce_attempt(run_folder: Path, attempt: int) -> None:
     """Tell the trackers of other nodes which attempt theirs is."""
-    write_atomically(run_folder / ATTEMPT_FILE, json.dumps({"attempt": attempt, "gang": gang()}))
+    write_atomically(run_folder / ATTEMPT_FILE, json.dumps({"attempt": attempt, "gang": worker_group()}))
 
 
 def announced_attempt(run_folder: Path) -> int | None:
     """The attempt of this process's gang, if its first rank has said so."""
     try:
         record = json.loads((run_folder / ATTEMPT_FILE).read_text())
-        return int(record["attempt"]) if record["gang"] == gang() else None
+        return int(record["attempt"]) if record["gang"] == worker_group() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

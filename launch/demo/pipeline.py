@@ -102,7 +102,7 @@ class Demo:
 
     def recipe(self, stage: str) -> Recipe:
         """The recipe of a stage with this run's overrides, paths absolute."""
-        return paths.anchor(load_recipe(f"demo/{stage}", self._overrides(stage)), Path.cwd())
+        return paths.make_absolute(load_recipe(f"demo/{stage}", self._overrides(stage)), Path.cwd())
 
     def stop(self) -> None:
         """End the jobs, the head and the MLflow run that are still open, if they are ours."""

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     signals.listen()
     try:
-        recipe = paths.anchor(load_recipe(args.recipe, args.overrides), paths.home())
+        recipe = paths.make_absolute(load_recipe(args.recipe, args.overrides), paths.home())
         return Driver(recipe, args, signals).run()
     except EchoXError as error:
         return said(error, debug=args.debug)
@@ -111,7 +111,7 @@ class Driver:
                 status = "KILLED"
                 tracker.set_tags({"stopped": stopped})
                 self.log("stopped", why=stopped, step=result["step"], checkpoint=result["checkpoint"])
-                code = AGAIN if self._goes_on(stopped) else 0
+                code = AGAIN if self._restarts(stopped) else 0
             else:
                 status = "FINISHED"
         except Aborted as error:
@@ -135,7 +135,7 @@ class Driver:
         while not work.done.wait(POLL_S):
             # When it connects, Ray's core puts a handler of its own in place, which ends the process after 3 s.
             self.signals.listen()
-            if self.signals.insisted:
+            if self.signals.abort_requested:
                 raise Aborted(f"{self.signals.why}, twice", orderly=False)
             if deadline is None and self.signals.asked:
                 if not self._under_way():
@@ -158,7 +158,7 @@ class Driver:
         if not self.args.restart or (why is not None and why.startswith(MORE_ROOM)):
             clear_stop(self.run_folder)
 
-    def _goes_on(self, stopped: str) -> bool:
+    def _restarts(self, stopped: str) -> bool:
         """Whether the run stopped for its nodes' sake alone."""
         if self.signals.asked or not stopped.startswith((DRAINED, MORE_ROOM)):
             return False

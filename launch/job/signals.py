@@ -47,7 +47,7 @@ class StopSignals:
         return bool(self.why)
 
     @property
-    def insisted(self) -> bool:
+    def abort_requested(self) -> bool:
         """Whether it was asked for a second time."""
         return self._own > 1 or self._relayed_abort
 

@@ -41,7 +41,7 @@ class Supervisor:
             code = self._once(restarts)
             if self.signals.asked:
                 # A driver that a signal ends had not begun, or was not to finish.
-                return ABORTED if self.signals.insisted else 0 if code < 0 or code == AGAIN else code
+                return ABORTED if self.signals.abort_requested else 0 if code < 0 or code == AGAIN else code
             if code == 0 or (code > 0 and code not in (AGAIN, CRASHED) and self._said_why(began)):
                 return code
             if code != AGAIN:
@@ -76,4 +76,4 @@ class Supervisor:
 
     def _relay(self) -> None:
         if self._driver is not None and self._driver.returncode is None:
-            self._driver.send_signal(RELAYED_ABORT if self.signals.insisted else RELAYED_STOP)
+            self._driver.send_signal(RELAYED_ABORT if self.signals.abort_requested else RELAYED_STOP)

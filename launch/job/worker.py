@@ -76,7 +76,7 @@ def run_worker(config: WorkerConfig) -> WorkerResult:
         several = context.world_size > context.local_world_size
         sampler = SystemMetrics(tracker, node=f"node-{context.node_rank}" if several else None)
     try:
-        train, setup = named(config["train"]), named(config["setup"])
+        train, setup = load_object(config["train"]), load_object(config["setup"])
         heard = tracker if context.rank == 0 else NullTracker()
         result = train(
             recipe, context, setup, heard, accept_new_data=config["accept_new_data"], allow=tuple(config["allow"])
@@ -99,7 +99,7 @@ def run_worker(config: WorkerConfig) -> WorkerResult:
         tracker.finish("FINISHED")
 
 
-def named(reference: str) -> Any:
+def load_object(reference: str) -> Any:
     """The object behind `module:name`."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -11,8 +11,9 @@ import torch
 from echox.audio.batches import length_batches
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.builders.encoded import RECORD, encoding_identity
+from echox.config.model_schema import ModelConfig
 from echox.config.paths import resolve_data
-from echox.config.schema import ModelConfig, Recipe
+from echox.config.schema import Recipe
 from echox.release.pretrained import load_whisper_encoder
 from echox.stream.collate import pad_audio
 from echox.stream.format.encoded_features import MEMBER, pack

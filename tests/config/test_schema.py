@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from echox.config import schema
-from echox.config.schema import Change, Free, Guarded, Recipe, Section, change_of
+from echox.config.schema import Recipe, change_of
+from echox.config.section import Change, Free, Guarded, Section
 
 FREE = {
     "name",

@@ -12,16 +12,16 @@ COPY = Path("/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_012
 
 def test_relative_places_start_at_the_given_folder(tmp_path: Path) -> None:
     recipe = load_recipe("demo/echo", ["tracking.uri=sqlite:///tracking.db", "init.t2c=/elsewhere/t2c"])
-    moved = paths.anchor(recipe, tmp_path)
+    moved = paths.make_absolute(recipe, tmp_path)
     assert moved.storage == str(tmp_path / recipe.storage)
     assert moved.init.s2t == str(tmp_path / str(recipe.init.s2t))
     assert moved.init.t2c == "/elsewhere/t2c"
     assert moved.tracking.uri == f"sqlite:///{tmp_path}/tracking.db"
-    assert paths.anchor(moved, Path("/other")) == moved
+    assert paths.make_absolute(moved, Path("/other")) == moved
 
 
 def test_servers_and_absent_values_stay(tmp_path: Path) -> None:
-    moved = paths.anchor(load_recipe("demo/s2t", ["tracking.uri=http://host:5000"]), tmp_path)
+    moved = paths.make_absolute(load_recipe("demo/s2t", ["tracking.uri=http://host:5000"]), tmp_path)
     assert moved.tracking.uri == "http://host:5000"
     assert moved.init.s2t is None
 

@@ -30,7 +30,7 @@ from echox.engine.checkpoint.manifest import (
 from echox.engine.checkpoint.recipe_diff import refused_changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.checkpoint.sharded_state import HostState, put_back, trainables, whole_shape
-from echox.engine.checkpoint.writer import Part, Save, Whole, random_file
+from echox.engine.checkpoint.writer import Consolidation, RankPart, Save, random_file
 from echox.engine.rank_status import RankStatus, Vote
 from echox.errors import CheckpointError
 
@@ -122,7 +122,7 @@ class Checkpointer:
     contents: RunContents
     _host: HostState = field(default_factory=HostState)
     _save: Save | None = None
-    _whole: Whole | None = None
+    _whole: Consolidation | None = None
     _number: int = 0
     _failures: int = 0
     _blocked_s: float = 0.0
@@ -141,7 +141,7 @@ class Checkpointer:
             step,
             parent / f".attempt-{self.attempt}.{self._number}-{step_name(step)}",
             parent / step_name(step),
-            Part(rank=self.world.rank, slices=self._host.tensors, random=rng_state.capture()),
+            RankPart(rank=self.world.rank, slices=self._host.tensors, random=rng_state.capture()),
         )
         if self.world.is_main:
             self._whole = self._describe(step, cursor, metrics)
@@ -240,10 +240,10 @@ class Checkpointer:
             rng_state.seed_all(seed + 1000 * (self.world.rank + 1) + 7919 * step)
         return step
 
-    def _describe(self, step: int, cursor: Cursor, metrics: Mapping[str, float]) -> Whole:
+    def _describe(self, step: int, cursor: Cursor, metrics: Mapping[str, float]) -> Consolidation:
         """What rank 0 adds to the parts."""
         shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
-        return Whole(
+        return Consolidation(
             contents={
                 **self.contents,
                 "step": step,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from echox.config.load import leaves
-from echox.config.schema import Change, change_of
+from echox.config.schema import change_of
+from echox.config.section import Change
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

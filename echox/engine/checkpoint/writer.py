@@ -33,7 +33,7 @@ def random_file(rank: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class RankPart:
     """What one rank contributes: host copies that nothing changes until the part is written."""
 
     rank: int
@@ -42,7 +42,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Whole:
+class Consolidation:
     """What rank 0 adds.
 
     Attributes:
@@ -60,7 +60,7 @@ class Whole:
     allowed: Callable[[], None]
 
 
-def write_part(folder: Path, part: Part) -> Files:
+def write_part(folder: Path, part: RankPart) -> Files:
     """Write a rank's files and force them to disk; returns size and hash by name."""
     import torch
     from safetensors.torch import save_file
@@ -76,7 +76,7 @@ def write_part(folder: Path, part: Part) -> Files:
     return files
 
 
-def publish_whole(temporary: Path, final: Path, whole: Whole, files: Files) -> None:
+def publish_whole(temporary: Path, final: Path, whole: Consolidation, files: Files) -> None:
     """Complete a folder that holds every part, and publish it."""
     from safetensors.torch import save_file
 
@@ -101,7 +101,7 @@ class Save:
         seconds: from the beginning until it was published (rank 0).
     """
 
-    def __init__(self, step: int, temporary: Path, final: Path, part: Part) -> None:
+    def __init__(self, step: int, temporary: Path, final: Path, part: RankPart) -> None:
         self.step, self.temporary, self.final = step, temporary, final
         self.files: Files | None = None
         self.problem: str | None = None
@@ -111,7 +111,7 @@ class Save:
         self._began = time.monotonic()
         self._thread = self._start(lambda: self._write(part))
 
-    def publish(self, whole: Whole, files: Files, then: Callable[[], object]) -> None:
+    def publish(self, whole: Consolidation, files: Files, then: Callable[[], object]) -> None:
         """On rank 0, once all parts are written: make the checkpoint whole in the background, and do `then` after."""
         self._thread = self._start(lambda: self._publish(whole, files, then))
 
@@ -132,10 +132,10 @@ class Save:
         except Exception as error:  # a full disk comes out of safetensors and torch as errors of their own
             self.problem = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
 
-    def _write(self, part: Part) -> None:
+    def _write(self, part: RankPart) -> None:
         self.files = write_part(self.temporary, part)
 
-    def _publish(self, whole: Whole, files: Files, then: Callable[[], object]) -> None:
+    def _publish(self, whole: Consolidation, files: Files, then: Callable[[], object]) -> None:
         publish_whole(self.temporary, self.final, whole, files)
         self.seconds = time.monotonic() - self._began
         then()

@@ -27,7 +27,7 @@ from echox.engine.checkpoint.manifest import (
 )
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.checkpoint.sharded_state import SavedSlices
-from echox.engine.checkpoint.writer import Part, Whole, publish_whole, write_part
+from echox.engine.checkpoint.writer import Consolidation, RankPart, publish_whole, write_part
 from echox.errors import CheckpointError
 
 RANKS, ELEMENTS = 2, 5000
@@ -40,8 +40,8 @@ def save(run: Path, step: int) -> None:
     for rank in range(RANKS):
         part = torch.full((ELEMENTS,), float(step))
         slices = {f"{kind}/weight": part.clone() for kind in ("fp32", "exp_avg", "exp_avg_sq")}
-        files |= write_part(temporary, Part(rank=rank, slices=slices, random=rng_state.capture()))
-    whole = Whole(
+        files |= write_part(temporary, RankPart(rank=rank, slices=slices, random=rng_state.capture()))
+    whole = Consolidation(
         contents={"step": step, "metrics": {}, "world_size": RANKS},
         ranks=RANKS,
         trainable={"weight": ((RANKS * ELEMENTS,), torch.float32)},

@@ -30,7 +30,7 @@ def _date(path: Path, seconds: float) -> None:
 
 def recipe(tmp_path: Path, stage: str = "echo", *overrides: str) -> Recipe:
     short = ["optim.steps=20", "optim.warmup_steps=1", "model.echo.denoising.align_steps=0", "storage=runs"]
-    return paths.anchor(load_recipe(f"demo/{stage}", [*short, *overrides]), tmp_path)
+    return paths.make_absolute(load_recipe(f"demo/{stage}", [*short, *overrides]), tmp_path)
 
 
 def trained(recipe: Recipe, step: int, age: float) -> Path:

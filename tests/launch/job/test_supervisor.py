@@ -32,7 +32,7 @@ DRIVER = """
     code = plan[args.restart] if args.restart < len(plan) else "wait"
     while code == "wait":
         time.sleep(0.02)
-        if signals.insisted:
+        if signals.abort_requested:
             os._exit(130)
         if signals.asked and not (folder / "slow").exists():
             (folder / "saved").write_text(signals.why)

@@ -11,7 +11,7 @@ import torch
 from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
 from echox.builders.encoded import check_encoded, encoding_identity
-from echox.config.schema import ModelConfig
+from echox.config.model_schema import ModelConfig
 from echox.errors import DataError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate
 from echox.stream.format.writer import write_shards
