@@ -57,8 +57,8 @@ def _add(corpora: Any, corpus: Corpus) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build the corpus; progress goes to stderr, the result to stdout."""
-    from shards.build.answer_units import add_answer_units, finish_interrupted
-    from shards.build.corpus_build import Settings, build_corpus
+    from shards.builder.answer_units import add_answer_units, finish_interrupted
+    from shards.builder.corpus_build import Settings, build_corpus
     from shards.corpus import Request
 
     corpus = CORPORA[args.corpus]

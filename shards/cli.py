@@ -53,7 +53,7 @@ def run_build(args: argparse.Namespace) -> int:
     """Build the demo's corpus and all that its recipes read; progress goes to stderr, the result to stdout."""
     from echox.config.load import load_recipe
     from echox.config.paths import cache_dir
-    from shards.build.encode import encode_sources
+    from shards.builder.encode import encode_sources
     from shards.demo.build import build
     from shards.demo.voice import ensure_vocoder
 
@@ -71,7 +71,7 @@ def run_encode(args: argparse.Namespace) -> int:
     """Encode every folder the recipe trains or validates on."""
     from echox.config.load import load_recipe
     from echox.errors import RecipeError
-    from shards.build.encode import encode_sources
+    from shards.builder.encode import encode_sources
 
     recipe = load_recipe(args.recipe, args.overrides)
     if recipe.stage == "t2c":

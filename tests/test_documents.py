@@ -37,7 +37,7 @@ from launch.client.jobs import STOP_WAIT_S
 from launch.client.resubmit import FINAL_CODES
 from launch.client.status import report
 from launch.job.driver import RAY_STOP_WAIT_S, grace_s
-from shards.build.convert import SHORTEST_S
+from shards.builder.convert import SHORTEST_S
 from shards.corpora.registry import CORPORA
 from tests.shards.layouts import clip, encoded, put, put_lines
 from tests.stream.datasets import source

@@ -116,6 +116,12 @@ def test_no_optional_imports_hide_a_missing_part() -> None:
                 assert "ImportError" not in caught and "ModuleNotFoundError" not in caught, f"{file}:{node.lineno}"
 
 
+def test_no_folder_has_a_name_that_linters_and_test_collectors_pass_over() -> None:
+    passed_over = {"build", "_build", "dist", "venv", "env", "node_modules", "site-packages", "CVS"}
+    folders = {part for file in project_files() for part in file.relative_to(ROOT).parts[:-1]}
+    assert not folders & passed_over
+
+
 def test_every_package_says_what_belongs_in_it() -> None:
     for package in PACKAGES:
         for folder in {file.parent for file in within(package)}:

@@ -150,7 +150,7 @@ class Demo:
 
     def _data(self) -> None:
         from echox.release.assets import fetch
-        from shards.build.encode import encode_sources
+        from shards.builder.encode import encode_sources
         from shards.demo.build import build
         from shards.demo.units import add_units, settings_for
         from shards.demo.voice import ensure_vocoder

@@ -1,1 +1,1 @@
-"""The layouts of recordings and public corpora: how each is read; building shards of them is in `shards.build`."""
+"""The layouts of recordings and public corpora: how each is read; building shards of them is in `shards.builder`."""

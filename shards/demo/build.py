@@ -15,7 +15,7 @@ from echox.release.assets import ASSETS, fetch, is_present
 from echox.stream.format.catalogue import DATASET_NAME
 from echox.stream.format.indexing import index_folder, is_indexed
 from echox.stream.format.writer import write_shards
-from shards.build.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
+from shards.builder.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
 from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import TRAIN_QUESTIONS, question
 from shards.demo.plan import CorpusPlan, Fact, Item, plan_corpus, slug

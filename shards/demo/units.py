@@ -13,8 +13,8 @@ from echox.errors import DataError
 from echox.files import sha256_file
 from echox.release.assets import ASSETS
 from echox.stream.format.catalogue import DATASET_NAME
-from shards.build.records import CORPUS, INPUTS_NAME, digest, read_json, write_json
-from shards.build.rewrite import read_samples, rewrite
+from shards.builder.records import CORPUS, INPUTS_NAME, digest, read_json, write_json
+from shards.builder.rewrite import read_samples, rewrite
 
 if TYPE_CHECKING:
     import numpy as np

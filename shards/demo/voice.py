@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from echox.stream.format.catalogue import DATASET_NAME
-from shards.build.records import CORPUS
+from shards.builder.records import CORPUS
 
 VOCODER_STEPS = 300
 

@@ -211,7 +211,7 @@ def test_the_package_that_travels_is_small_and_whole(tmp_path: Path) -> None:
 
     travels = (
         *("launch/train.py", "launch/recipes/demo/s2t.yaml", "ds_configs/zero3_cpu.json", "echox/cli.py"),
-        "shards/build/rewrite.py",
+        "shards/builder/rewrite.py",
     )
     for name in travels:
         (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ Work = Callable[[], Any]
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 # Imported once, by a process that never starts a thread and that the others are copies of.
-_PROCESSES.set_forkserver_preload(["echox.units.extract", "shards.build.answer_units", "tests.shards.layouts"])
+_PROCESSES.set_forkserver_preload(["echox.units.extract", "shards.builder.answer_units", "tests.shards.layouts"])
 
 
 def killed(work: Work, module: str, name: str, calls: int) -> None:

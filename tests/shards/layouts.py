@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import webdataset
 
-from shards.build.corpus_build import Settings, build_corpus
+from shards.builder.corpus_build import Settings, build_corpus
 from shards.corpora.registry import CORPORA
 from shards.corpus import Request
 

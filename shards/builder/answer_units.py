@@ -15,11 +15,11 @@ from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import DataError
 from echox.files import sha256_file
 from echox.stream.format.catalogue import DATASET_NAME
-from shards.build.convert import count_members, is_kept, record_path, tar_path, write_sample, writing
-from shards.build.publish import add_shard, complete, finish_publishing, index, stage
-from shards.build.records import digest, read_json, write_json
-from shards.build.rewrite import read_shard
-from shards.build.workers import alone
+from shards.builder.convert import count_members, is_kept, record_path, tar_path, write_sample, writing
+from shards.builder.publish import add_shard, complete, finish_publishing, index, stage
+from shards.builder.records import digest, read_json, write_json
+from shards.builder.rewrite import read_shard
+from shards.builder.workers import alone
 
 if TYPE_CHECKING:
     from echox.units.extract import UnitExtractor

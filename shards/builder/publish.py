@@ -11,8 +11,8 @@ from typing import Any
 from echox.errors import DataError
 from echox.stream.format.catalogue import DATASET_NAME
 from echox.stream.format.indexing import index_folder
-from shards.build.convert import tar_path
-from shards.build.records import digest, read_json, write_json
+from shards.builder.convert import tar_path
+from shards.builder.records import digest, read_json, write_json
 
 BUILD_NAME = "build.json"
 """What the shards were built from."""

@@ -19,7 +19,7 @@ import soundfile
 from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
 from echox.errors import DataError, EchoXError
 from echox.files import sha256_file
-from shards.build.records import digest, read_json, write_json
+from shards.builder.records import digest, read_json, write_json
 from shards.corpus import Audio, Utterance
 
 SHORTEST_S = 0.1

@@ -16,7 +16,7 @@ from echox.cli import main
 from echox.errors import DataError
 from echox.units.extract import UnitExtractor, fit_extractor
 from echox.units.features import FeatureConfig
-from shards.build.answer_units import add_answer_units
+from shards.builder.answer_units import add_answer_units
 from tests.shards.killing import killed
 from tests.shards.layouts import build, clip, encoded, put, put_lines, read
 
@@ -131,7 +131,7 @@ def test_killed_in_its_last_step_the_next_build_finishes_it(
     assert {path.name for path in tmp_path.glob(".out*")} == set()
 
 
-def _killed(out: Path, units: Path, name: str, calls: int, module: str = "shards.build.answer_units") -> None:
+def _killed(out: Path, units: Path, name: str, calls: int, module: str = "shards.builder.answer_units") -> None:
     killed(partial(add_answer_units, out, units), module, name, calls)
 
 

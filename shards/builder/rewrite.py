@@ -12,7 +12,7 @@ from echox.errors import DataError
 from echox.stream.format.catalogue import DATASET_NAME, Catalogue
 from echox.stream.format.writer import write_shards
 from echox.stream.storage.store import read_folder
-from shards.build.records import PER_SHARD
+from shards.builder.records import PER_SHARD
 
 
 def read_samples(location: str | Path) -> Iterator[dict[str, Any]]:

@@ -17,8 +17,8 @@ from echox.config.schema import Recipe
 from echox.release.pretrained import load_whisper_encoder
 from echox.stream.collate import pad_audio
 from echox.stream.format.encoded_features import MEMBER, pack
-from shards.build.records import PER_SHARD, read_json, write_json
-from shards.build.rewrite import read_samples, rewrite
+from shards.builder.records import PER_SHARD, read_json, write_json
+from shards.builder.rewrite import read_samples, rewrite
 
 if TYPE_CHECKING:
     from torch import Tensor

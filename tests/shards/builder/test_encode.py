@@ -16,7 +16,7 @@ from echox.errors import DataError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate
 from echox.stream.format.writer import write_shards
 from echox.stream.storage.store import read_folder
-from shards.build import encode
+from shards.builder import encode
 from tests import tiny
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from echox.errors import DataError, EchoXError
 from echox.stream.format.catalogue import DATASET_NAME
-from shards.build.convert import Job, convert, is_kept, keys, may_be_kept, record_path
-from shards.build.progress import Meter
-from shards.build.publish import BUILD_NAME, LEDGER_NAME, finish_publishing, is_built, publish, write_ledger
-from shards.build.records import digest, read_json
-from shards.build.workers import abandon, alone, executor, submit
+from shards.builder.convert import Job, convert, is_kept, keys, may_be_kept, record_path
+from shards.builder.progress import Meter
+from shards.builder.publish import BUILD_NAME, LEDGER_NAME, finish_publishing, is_built, publish, write_ledger
+from shards.builder.records import digest, read_json
+from shards.builder.workers import abandon, alone, executor, submit
 from shards.corpora.archives import Archives
 from shards.corpus import Audio, Corpus, MemberAudio, Request, SpanAudio, Utterance, wrong_source
 

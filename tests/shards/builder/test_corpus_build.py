@@ -22,13 +22,13 @@ import pytest
 import soundfile
 from webdataset.writer import TarWriter
 
-import shards.build.convert
-import shards.build.corpus_build
-import shards.build.publish
+import shards.builder.convert
+import shards.builder.corpus_build
+import shards.builder.publish
 from echox.errors import DataError, EchoXError
-from shards.build.convert import keys, write_sample
-from shards.build.corpus_build import Settings, build_corpus
-from shards.build.progress import Meter
+from shards.builder.convert import keys, write_sample
+from shards.builder.corpus_build import Settings, build_corpus
+from shards.builder.progress import Meter
 from shards.corpora.registry import CORPORA
 from shards.corpus import Request, Utterance
 from tests.shards.dying import die
@@ -118,13 +118,13 @@ def test_a_limit_takes_the_first_utterances(source: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("module", "name", "calls"),
     [
-        ("shards.build.corpus_build", "convert", 1),
-        ("shards.build.convert", "write_sample", 6),
-        ("shards.build.convert", "write_json", 2),
-        ("shards.build.corpus_build", "convert", 5),
-        ("shards.build.publish", "add_shard", 3),
-        ("shards.build.publish", "complete", 1),
-        ("shards.build.publish", "finish_publishing", 1),
+        ("shards.builder.corpus_build", "convert", 1),
+        ("shards.builder.convert", "write_sample", 6),
+        ("shards.builder.convert", "write_json", 2),
+        ("shards.builder.corpus_build", "convert", 5),
+        ("shards.builder.publish", "add_shard", 3),
+        ("shards.builder.publish", "complete", 1),
+        ("shards.builder.publish", "finish_publishing", 1),
     ],
 )
 def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bytes(
@@ -136,9 +136,9 @@ def test_killed_anywhere_it_goes_on_and_ends_in_the_same_bytes(
     assert not out.exists()
     finished = sorted(path.name for path in work.glob("part-*.json"))
     converted: list[str] = []
-    real = shards.build.corpus_build.convert
+    real = shards.builder.corpus_build.convert
     monkeypatch.setattr(
-        shards.build.corpus_build,
+        shards.builder.corpus_build,
         "convert",
         lambda job, *rest: (converted.append(f"part-{job.number:06d}.json"), real(job, *rest))[1],
     )
@@ -189,7 +189,7 @@ def test_interrupted_from_the_keyboard_it_says_so_once(tmp_path: Path) -> None:
 
 def test_a_finished_shard_that_was_altered_is_made_again(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole")
-    killed(partial(run, source, tmp_path / "out"), "shards.build.publish", "add_shard", 1)
+    killed(partial(run, source, tmp_path / "out"), "shards.builder.publish", "add_shard", 1)
     part = tmp_path / ".out.building" / "part-000001.tar"
     data = bytearray(part.read_bytes())
     data[700] ^= 1
@@ -309,14 +309,14 @@ def test_too_many_bad_utterances_stop_the_build_and_lose_nothing(source: Path, t
     assert [json.loads(line)["id"] for line in listed.read_text().splitlines()] == ["wav/2", "wav/10"]
     parts = {path: path.stat().st_mtime_ns for path in listed.parent.glob("part-*")}
     put(tmp_path / "wav" / "10.wav", encoded(clip(10)))
-    killed(partial(run, source, tmp_path / "out", max_rejected=0.05), "shards.build.publish", "add_shard", 1)
+    killed(partial(run, source, tmp_path / "out", max_rejected=0.05), "shards.builder.publish", "add_shard", 1)
     changed = {path.name for path, time in parts.items() if path.stat().st_mtime_ns != time}
     assert changed == {"part-000002.json", "part-000002.tar"}, "only the shard of the repaired file is made again"
     assert run(source, tmp_path / "out", max_rejected=0.05)["samples"] == 19
 
 
 def test_a_hopeless_source_is_given_up_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.build.corpus_build, "_EARLY", 8)
+    monkeypatch.setattr(shards.builder.corpus_build, "_EARLY", 8)
     source = put_lines(tmp_path / "mine.jsonl", [{"audio": "absent.wav", "text": "a", "id": str(n)} for n in range(40)])
     with pytest.raises(DataError, match="8 of 8 utterances are bad"):
         run(source, tmp_path / "out", max_rejected=0.2)
@@ -333,7 +333,7 @@ def test_a_shard_without_a_sample_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_second_build_of_the_folder_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = shards.build.corpus_build.convert, []
+    real, seen = shards.builder.corpus_build.convert, []
 
     def convert(*args: Any) -> Any:
         with pytest.raises(EchoXError, match="Another build is at work there"):
@@ -341,7 +341,7 @@ def test_a_second_build_of_the_folder_is_refused(source: Path, tmp_path: Path, m
         seen.append(args)
         return real(*args)
 
-    monkeypatch.setattr(shards.build.corpus_build, "convert", convert)
+    monkeypatch.setattr(shards.builder.corpus_build, "convert", convert)
     run(source, tmp_path / "out")
     assert len(seen) == 5
 
@@ -353,7 +353,7 @@ def test_a_full_disk_and_a_share_that_is_away_are_one_sentence_and_cost_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.build.convert, "write_json", full)
+        patch.setattr(shards.builder.convert, "write_json", full)
         with pytest.raises(EchoXError, match="Cannot write a shard: No space left on device"):
             run(source, tmp_path / "out")
 
@@ -370,7 +370,7 @@ def test_a_full_disk_and_a_share_that_is_away_are_one_sentence_and_cost_nothing(
 def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path / "a.wav", encoded(clip(1)))
     source = put_lines(tmp_path / "mine.jsonl", [{"audio": "a.wav", "text": "a"}])
-    monkeypatch.setattr(shards.build.corpus_build, "convert", die)
+    monkeypatch.setattr(shards.builder.corpus_build, "convert", die)
     with pytest.raises(EchoXError, match="A worker process died.*fewer --workers"):
         run(source, tmp_path / "out", workers=2)
 
@@ -392,8 +392,8 @@ def test_archives_killed_in_the_middle_end_in_the_same_bytes_and_are_named_in_th
     put_dialogues(tmp_path / "ShareChatX")
     out = tmp_path / "out"
     build_dialogues(tmp_path, tmp_path / "whole")
-    killed(partial(build_dialogues, tmp_path, out), "shards.build.corpus_build", "convert", 3)
-    killed(partial(build_dialogues, tmp_path, out), "shards.build.publish", "add_shard", 1)
+    killed(partial(build_dialogues, tmp_path, out), "shards.builder.corpus_build", "convert", 3)
+    killed(partial(build_dialogues, tmp_path, out), "shards.builder.publish", "add_shard", 1)
     (row,) = map(json.loads, (tmp_path / "whole" / "rejected.jsonl").open())
     assert row["id"] == "2-000004" and row["files"] == [str(tmp_path / "ShareChatX" / "2.tar.gz")]
     build_dialogues(tmp_path, out)
@@ -417,7 +417,7 @@ def test_members_of_a_decompressed_archive_are_cleared_away(tmp_path: Path) -> N
 
 def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("shards.build.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("shards.builder.progress.time.monotonic", lambda: now[0])
     lines: list[str] = []
     meter = Meter("corpus", lambda: iter([Utterance(id="a", task="asr", source="s")] * 4000), lines.append)
     meter.counting.join()
