@@ -11,7 +11,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow chaos check clean
+.PHONY: help env demo test test-slow chaos mutate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test-slow: env ## all tests, also those that need long minutes or much memory
 
 chaos: env ## kill a rank of a training run 50 times, and compare with a run that nobody killed
 	$(BIN)/python tests/engine/chaos.py --kills 50
+
+MUTATE ?= --limit 200
+mutate: env ## change the science at 200 places, one at a time, and list what no test notices (a quarter of an hour)
+	$(BIN)/python -m tests.mutation.run $(MUTATE)
 
 check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

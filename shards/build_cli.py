@@ -57,7 +57,7 @@ def _add(corpora: Any, corpus: Corpus) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     """Build the corpus; progress goes to stderr, the result to stdout."""
-    from shards.builder.answer_units import add_answer_units, finish_interrupted
+    from shards.builder.answer_units import add_answer_units, finish_interrupted, record_published
     from shards.builder.corpus_build import Settings, build_corpus
     from shards.corpus import Request
 
@@ -78,6 +78,8 @@ def run_build(args: argparse.Namespace) -> int:
     )
     finish_interrupted(args.out)
     described = build_corpus(corpus, args.source, args.out, request, settings, _say)
+    if corpus.unit_set is not None:
+        record_published(args.out, corpus.unit_set)
     if args.units is not None:
         add_answer_units(args.out, args.units, _say, keep_audio=args.keep_answer_audio, workers=workers)
         described = json.loads((args.out / "dataset.json").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.errors import DataError
+from echox.units.identity import UnitSetIdentity
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class Corpus:
         discover: utterances below a source, always in the same order; a wrong source raises `DataError`.
         has_splits: whether `--split` chooses among its parts.
         example: a command line.
+        unit_set: which units its samples have where they have units instead of sound.
     """
 
     name: str
@@ -193,6 +195,7 @@ class Corpus:
     discover: Callable[[Path, Request], Iterator[Utterance]]
     has_splits: bool = False
     example: str = ""
+    unit_set: UnitSetIdentity | None = None
 
 
 def wrong_source(corpus: str, source: Path, looked_for: str) -> DataError:

@@ -215,8 +215,20 @@ def test_the_table_of_corpora_is_the_registry() -> None:
 
 def test_the_datasets_of_the_examples_have_the_names_that_the_recipes_use() -> None:
     names = set(re.findall(r"--out /shared/echox/data/(\S+)", text_of("shards/README.md")))
-    data = load_recipe("3b/s2t").data
-    assert names and names <= {source.path for source in (*data.train, *data.valid)}
+    sections = [load_recipe(f"3b/{stage}").data for stage in ("s2t", "t2c")]
+    assert names and names <= {source.path for data in sections for source in (*data.train, *data.valid)}
+
+
+def test_the_unit_language_of_the_example_is_the_one_that_the_recipes_use() -> None:
+    languages = {
+        load_recipe(f"{scale}/{stage}").model.t2c.unit_language for scale in ("3b", "8b") for stage in ("t2c", "echo")
+    }
+    (command,) = (line for line in commands("shards/README.md") if "unit-language fit /shared" in line)
+    words = shlex.split(command)[1:]
+    fitted = cli.build_parser(words).parse_args(words)
+    assert {str(fitted.language)} == {f"/shared/echox/data/{name}" for name in languages}
+    data = load_recipe("3b/t2c").data
+    assert {f"/shared/echox/data/{source.path}" for source in data.train} == {str(path) for path in fitted.units}
 
 
 def test_the_listing_of_a_shard_is_what_a_build_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -167,6 +167,13 @@ def speech_batch(rows: int = 4, *, seed: int = 5, step: int = -1) -> SpeechBatch
         transcript_BC=tokens(3),
         transcript_lengths_B=spoken,
     )
+
+
+def rows_of(batch: SpeechBatch, rows: Sequence[int]) -> SpeechBatch:
+    """Some rows of a batch, with the padding they have there."""
+    names = [name for name, value in vars(batch).items() if isinstance(value, torch.Tensor)]
+    picked = {name: getattr(batch, name)[list(rows)] for name in names}
+    return replace(batch, ids=[batch.ids[row] for row in rows], **picked)
 
 
 def one_row(batch: SpeechBatch, row: int) -> SpeechBatch:

@@ -1,4 +1,4 @@
-"""Computes Whisper's log-mel spectrogram of a batch of clips, padded to 30 s or trimmed to the batch's longest."""
+"""Computes Whisper's log-mel spectrogram of clips, trimmed or padded to 30 s; longer ones in windows of 30 s."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ N_FFT = 400
 PAD_SECONDS = 30.0
 """The input length Whisper was pretrained on."""
 _RATE = 16_000
+WINDOW = int(PAD_SECONDS * _RATE)
+"""Samples that Whisper hears at once."""
+_WINDOW_FRAMES = WINDOW // HOP
 
 
 class LogMel(nn.Module):
@@ -26,9 +29,13 @@ class LogMel(nn.Module):
     to each, the floor is the clip's own, and trimmed batches end in at least half a window of silence, so that the
     mirror at the end of the signal never shows a clip's own sound.
 
+    A clip longer than 30 s is cut into windows of 30 s without overlap, each computed as a clip of its own and laid end
+    to end: mel frame t begins at t / 100 s, whichever window it is of. The margin opens no window of its own.
+
     Args:
         n_mels: 80, or 128 for Whisper large-v3.
-        input_mode: "trim" to the longest clip plus margin, or "pad_30s".
+        input_mode: "trim" to the longest clip plus margin; "pad_30s" fills the last window with silence, as
+            `WhisperFeatureExtractor` does.
         margin_s: silence that counts as part of each clip, seconds.
         stack: encoder frames the adapter joins; lengths are multiples of `2 * stack` mel frames (the encoder halves the
             rate once), so that no joined frame is partly outside the batch.
@@ -65,32 +72,59 @@ class LogMel(nn.Module):
         self.register_buffer("window_W", torch.hann_window(N_FFT), persistent=False)
 
     def padded_samples(self, longest: int) -> int:
-        """Samples the longest clip of a batch is padded to, given its length."""
+        """Samples the longest clip of a batch is padded to, given its length, which is 30 s at most."""
         if self.input_mode == "pad_30s":
-            return int(PAD_SECONDS * _RATE)
+            return WINDOW
         block = HOP * self.multiple
         samples = -(-(longest + max(self.margin, N_FFT // 2)) // block) * block
         # The position table of the encoder ends at 30 s.
-        return min(samples, int(PAD_SECONDS * _RATE) // block * block)
+        return min(samples, WINDOW // block * block)
 
     @torch.no_grad()
     def forward(self, audio_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the frames of a batch.
 
         Args:
-            audio_BN: waveforms at 16 kHz, zeros after each clip's end; what exceeds 30 s is cut.
+            audio_BN: waveforms at 16 kHz, zeros after each clip's end.
             lengths_B: samples of each clip.
 
         Returns:
-            mel_BMT: log-mel, float32; in mode "trim" T is a multiple of `2 * stack`, in mode "pad_30s" it is 3,000.
-            frames_B: valid mel frames of each clip, margin included, rounded up to a multiple of `2 * stack`.
+            mel_BMT: log-mel, float32; in mode "trim" T is a multiple of `2 * stack`, in mode "pad_30s" of 3,000.
+            frames_B: valid mel frames of each clip, margin included, rounded up to a multiple of `2 * stack` as far as
+                its last window reaches.
         """
+        if audio_BN.shape[1] > WINDOW:
+            return self._in_windows(audio_BN, lengths_B)
         samples = self.padded_samples(audio_BN.shape[1])
-        audio_BN = nn.functional.pad(audio_BN[:, :samples].float(), (0, max(0, samples - audio_BN.shape[1])))
+        mel_BMT = self._log_mel(nn.functional.pad(audio_BN[:, :samples], (0, max(0, samples - audio_BN.shape[1]))))
+        return mel_BMT, self._frames(lengths_B).clamp_max(mel_BMT.shape[-1])
+
+    def _in_windows(self, audio_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for a batch whose longest clip has several windows; those after a clip's end are left at zero."""
+        batch, samples = audio_BN.shape
+        windows = -(-samples // WINDOW)
+        audio_KN = nn.functional.pad(audio_BN, (0, windows * WINDOW - samples)).view(batch * windows, WINDOW)
+        windows_B = ((lengths_B + WINDOW - 1) // WINDOW).clamp_min(1)
+        used_K = (torch.arange(windows, device=lengths_B.device) < windows_B[:, None]).flatten().nonzero()[:, 0]
+        mel_KMT = self._log_mel(audio_KN[used_K])
+        all_KMT = mel_KMT.new_zeros(batch * windows, *mel_KMT.shape[1:]).index_copy_(0, used_K, mel_KMT)
+        mel_BMT = all_KMT.unflatten(0, (batch, windows)).transpose(1, 2).flatten(2)
+        reach_B = windows_B * _WINDOW_FRAMES
+        if self.input_mode == "pad_30s":
+            return mel_BMT, torch.minimum(self._frames(lengths_B), reach_B)
+        frames_B = torch.minimum(self._frames(lengths_B), reach_B // self.multiple * self.multiple)
+        return mel_BMT[..., : int(frames_B.max())], frames_B
+
+    def _log_mel(self, audio_BN: Tensor) -> Tensor:
+        """Log-mel `[B, M, N / 160]` of waveforms, each with the floor that its own maximum sets."""
+        audio_BN = audio_BN.float()
         spectrum_BFT = torch.stft(audio_BN, N_FFT, HOP, window=self.window_W, center=True, return_complex=True)
         power_BFT = spectrum_BFT[..., :-1].abs().square()
         mel_BMT = (self.filters_FM.T @ power_BFT).clamp_min(1e-10).log10()
         mel_BMT = torch.maximum(mel_BMT, mel_BMT.amax(dim=(1, 2), keepdim=True) - 8.0)
+        return (mel_BMT + 4.0) / 4.0
+
+    def _frames(self, lengths_B: Tensor) -> Tensor:
+        """Mel frames of clips and their margins, in whole stacks."""
         block = HOP * self.multiple
-        frames_B = (lengths_B + self.margin + block - 1).div(block, rounding_mode="floor") * self.multiple
-        return (mel_BMT + 4.0) / 4.0, frames_B.clamp_max(mel_BMT.shape[-1])
+        return (lengths_B + self.margin + block - 1).div(block, rounding_mode="floor") * self.multiple

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from echox.audio.features import HOP, WINDOW
 from echox.builders.setup import TextTools, build_stage
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.models.ragged import Layout
@@ -190,7 +191,9 @@ def _batch(
     frames_B = (lengths(load.question_s * 100 / stack) * stack).clamp(max=int(speech.max_audio_s * 100))
     longest = int(frames_B.max())
     spoken_B = (frames_B // (4 * stack)).clamp(min=1)
-    mel_BMT = torch.randn(load.rows, mels, 0 if speech.precomputed else longest, generator=generator)
+    window = WINDOW // HOP if speech.input == "pad_30s" else 1
+    columns = -(-longest // window) * window
+    mel_BMT = torch.randn(load.rows, mels, 0 if speech.precomputed else columns, generator=generator)
     features_BTd = torch.randn(load.rows, longest // 2, width, generator=generator)
     prompt = text.prompt
     return SpeechBatch(

@@ -16,16 +16,22 @@ RECORD = "encoded.json"
 
 
 def encoding_identity(model: ModelConfig) -> dict[str, Any]:
-    """Everything the features depend on beside the audio: the encoder's weights and how its input is cut."""
+    """Everything the features depend on beside the audio: the encoder's weights and how its input is cut.
+
+    `max_audio_s` also tells features of one window (30 s at most) from those of several.
+    """
     speech = model.speech_encoder
     assert speech is not None
-    return {
+    identity: dict[str, Any] = {
         "weights": sha256_file(resolve_model(speech.path) / "model.safetensors"),
         "input": speech.input,
         "margin_s": speech.margin_s,
         "max_audio_s": speech.max_audio_s,
         "stack": model.alignment.stack,
     }
+    if speech.input == "pad_30s":
+        identity["attention"] = "whole windows"  # older features of this mode saw no silence
+    return identity
 
 
 def check_encoded(folder: Path, identity: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echox.audio.io import SAMPLE_RATE
 from echox.builders.data import open_sources, train_reader, transcripts, valid_readers
 from echox.builders.encoded import check_encoded, encoding_identity
+from echox.builders.prompt import PARTS, difference, prompt_of
 from echox.builders.stages import build_echo_stage, build_s2t, build_s2t_stage, build_t2c, build_t2c_stage
+from echox.builders.unit_sets import check_units, run_files
 from echox.config.paths import resolve_data_file
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.interfaces import StageSetup
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
+from echox.models.causal_lm import check_parts
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
@@ -27,6 +32,8 @@ from echox.stages.t2c import T2CStage
 from echox.stream.collate import Collate, PromptTokens, SpeechCollate, UnitCollate
 from echox.stream.sampling.source import Source
 from echox.units.language import UnitLanguage
+
+log = logging.getLogger(__name__)
 
 _RANDOM_WORDS = 7500
 _CTC_TOKENS = "s2t.front_end.ctc_head.tokens"
@@ -37,11 +44,16 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
 
     Raises:
         MissingModelError, DataError, CheckpointError: a part the recipe names is absent or does not fit.
+        RecipeError: the LLM has no such prompt, linear maps or layout, or cannot be called in parts.
     """
     torch.manual_seed(recipe.seed)
     text = TextTools.load(recipe)
+    other_prompt = difference(recipe.model.llm.prompt, text.tokenizer, recipe.model.llm.path)
+    if other_prompt and rank == 0:
+        log.warning(other_prompt)
     train, valid = open_sources(recipe.data.train), open_sources(recipe.data.valid)
     _check_encoded(recipe, [*train, *valid])  # before any model is loaded
+    check_units(recipe, [*train, *valid], text.language, quiet=rank > 0)
     # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
     from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
     spoken = (token for line in transcripts(train) for token in text.tokenize(line)) if from_corpus else None
@@ -52,6 +64,7 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         train_loader=train_reader(recipe, train, collate, rank, world_size),
         valid_loaders=valid_readers(recipe, valid, collate, rank, world_size),
         frozen_models=frozen_models(recipe),
+        files=run_files(recipe, text.language),
     )
 
 
@@ -76,21 +89,28 @@ class TextTools:
 
     @classmethod
     def load(cls, recipe: Recipe) -> TextTools:
-        """Load the tokenizer and tokenise the templates."""
+        """Load the tokenizer and tokenise the templates.
+
+        Raises:
+            MissingModelError: there is no tokenizer.
+            RecipeError: the recipe leaves the prompt to a chat template that there is not, or its end is no token.
+        """
         llm, t2c, random_init = recipe.model.llm, recipe.model.t2c, recipe.model.random_init
         tokenizer = load_tokenizer(llm.path, random_init=random_init)
         ids = partial(_ids, tokenizer)
-        end = ids(llm.prompt.end)
-        if len(end) != 1 and not random_init:
+        template = prompt_of(llm.prompt, tokenizer, llm.path, random_init=random_init)
+        before, after, end = (str(getattr(template, part)) for part in PARTS)
+        end_ids = ids(end)
+        if len(end_ids) != 1 and not random_init:
             raise RecipeError(
-                f"model.llm.prompt.end={llm.prompt.end!r} is {len(end)} tokens of {llm.path}; it must be one",
+                f"model.llm.prompt.end={end!r} is {len(end_ids)} tokens of {llm.path}; it must be one",
                 fix="use the LLM's own end-of-turn token",
             )
         prompt = PromptTokens(
-            before=ids(llm.prompt.before),
-            after=ids(llm.prompt.after),
-            after_asr=ids(recipe.data.asr_instruction + llm.prompt.after),
-            end=end[-1],
+            before=ids(before),
+            after=ids(after),
+            after_asr=ids(recipe.data.asr_instruction + after),
+            end=end_ids[-1],
         )
         language = None
         if t2c is not None:
@@ -154,6 +174,7 @@ def build_stage(
     if tokens is None:
         tokens = ctc_tokens(len(table.weight), transcripts if model.ctc.vocabulary == "corpus" else None)
     s2t = build_s2t(model, add_lora(causal_lm, model.llm.lora), causal_lm, encoder, tokens)
+    check_parts(causal_lm, model.layout)
     if recipe.stage == "s2t":
         stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
     else:
@@ -227,8 +248,15 @@ def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
         margin_s=speech.margin_s,
         stack=recipe.model.alignment.stack,
     )
-    width = encoder_width(speech.path) if speech.precomputed else None
-    return SpeechCollate(text.tokenize, text.prompt, log_mel, int(speech.max_audio_s * 16000), precomputed=width)
+    ctc = recipe.model.ctc
+    return SpeechCollate(
+        text.tokenize,
+        text.prompt,
+        log_mel,
+        int(speech.max_audio_s * SAMPLE_RATE),
+        precomputed=encoder_width(speech.path) if speech.precomputed else None,
+        needs_transcript=recipe.stage == "s2t" and (ctc.weight > 0 or ctc.align_steps > 0),
+    )
 
 
 def frozen_models(recipe: Recipe) -> dict[str, Path]:

@@ -23,7 +23,8 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
     config = causal_lm.config
     width, heads = config.hidden_size, config.num_attention_heads
     table = causal_lm.get_input_embeddings().weight
-    whisper = TrimmedWhisperEncoder(encoder, model.layout)
+    assert model.speech_encoder is not None
+    whisper = TrimmedWhisperEncoder(encoder, model.layout, input_mode=model.speech_encoder.input)
     alignment = AlignmentAdapter(
         encoder_width=whisper.width,
         width=width,

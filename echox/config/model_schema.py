@@ -6,11 +6,17 @@ file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from echox.config.section import Guarded, Section
+
+
+def _targets(given: object) -> object:
+    if given == "auto":
+        return ("auto",)
+    return tuple(given) if isinstance(given, list) else given  # strict: what a validator hands on must be the type
 
 
 class LoraConfig(Section):
@@ -26,20 +32,36 @@ class LoraConfig(Section):
         lt=1,
         description="share of the inputs of A dropped while training; 0.05 as in Qwen's fine-tuning script",
     )
-    targets: tuple[str, ...] = Field(
+    targets: Annotated[tuple[str, ...], BeforeValidator(_targets)] = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
-        description="names of the linear maps that get an adapter; all seven of a Llama layer, since attention alone "
-        "has too few parameters for the published number",
+        description="names of the linear maps that get an adapter, each in every layer; all seven of a Llama layer, "
+        "since attention alone has too few parameters for the published number; `auto`: all that the LLM's layers have",
     )
 
 
 class PromptConfig(Section):
-    """The chat template around one spoken turn, in the LLM's own special tokens (U17: one BOS, no quirks)."""
+    """The template around one spoken turn, in the LLM's own special tokens (U17: one BOS, no quirks).
 
-    before: str = Field(description="text before the audio")
-    after: str = Field(description="text between the audio and the response")
-    end: str = Field(description="token that ends the response")
+    `prompt: auto`, the default, takes the chat template of the LLM's tokenizer: one user turn, with the audio as what
+    the user says, and thinking switched off where the template has such a switch. A part that is given replaces that of
+    the template.
+    """
+
+    before: str | None = Field(None, description="text before the audio; null: as in the chat template")
+    after: str | None = Field(
+        None, description="text between the audio and the response; null: as in the chat template"
+    )
+    end: str | None = Field(
+        None, description="token that ends the response; null: the one after an answer in the chat template"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, given: object) -> object:
+        if isinstance(given, str) and given != "auto":
+            raise ValueError("auto, or a section with before, after and end")
+        return {} if given == "auto" else given
 
 
 class LlmConfig(Section):
@@ -47,7 +69,7 @@ class LlmConfig(Section):
 
     path: Guarded[str] = Field(description="model folder, or a name below $ECHOX_CACHE/models")
     lora: LoraConfig = LoraConfig()
-    prompt: PromptConfig
+    prompt: PromptConfig = PromptConfig()
 
 
 class SpeechEncoderConfig(Section):
@@ -55,14 +77,19 @@ class SpeechEncoderConfig(Section):
 
     path: Guarded[str] = Field(description="Whisper folder, or a name below $ECHOX_CACHE/models")
     input: Literal["trim", "pad_30s"] = Field(
-        "trim", description="trim: real frames plus a margin; pad_30s: as Whisper was pretrained, 3 to 7 times the cost"
+        "trim",
+        description="trim: real frames plus a margin; pad_30s: as Whisper was pretrained, with silence up to 30 s that "
+        "it attends to, 3 to 7 times the cost",
     )
-    margin_s: float = Field(0.5, ge=0, le=5, description="silence appended when trimming, seconds")
+    margin_s: float = Field(
+        0.5, ge=0, le=5, description="silence after the audio of which the frames are kept too, seconds"
+    )
     max_audio_s: float = Field(
         30.0,
         gt=0,
-        le=30,
-        description="longer audio is cut here and counted (U27), seconds; 30 is all that Whisper hears at once",
+        le=600,
+        description="longer audio is cut here and counted in `data/cut` (U27), seconds; Whisper hears 30 at once, so "
+        "what is longer is encoded in windows of 30 without overlap, and joined",
     )
     precomputed: bool = Field(
         False, description="read the encoder's output from the shards (`echox shards encode`), no forward in training"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -173,9 +175,12 @@ class Engine:
         remember_tree(self.stage)
         self._recipe = recipe
         self.invalidations = TraceInvalidations()
-        offload = getattr(self.ds.optimizer, "parameter_offload", None)
-        if offload is not None:
-            self.invalidations.watch(offload.get_param_coordinator())
+        self._offload: Any = getattr(self.ds.optimizer, "parameter_offload", None)
+        if self._offload is not None:
+            self._evaluation_coordinator = copy.copy(self._offload.param_coordinator)
+            self._evaluation_coordinator._clear_trace_structures()
+            for coordinator in (self._offload.param_coordinator, self._evaluation_coordinator):
+                self.invalidations.watch(coordinator)
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """Set every group's rate for optimizer step `step` (from 0); return them by group."""
@@ -183,6 +188,27 @@ class Engine:
         for group in self.ds.optimizer.param_groups:
             group["lr"] = rates[group["rate"]] = rate_at(self._recipe, group["rate"], step)
         return rates
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forwards without dropout and without gradients; training goes on afterwards as before.
+
+        ZeRO-3 learns the order of modules of a forward and its backward, and throws what it knows away at the first
+        difference. Forwards alone are therefore followed by a parameter coordinator of their own.
+        """
+        import torch
+
+        offload = self._offload
+        if offload is not None:
+            training, offload.param_coordinator = offload.param_coordinator, self._evaluation_coordinator
+        self.ds.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.ds.train()
+            if offload is not None:
+                offload.param_coordinator = training
 
     def clear_gradients(self) -> None:
         """Zero ZeRO-3's gradient partitions before the first micro-step of a window.

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echox.config.schema import Recipe
+    from echox.engine.run_files import RunFile
 
 
 class BatchLike(Protocol):
@@ -47,8 +48,10 @@ class LossTermLike(Protocol):
 class Stage(Protocol):
     """What one training stage computes; an `nn.Module` with these methods.
 
-    It may also have `zero_leaf_modules() -> list[nn.Module]`: modules whose parameters ZeRO-3 gathers at once, and
-    `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward.
+    It may also have `zero_leaf_modules() -> list[nn.Module]`: modules whose parameters ZeRO-3 gathers at once,
+    `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward, and `needs_survey(batch) -> bool`:
+    whether token counts or weights of its losses depend on forwards of the whole window. Where it does, and a step has
+    several micro-batches, each gets a forward without gradient before the first backward (`Engine.evaluating`).
     """
 
     def __call__(self, batch: Any) -> Mapping[str, LossTermLike]:
@@ -56,7 +59,7 @@ class Stage(Protocol):
         ...
 
     def loss_weights(self, means: Mapping[str, Tensor], step: int) -> Mapping[str, Tensor | float]:
-        """Weight of each loss at `step` (from 0), given the detached global token means."""
+        """Weight of each loss at `step` (from 0), given the detached global token means; NaN for one without tokens."""
         ...
 
     def known_counts(self, batch: Any) -> Mapping[str, int]:
@@ -133,12 +136,14 @@ class StageSetup:
         train_loader: the rank's `TrainLoader`.
         valid_loaders: name to batches of this rank, in the same number on every rank; padding carries zero weight.
         frozen_models: name to folder of every pretrained model whose weights are frozen.
+        files: name in the run's folder to a file that the weights mean nothing without; it is copied there.
     """
 
     module: torch.nn.Module
     train_loader: TrainLoader
     valid_loaders: Mapping[str, Iterable[BatchLike]] = field(default_factory=dict)
     frozen_models: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, RunFile] = field(default_factory=dict)
 
 
 class BuildSetup(Protocol):

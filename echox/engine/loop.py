@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from echox.engine import rng_state
 from echox.engine.checkpoint.checkpointer import Checkpointer, Published, find_checkpoint
@@ -156,9 +159,19 @@ class Loop:
                         metrics[f"valid/{name}/loss/{term}"] = total / count
                     so_far = pooled.get(term, (0.0, 0.0))
                     pooled[term] = (so_far[0] + total, so_far[1] + count)
-        metrics.update({f"valid/loss/{term}": total / count for term, (total, count) in pooled.items() if count})
+        means = {term: total / count if count else math.nan for term, (total, count) in pooled.items()}
+        metrics.update({f"valid/loss/{term}": mean for term, mean in means.items() if math.isfinite(mean)})
+        metrics.update(self._weighted(means))
         self.reporter.record("validation", metrics)
         self._timer.restart()
+
+    def _weighted(self, means: Mapping[str, float]) -> dict[str, float]:
+        """`valid/loss/total`: the weighted sum of the validation's losses, where every one of them is known."""
+        if not means or not all(math.isfinite(mean) for mean in means.values()):
+            return {}
+        tensors = {term: torch.tensor(mean) for term, mean in means.items()}
+        weights = self.engine.stage.loss_weights(tensors, self.recipe.optim.steps)  # after every phase
+        return {"valid/loss/total": sum(float(weights[term]) * mean for term, mean in means.items())}
 
     def _keep_going(self) -> bool:
         """Between batches of validation: whether no stop was requested."""

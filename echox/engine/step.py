@@ -1,8 +1,14 @@
-"""Runs one optimizer step or validation pass, with the exact gradient of the mean over all tokens of the global batch.
+"""Runs one optimizer step, and one validation pass: the exact gradient of the mean over all tokens of the global batch.
 
 DeepSpeed averages gradients over ranks (it divides by the world size before it adds) and, when told not to scale by
 accumulation steps, adds those of the micro-steps. So a loss of `weight * total * world / count` on each rank and
 micro-step gives the gradient of `weight * sum(totals) / count`, where `count` is the tokens of the whole window.
+
+Counts and weights must therefore be known before the first backward. Those that a batch tells by itself are summed over
+ranks at once. Those that depend on what a forward finds (how many units the teacher decodes, lambda of the denoising
+loss) are exact after the only forward where a step has one micro-batch; with several, each micro-batch first gets a
+forward without gradient, whose sums meet in one all-reduce. That costs a forward of the LLM for each micro-batch and no
+memory: the stage keeps what it found (the teacher's units) on the batch, so that nothing is decoded twice.
 """
 
 from __future__ import annotations
@@ -65,21 +71,24 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
     sums = StepSums()
     on_device = [batch.to(world.device) for batch in batches]
     accounts = [_account(batch, world) for batch in batches]
-    window = _window_counts(engine.stage, batches, world)
+    known = _known_counts(engine.stage, batches, world)
+    survey = _survey(engine, on_device, step, world)
     engine.clear_gradients()
     for batch, account in zip(on_device, accounts, strict=True):
         terms = engine.ds(batch)
         names, micro_K2, account_A = _global_sums(terms, account, world)
-        means_K = micro_K2[:, 0] / micro_K2[:, 1].clamp(min=1)
-        weights = engine.stage.loss_weights(dict(zip(names, means_K, strict=True)), step)
+        window = survey
+        if window is None:
+            _check_counted(known, names, batches)
+            counts = {**dict(zip(names, micro_K2[:, 1], strict=True)), **known}
+            window = _Window(counts, engine.stage.loss_weights(_means(names, micro_K2), step))
         loss = torch.zeros((), device=world.device)
         value = torch.zeros((), device=world.device, dtype=torch.float64)
         for row, name in enumerate(names):
-            # Unknown before its forward: the window is taken to be as long as this micro-step in each of its parts.
-            count = window.get(name, micro_K2[row, 1] * len(batches)).clamp(min=1)
-            loss = loss + weights[name] * terms[name].total * (world.size / count).to(loss.dtype)
-            value = value + torch.as_tensor(weights[name]).to(value) * micro_K2[row, 0] / count
-        sums.names, sums.weights = names, weights
+            count = window.counts[name].clamp(min=1)
+            loss = loss + window.weights[name] * terms[name].total * (world.size / count).to(loss.dtype)
+            value = value + torch.as_tensor(window.weights[name]).to(value) * micro_K2[row, 0] / count
+        sums.names, sums.weights = names, window.weights
         sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
         sums.total = value if sums.total is None else sums.total + value
         if batch is on_device[-1]:  # the loss of the whole step is known
@@ -94,22 +103,20 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
     return sums
 
 
-@torch.no_grad()
 def validate(engine: Engine, batches: Iterable[BatchLike], world: World, keep_going: Callable[[], bool]) -> StepSums:
     """Sums of the losses over a validation set, every rank with the same number of batches.
 
     `keep_going` is asked before each batch, and gives the same answer on all ranks; after a no, the rest is left out.
     """
-    engine.ds.eval()
     sums = StepSums()
-    for batch in batches:
-        if not keep_going():
-            break
-        sums.names, local_K2 = _local_sums(engine.ds(batch.to(world.device)))
-        sums.sums_K2 = local_K2 if sums.sums_K2 is None else sums.sums_K2 + local_K2
+    with engine.evaluating():
+        for batch in batches:
+            if not keep_going():
+                break
+            sums.names, local_K2 = _local_sums(engine.ds(batch.to(world.device)))
+            sums.sums_K2 = local_K2 if sums.sums_K2 is None else sums.sums_K2 + local_K2
     if sums.sums_K2 is not None:
         world.all_reduce(sums.sums_K2)
-    engine.ds.train()
     return sums
 
 
@@ -119,7 +126,41 @@ def batch_stats(batch: BatchLike) -> dict[str, float]:
     return dict(stats()) if callable(stats) else {}
 
 
-def _window_counts(stage: Any, batches: Sequence[BatchLike], world: World) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Window:
+    """Of a step, over all its micro-batches and ranks: tokens behind each loss, and the losses' weights."""
+
+    counts: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor | float]
+
+
+def _survey(engine: Engine, batches: Sequence[BatchLike], step: int, world: World) -> _Window | None:
+    """Counts and weights of a window of several micro-batches, where the stage cannot tell them before."""
+    needed = getattr(engine.stage, "needs_survey", None)
+    if len(batches) == 1 or needed is None or not any(needed(batch) for batch in batches):
+        return None
+    with engine.evaluating():
+        found = [_local_sums(engine.ds(batch)) for batch in batches]
+    names = found[0][0]
+    sums_K2 = world.all_reduce(torch.stack([sums_K2 for _, sums_K2 in found]).sum(0))
+    weights = engine.stage.loss_weights(_means(names, sums_K2), step)
+    return _Window(dict(zip(names, sums_K2[:, 1], strict=True)), weights)
+
+
+def _means(names: Sequence[str], sums_K2: Tensor) -> dict[str, Tensor]:
+    """Token mean of each loss; NaN where it has no tokens."""
+    means_K = torch.where(sums_K2[:, 1] > 0, sums_K2[:, 0] / sums_K2[:, 1].clamp(min=1), torch.nan)
+    return dict(zip(names, means_K, strict=True))
+
+
+def _check_counted(known: Mapping[str, Tensor], names: Sequence[str], batches: Sequence[BatchLike]) -> None:
+    """Refuse a window whose loss would be scaled by the tokens of one micro-batch alone."""
+    if len(batches) > 1 and not set(names) <= known.keys():
+        late = ", ".join(sorted(set(names) - known.keys()))
+        raise ValueError(f"the stage knows the tokens of {late} only after its forward: needs_survey must say so")
+
+
+def _known_counts(stage: Any, batches: Sequence[BatchLike], world: World) -> dict[str, Tensor]:
     """Tokens of each loss over the whole accumulation window and all ranks, where they are known before a forward."""
     counts: dict[str, int] = {}
     for batch in batches:

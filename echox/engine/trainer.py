@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from echox.engine import rng_state
+from echox.engine import rng_state, run_files
 from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_checkpoint
 from echox.engine.checkpoint.manifest import Checkpoint, Choice, set_aside, sweep
 from echox.engine.checkpoint.recipe_diff import changes
@@ -27,6 +27,7 @@ from echox.engine.monitor.startup_timer import StartupTimer
 from echox.engine.monitor.update_check import UpdateCheck, UpdateReport
 from echox.engine.monitor.watchdog import Watchdog
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
+from echox.engine.run_files import RunFileEntry
 from echox.engine.stop import StopListener, signals_stop
 from echox.engine.world import World
 from echox.errors import CheckpointError, DataError, EchoXError
@@ -186,6 +187,7 @@ class _Attempt:
         setup = build(recipe, world.rank, world.size)
         self.startup.lap("models")
         frozen = self._identify(setup)
+        files = self._keep_files(setup)
         self._start_data(setup.train_loader, accept_new_data=accept_new_data)
         self.startup.lap("data")
         buffers = frozenset[str]()
@@ -206,6 +208,7 @@ class _Attempt:
                 "stage": recipe.stage,
                 "recipe": recipe.model_dump(mode="json"),
                 "frozen": frozen,
+                "run_files": files,
                 "dtypes": census,
                 "precision": precision,
             },
@@ -336,6 +339,29 @@ class _Attempt:
         if self.choice.checkpoint is not None:
             compare_identities(self.choice.checkpoint.manifest["frozen"], identities)
         return identities
+
+    def _keep_files(self, setup: StageSetup) -> dict[str, RunFileEntry]:
+        """Compare the run's files between ranks and with the checkpoint, and copy them into the run's folder."""
+        folder, mine = self.reporter.folder.path, run_files.describe(setup.files)
+        found = self.world.all_gather(json.dumps(mine, sort_keys=True))
+        for rank, entries in enumerate(found):
+            if entries != found[0]:
+                raise DataError(
+                    f"rank {rank} has other contents than rank 0 in {', '.join(mine)}",
+                    where=", ".join(str(file.path) for file in setup.files.values()),
+                    fix="give every node the same files, best in a folder that all of them share",
+                )
+        if self.choice.checkpoint is not None:
+            saved = self.choice.checkpoint.manifest.get("run_files")
+            if saved is None and mine and self.world.is_main:
+                self.reporter.event("warning_run_files", not_in_the_checkpoint=list(mine))
+            run_files.compare(saved or {}, setup.files, folder)
+        if self.world.is_main:
+            try:
+                run_files.store(setup.files, folder)
+            except OSError as error:
+                raise _unwritable(folder, error) from error
+        return mine
 
     def _start_data(self, loader: TrainLoader, *, accept_new_data: bool) -> None:
         """Bring the data to where the checkpoint stood, after all ranks were found to see the same."""

@@ -68,14 +68,21 @@ def evaluate_demo(
         vocoder: vocoder folder; default: the demo's.
         limit: most items of each set.
         progress: called with phase, items done and items in all.
+
+    Raises:
+        DataError: the vocoder is of other units than the run or the held-out set.
     """
     from echox.evaluate.asr import Judge
     from echox.speak.pipeline import SpeechToSpeech
-    from echox.speak.vocoder import load_vocoder
+    from echox.speak.vocoder import check_vocoder, load_vocoder
+    from echox.units.identity import UnitPart, read_unit_set
 
-    speaker = load_vocoder(vocoder or cache_dir() / "data" / "demo" / "vocoder")
+    folder = vocoder or cache_dir() / "data" / "demo" / "vocoder"
+    speaker = load_vocoder(folder)
     judge = Judge.load(resolve_model(JUDGE))
     model = SpeechToSpeech.load(run)
+    spoken = UnitPart(f"demo/{RESYNTHESIS_SET}", read_unit_set(resolve_data(f"demo/{RESYNTHESIS_SET}")))
+    check_vocoder(folder, [model.units, spoken])
     ceilings = json.loads((cache_dir() / "data" / "demo" / "corpus.json").read_text()).get("text_llm_acc", {})
     sets: dict[str, SetScore] = {}
 

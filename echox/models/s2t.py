@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from echox.models.causal_lm import decoder_of, logits_of
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
@@ -75,15 +78,19 @@ class S2TModel(nn.Module):
         llm: Any = self.llm
         return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
 
+    @property
+    def decoder(self) -> Any:
+        """The causal LM below its head."""
+        return decoder_of(self.causal_lm)
+
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Frozen text embeddings `[B, T, h]`."""
         embedded: Tensor = self.causal_lm.get_input_embeddings()(tokens_BT)
         return embedded
 
     def head(self, hidden_BRh: Tensor) -> Tensor:
-        """Text logits in float32, computed only for the states given."""
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden_BRh)
-        return logits.float()
+        """Text logits in float32 as the LLM's own class scales and caps them, computed only for the states given."""
+        return logits_of(self.causal_lm, hidden_BRh).float()
 
     def encode_speech(self, batch: Any) -> SpeechOutput:
         """Speech vectors of a `SpeechBatch`, at the LLM width."""
@@ -112,29 +119,45 @@ class S2TModel(nn.Module):
         """States that predict each of the right-padded `tokens_BR` after the spoken prompt."""
         blocks, masks = self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ)
         row = join([*blocks, self.embed(tokens_BR)], [*masks, mask_BR], self.layout)
-        hidden = self.causal_lm.model(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
+        hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
         return ResponseStates(row.predicting(hidden), row.targets, row.rows)
 
     @torch.no_grad()
-    def generate(self, batch: Any, end_token: int, max_new: int, *, early_stop: bool = True) -> Generated:
-        """Greedy, KV-cached, batched decoding of the spoken prompt.
+    def generate(
+        self,
+        batch: Any,
+        end_token: int,
+        max_new: int,
+        *,
+        early_stop: bool = True,
+        speech: SpeechOutput | None = None,
+    ) -> Generated:
+        """Greedy, KV-cached, batched decoding of the spoken prompt, without dropout, also while the model trains.
 
         Args:
             batch: a `SpeechBatch`; its response is not read.
             end_token: id that ends a row.
             max_new: most tokens a row may get.
             early_stop: stop when all rows ended; off where every rank must make the same number of calls.
+            speech: of the batch, where it was encoded already.
         """
+        if speech is None:
+            speech = self.encode_speech(batch)
+        with _evaluating(self.llm):  # under activation checkpointing a model in training mode has no cache
+            return self._decode_greedily(speech, batch, end_token, max_new, early_stop=early_stop)
+
+    def _decode_greedily(
+        self, speech: SpeechOutput, batch: Any, end_token: int, max_new: int, *, early_stop: bool
+    ) -> Generated:
         from transformers import DynamicCache
 
-        speech = self.encode_speech(batch)
         row = join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
         cache = DynamicCache(config=self.causal_lm.config)
         inputs, mask, positions = row.values_BLh, row.mask_BL, position_ids(row.mask_BL)
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         tokens, states = [], []
         for _ in range(max_new):
-            hidden = self.causal_lm.model(
+            hidden = self.decoder(
                 inputs_embeds=inputs,
                 attention_mask=mask.long(),
                 position_ids=positions,
@@ -152,3 +175,14 @@ class S2TModel(nn.Module):
             positions = positions[:, -1:] + 1
         tokens_BR = torch.stack(tokens, dim=1)
         return Generated(tokens_BR, (tokens_BR != end_token).cumprod(1).bool(), torch.stack(states, dim=1))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch a module to eval mode, and back to the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -5,7 +5,7 @@ Follows Soundwave (arXiv 2502.12900), the first stage of EchoX; sizes are Whispe
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,33 @@ from echox.models.ragged import Layout, Rows, lengths_to_mask, rows_of
 
 
 class TrimmedWhisperEncoder(nn.Module):
-    """A Hugging Face Whisper encoder that accepts any number of mel frames up to 3,000.
+    """A Hugging Face Whisper encoder that accepts any number of mel frames.
 
     Only the first T rows of the position table are needed, so trimmed input costs in proportion to its length. Frames
     beyond a clip's own length are zeroed before each convolution and masked in attention: the features of a clip do not
     depend on the other clips of its batch. The convolutions are a few percent of the work and run padded.
+
+    What is longer than the position table (3,000 mel frames, 30 s) is encoded in windows of that size, each as a row of
+    its own that begins at position 0 and sees no other, and joined again. A window has an even number of mel frames, so
+    encoder frame t begins at t / 50 s in any of them.
+
+    Args:
+        encoder: `WhisperModel.encoder` of transformers, in eval mode.
+        layout: of the windows in the Transformer layers.
+        input_mode: "trim" masks what lies behind a clip. "pad_30s" computes `encoder` as it was pretrained: it gets
+            whole windows, the log-mel of the silence in them included, attends to all 1,500 frames, and only then are
+            those of the clip handed on.
     """
 
-    def __init__(self, encoder: Any, layout: Layout = "packed") -> None:
+    def __init__(
+        self, encoder: Any, layout: Layout = "packed", *, input_mode: Literal["trim", "pad_30s"] = "trim"
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.layout: Layout = layout
+        self.input_mode = input_mode
         self.width = int(encoder.config.d_model)
+        self.window = 2 * int(encoder.config.max_source_positions)
         if layout == "packed":
             use_packed_attention(encoder)
 
@@ -37,16 +52,56 @@ class TrimmedWhisperEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`[B, mels, T]` with `frames_B` real mel frames each to features `[B, T/2, d]` and their real frames `[B]`.
 
+        In mode "pad_30s" the features end with those of the longest clip.
+
         `frames_on_host_B`: the same numbers on the CPU, so that packing need not wait for the device.
+
+        Raises:
+            ValueError: mode "pad_30s", and T is not a multiple of a window.
         """
+        columns = mel_BMT.shape[2]
+        if self.input_mode == "pad_30s" and columns % self.window:
+            raise ValueError(f"pad_30s needs log-mel of whole windows of {self.window} frames, and this has {columns}")
+        encode = self._encode if columns <= self.window else self._in_windows
+        features_BTd, encoded_B = encode(mel_BMT, frames_B, frames_on_host_B), encoded_frames(frames_B)
+        if self.input_mode == "pad_30s":  # what follows need not compute on the silence behind the longest clip
+            known_B = encoded_B if frames_on_host_B is None else encoded_frames(frames_on_host_B)
+            features_BTd = features_BTd[:, : int(known_B.max())]  # host sync, where not known
+        return features_BTd, encoded_B
+
+    def _in_windows(self, mel_BMT: Tensor, frames_B: Tensor, frames_on_host_B: Tensor | None) -> Tensor:
+        """Features `[B, T/2, d]` of rows of several windows; windows in which a row has no frame are not computed."""
+        batch, _, columns = mel_BMT.shape
+        windows = -(-columns // self.window)
+
+        def of_windows(frames_B: Tensor) -> Tensor:
+            starts_W = torch.arange(0, windows * self.window, self.window, device=frames_B.device)
+            return (frames_B[:, None] - starts_W).clamp(0, self.window).flatten()
+
+        frames_on_host_K = of_windows(
+            frames_B.cpu() if frames_on_host_B is None else frames_on_host_B
+        )  # host sync, where not known
+        on_host_K = frames_on_host_K.nonzero()[:, 0]
+        used_K = on_host_K.to(mel_BMT.device, non_blocking=True)
+        padded_BMT = F.pad(mel_BMT, (0, windows * self.window - columns))
+        mel_KMT = padded_BMT.unflatten(2, (windows, self.window)).transpose(1, 2).flatten(0, 1)[used_K]
+        features_KTd = self._encode(mel_KMT, of_windows(frames_B)[used_K], frames_on_host_K[on_host_K])
+        all_KTd = features_KTd.new_zeros(batch * windows, *features_KTd.shape[1:])
+        all_KTd = all_KTd.index_copy(0, used_K, features_KTd)
+        return all_KTd.view(batch, -1, self.width)[:, : (columns + 1) // 2]
+
+    def _encode(self, mel_BMT: Tensor, frames_B: Tensor, frames_on_host_B: Tensor | None) -> Tensor:
+        """Features `[B, T/2, d]` of rows of one window at most."""
+        if self.input_mode == "pad_30s":
+            frames_B = torch.full_like(frames_B, self.window)
+            frames_on_host_B = None if frames_on_host_B is None else torch.full_like(frames_on_host_B, self.window)
         encoder = self.encoder
         mel_BMT = mel_BMT.to(encoder.conv1.weight.dtype)
         mel_mask = lengths_to_mask(frames_B, mel_BMT.shape[2])[:, None, :]
         x = F.gelu(encoder.conv1(mel_BMT * mel_mask)) * mel_mask
         x = F.gelu(encoder.conv2(x)).transpose(1, 2)
-        out_frames_B = encoded_frames(frames_B)
         rows = rows_of(
-            out_frames_B,
+            encoded_frames(frames_B),
             x.shape[1],
             self.layout,
             None if frames_on_host_B is None else encoded_frames(frames_on_host_B),
@@ -58,7 +113,7 @@ class TrimmedWhisperEncoder(nn.Module):
             out = layer(x, **attention)
             x = out[0] if isinstance(out, tuple) else out
         features: Tensor = rows.to_padded(encoder.layer_norm(x))
-        return features, out_frames_B
+        return features
 
 
 def encoded_frames(frames_B: Tensor) -> Tensor:

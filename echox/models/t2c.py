@@ -170,7 +170,7 @@ class T2CDecoder(nn.Module):
         cache = DynamicCache(config=self.body.config)
         inputs, mask, positions = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, text.mask_BL.shape[1])
         next_place = self._positions(F.pad(mask, (0, 1), value=True), mask.shape[1])[:, -1:]
-        limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1])
+        limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1]).clamp(min=0)  # too long a text never ends
         longest = int(limit_N.max())  # host sync
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         ended = finished

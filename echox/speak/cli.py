@@ -38,11 +38,13 @@ def run(args: argparse.Namespace) -> int:
     from echox.audio.io import SAMPLE_RATE, read_audio, resample, write_audio
     from echox.config.paths import cache_dir
     from echox.speak.pipeline import SpeechToSpeech
-    from echox.speak.vocoder import load_vocoder
+    from echox.speak.vocoder import check_vocoder, load_vocoder
 
     question = read_audio(args.question)
-    vocoder = load_vocoder(args.vocoder or cache_dir() / "data" / "demo" / "vocoder")
+    folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
+    vocoder = load_vocoder(folder)
     model = SpeechToSpeech.load(args.trained)
+    check_vocoder(folder, [model.units])
     if len(question) > model.max_audio_s * SAMPLE_RATE:
         asked = len(question) / SAMPLE_RATE
         print(f"{args.question} has {asked:.0f} s; only the first {model.max_audio_s:.0f} s are heard", file=sys.stderr)

@@ -13,6 +13,7 @@ import torch
 
 from echox.audio.io import SAMPLE_RATE
 from echox.builders.setup import TextTools, build_speech_collate, build_stage, load_tensors
+from echox.builders.unit_sets import check_language, with_own_language
 from echox.config.schema import InitConfig, Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import MANIFEST
@@ -23,6 +24,7 @@ from echox.models.t2c import text_part
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stream.batch import SpeechBatch
+from echox.units.identity import UnitPart
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,8 +65,10 @@ class SpeechToSpeech:
     def load(cls, run_or_checkpoint: Path, device: str | None = None) -> SpeechToSpeech:
         """Load the newest good checkpoint of a run folder, or the checkpoint given.
 
+        The unit language is the one that the run keeps; only for older runs, the one that the recipe names.
+
         Raises:
-            CheckpointError: no checkpoint, or one of a stage that hears no speech.
+            CheckpointError: no checkpoint, one of a stage that hears no speech, or another unit language than it had.
         """
         from safetensors.torch import load_file
 
@@ -72,7 +76,10 @@ class SpeechToSpeech:
         recipe = Recipe.model_validate(json.loads((weights.parent / MANIFEST).read_text())["recipe"])
         if recipe.stage == "t2c":
             raise CheckpointError("a t2c run hears no speech", where=str(weights), fix="name an s2t or echo run")
+        recipe = with_own_language(recipe, weights.parent)
         text = TextTools.load(recipe)
+        if recipe.stage == "echo" and recipe.model.t2c is not None and text.language is not None:
+            check_language(text.language, recipe.model.t2c.unit_language, weights.parent)
         if recipe.stage == "s2t":
             # An S2T run is complete in itself: its own weights stand for those of an earlier stage.
             stage = build_stage(recipe.model_copy(update={"init": InitConfig(s2t=str(weights.parent))}), text)
@@ -88,6 +95,12 @@ class SpeechToSpeech:
             clips, [task] * count, [""] * count, [""] * count, ids=[""] * count, weights=[1.0] * count
         )
         return batch.to(self._device)
+
+    @property
+    def units(self) -> UnitPart:
+        """Which units it speaks in."""
+        language = self._text.language
+        return UnitPart(f"run {self.recipe.name}", None if language is None else language.unit_set)
 
     @property
     def max_audio_s(self) -> float:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from echox.errors import DataError, MissingModelError
 from echox.models.ragged import lengths_to_mask
+from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -245,9 +246,12 @@ def read_clips(folder: Path) -> list[tuple[Units, Units, Floats]]:
 
 
 def count_units(folder: Path, clips: Sequence[tuple[Units, Units, Floats]]) -> int:
-    """Number of units K: of the `units/kmeans.npz` beside the folder, else the largest unit seen and one."""
+    """Number of units K: as recorded, of the `units/kmeans.npz` beside the folder, or the largest unit seen and one."""
     from echox.units.kmeans import KMeans
 
+    unit_set = read_unit_set(folder)
+    if unit_set is not None:
+        return unit_set.clusters
     beside = folder.parent / "units" / "kmeans.npz"
     if beside.is_file():
         return KMeans.load(beside).clusters
@@ -259,6 +263,7 @@ def train_vocoder(
     folder: str | Path,
     *,
     n_units: int | None = None,
+    unit_set: UnitSetIdentity | None = None,
     steps: int = 300,
     seed: int = 0,
     batch: int = 16,
@@ -273,6 +278,7 @@ def train_vocoder(
             of each clip.
         folder: where the vocoder goes.
         n_units: number of units K; default: what `count_units` finds.
+        unit_set: which units; default: what the folder of shards says.
         steps: optimizer steps of the duration network.
         seed: of weights and batches.
         batch: unit sequences a step.
@@ -316,5 +322,7 @@ def train_vocoder(
         if progress is not None:
             progress(f"train the vocoder (duration loss {loss.item():.3f})", step + 1, steps)
     model.eval()
+    write_unit_set(folder, None)  # Interrupted here, it is of unknown units rather than of those of an earlier one.
     model.save(folder)
+    write_unit_set(folder, unit_set or (read_unit_set(place) if place.name else None))
     return model

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from echox.errors import DataError, MissingModelError
+from echox.units.identity import RECORD, UnitPart, check_alike, read_unit_set
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -207,6 +208,22 @@ def check_units(units: Sequence[Units], durations: Sequence[Units] | None, known
             )
     if durations is not None and [len(row) for row in units] != [len(row) for row in durations]:
         raise DataError("Durations do not fit the units: one is needed for each unit")
+
+
+def check_vocoder(folder: str | Path, parts: Sequence[UnitPart]) -> None:
+    """Refuse a vocoder for other units than it is given: by the record in its folder, which its training writes.
+
+    Args:
+        folder: the vocoder.
+        parts: what gives it units.
+
+    Raises:
+        DataError: it was trained on another unit set than one of them has.
+    """
+    check_alike(
+        [UnitPart(f"the vocoder {folder}", read_unit_set(folder)), *parts],
+        fix=f"name the vocoder of these units by --vocoder; for a published one, copy their {RECORD} into its folder",
+    )
 
 
 def load_vocoder(folder: str | Path) -> Vocoder:

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from echox.config.model_schema import EchoConfig
-from echox.models.echo import DenoisingAdapter, TriggerRule, segment_rows, trigger_scores, trigger_segments
+from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
 from echox.models.ragged import padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
-from echox.models.t2c import T2CDecoder, Teacher, repeats, text_part
+from echox.models.t2c import DecodedUnits, T2CDecoder, Teacher, repeats, text_part
 from echox.stages.losses import LossTerm, denoising_loss
 from echox.stages.s2t import response_loss, speech_parameter_groups
 from echox.stream.batch import SpeechBatch
+
+
+@dataclass(frozen=True)
+class PseudoText:
+    """X', the text that the speech is to say: token ids `[B, R]`, and True on those that are spoken."""
+
+    tokens_BR: Tensor
+    spoken_BR: Tensor
+
+
+@dataclass(frozen=True)
+class PseudoTargets:
+    """What one micro-batch is to learn: X', how it is cut into segments, and Y', the teacher's units for them."""
+
+    text: PseudoText
+    rows: Segments
+    units: DecodedUnits
 
 
 class EchoStage(nn.Module):
@@ -72,30 +91,41 @@ class EchoStage(nn.Module):
         return [self.teacher]
 
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
-        """Named losses of one micro-batch: `s2t`, `echo`, `denoising`; the last alone while it is aligned."""
+        """Named losses of one micro-batch: `s2t`, `echo`, `denoising`; the last alone while it is aligned.
+
+        Without dropout (in eval mode) what was found, X' and Y', stays on the batch, and a forward of the same batch in
+        training takes it from there: so a step's token counts are known before its first backward.
+        """
         if self._aligns(batch.step):
             return self._align(batch)
         out = self.s2t(batch)
         terms = {"s2t": response_loss(out, batch)}
 
-        states, text_BR, spoken_BR = self.pseudo_text(batch, out)
-        rows = segment_rows(self.segments(states.response.to_padded(states.hidden), spoken_BR), spoken_BR)
+        found: PseudoTargets | None = batch.targets
+        text = self.pseudo_text(batch, out) if found is None else found.text
+        states = self._states(batch, out, text)
+        prefix, header, text_BRh = self._embeddings(text.tokens_BR)
+        if found is None:
+            hidden_BRh = states.response.to_padded(states.hidden)
+            rows = segment_rows(self.segments(hidden_BRh, text.spoken_BR), text.spoken_BR)
+            teacher_input = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
+            units = self.teacher(teacher_input.values_BLh, teacher_input.mask_BL, self.most_words(rows.mask_NT.sum(1)))
+            found = PseudoTargets(text, rows, units)
+            self._keep(batch, found)
+        rows, units = found.rows, found.units
         weight_N = batch.weight_B[rows.owner_N] * rows.mask_NT.any(1)
-        prefix, header, text_BRh = self._embeddings(text_BR)
-
-        teacher_input = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
-        pseudo = self.teacher(teacher_input.values_BLh, teacher_input.mask_BL, self.most_words(rows.mask_NT.sum(1)))
-        usable_N = pseudo.ended_N & ~repeats(pseudo.words_NM, pseudo.mask_NM)
+        usable_N = units.ended_N & units.mask_NM.any(1) & ~repeats(units.words_NM, units.mask_NM)
 
         adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
         student_input = text_part(prefix, rows.scatter(adapted_BRh), rows.mask_NT, header)
-        loss = self.echo.loss(student_input, pseudo.words_NM, pseudo.mask_NM, weight_N * usable_N)
+        loss = self.echo.loss(student_input, units.words_NM, units.mask_NM, weight_N * usable_N)
         terms["echo"] = LossTerm(loss.total, loss.tokens)
-        terms["denoising"] = denoising_loss(adapted_BRh, text_BRh, spoken_BR & (batch.weight_B[:, None] > 0))
+        terms["denoising"] = self._denoising_loss(adapted_BRh, text_BRh, text, batch)
         self._last = {
             "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
-            "teacher/words_per_segment": pseudo.mask_NM.sum() / weight_N.sum().clamp(min=1),
+            "teacher/words_per_segment": units.mask_NM.sum() / weight_N.sum().clamp(min=1),
             "teacher/segments_per_sample": weight_N.sum() / batch.weight_B.sum().clamp(min=1),
+            "pseudo_text/differs_share": _differing(text, batch),
             "perf/padding_share": padding_share(out.speech.frames, states.rows, loss.rows),
         }
         return terms
@@ -105,23 +135,41 @@ class EchoStage(nn.Module):
 
     def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         with torch.no_grad():
-            states, text_BR, spoken_BR = self.pseudo_text(batch, self.s2t(batch))
-            text_BRh = self.s2t.embed(text_BR)
+            out = self.s2t(batch)
+            text: PseudoText = self.pseudo_text(batch, out) if batch.targets is None else batch.targets
+            states = self._states(batch, out, text)
+            text_BRh = self.s2t.embed(text.tokens_BR)
+        self._keep(batch, text)
         adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
         self._last = {}
-        counted = spoken_BR & (batch.weight_B[:, None] > 0)
-        return {"denoising": denoising_loss(adapted_BRh, text_BRh, counted)}
+        return {"denoising": self._denoising_loss(adapted_BRh, text_BRh, text, batch)}
 
-    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput) -> tuple[ResponseStates, Tensor, Tensor]:
-        """H, X' and the mask of spoken positions: before the end token, one state for each token."""
+    def _keep(self, batch: SpeechBatch, found: PseudoTargets | PseudoText) -> None:
+        if not self.training:
+            batch.targets = found
+
+    @staticmethod
+    def _denoising_loss(adapted_BRh: Tensor, text_BRh: Tensor, text: PseudoText, batch: SpeechBatch) -> LossTerm:
+        return denoising_loss(adapted_BRh, text_BRh, text.spoken_BR & (batch.weight_B[:, None] > 0))
+
+    @torch.no_grad()
+    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput) -> PseudoText:
+        """X' and the mask of its spoken positions, those before the end token."""
         if self.config.pseudo_text == "free_run":
-            own = self.s2t.generate(batch, self.end_token, self.config.free_run_tokens, early_stop=False)
-            states = self.s2t.response_states(self.s2t.encode_speech(batch), batch, own.tokens_BR, own.mask_BR)
-            return states, own.tokens_BR, own.mask_BR
+            own = self.s2t.generate(
+                batch, self.end_token, self.config.free_run_tokens, early_stop=False, speech=out.speech
+            )
+            return PseudoText(own.tokens_BR, own.mask_BR)
         is_own = self.config.pseudo_text == "argmax_teacher_forced"
         text_BR = out.states.response.to_padded(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
         spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
-        return out.states, text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool()
+        return PseudoText(text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool())
+
+    def _states(self, batch: SpeechBatch, out: S2TOutput, text: PseudoText) -> ResponseStates:
+        """H: one state for each token of X', the one that predicts it."""
+        if self.config.pseudo_text == "free_run":
+            return self.s2t.response_states(out.speech, batch, text.tokens_BR, text.spoken_BR)
+        return out.states
 
     @torch.no_grad()
     def segments(self, hidden_BRh: Tensor, spoken_BR: Tensor) -> Tensor:
@@ -162,6 +210,10 @@ class EchoStage(nn.Module):
             return {}
         return {"s2t": int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())}
 
+    def needs_survey(self, batch: SpeechBatch) -> bool:
+        """Always: what is spoken, what of it is usable, and lambda depend on the forwards of all micro-batches."""
+        return True
+
     def parameter_groups(self) -> dict[str, list[str]]:
         """Learning-rate group of every trainable parameter."""
         groups = speech_parameter_groups(self)
@@ -172,3 +224,11 @@ class EchoStage(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """Teacher statistics of the last forward."""
         return self._last
+
+
+def _differing(text: PseudoText, batch: SpeechBatch) -> Tensor:
+    """Share of the spoken tokens of X' that are not those of the reference in their place."""
+    size = min(text.tokens_BR.shape[1], batch.response_BR.shape[1])
+    same_BR = (text.tokens_BR[:, :size] == batch.response_BR[:, :size]) & batch.response_mask_BR[:, :size]
+    spoken_BR = text.spoken_BR & (batch.weight_B[:, None] > 0)
+    return 1 - (same_BR & spoken_BR[:, :size]).sum() / spoken_BR.sum().clamp(min=1)

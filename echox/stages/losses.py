@@ -28,10 +28,14 @@ def text_loss(logits_BRV: Tensor, targets_BR: Tensor, mask_BR: Tensor) -> LossTe
 
 
 def ctc_loss(logits_BTC: Tensor, frames_B: Tensor, classes_BS: Tensor, lengths_B: Tensor, weight_B: Tensor) -> LossTerm:
-    """Summed CTC loss (blank is class 0), counted in target tokens; a target too long for its frames adds zero."""
+    """Summed CTC loss (blank is class 0), counted in target tokens.
+
+    A target too long for its frames adds zero, and so does a row without target: it is not known what it says, and CTC
+    would learn that it says nothing.
+    """
     log_probs = logits_BTC.float().log_softmax(-1).transpose(0, 1)
     losses = F.ctc_loss(log_probs, classes_BS, frames_B, lengths_B, blank=0, reduction="none", zero_infinity=True)
-    return LossTerm((losses * weight_B).sum(), (lengths_B * weight_B).sum())
+    return LossTerm((losses * weight_B * (lengths_B > 0)).sum(), (lengths_B * weight_B).sum())
 
 
 def denoising_loss(adapted_BRh: Tensor, target_BRh: Tensor, mask_BR: Tensor) -> LossTerm:

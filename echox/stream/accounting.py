@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
     from echox.stream.sampling.plan import Window
 
-KINDS = ("checksum", "truncated", "member", "decode", "schema", "other")
+KINDS = ("checksum", "truncated", "member", "decode", "schema", "empty", "other")
 """Classes of damage that are counted apart."""
-COLUMNS = ("samples", "seconds", "tokens", "length", "padded", "quarantined")
-"""Numbers kept of each source; `length` and `padded` are what the budget counts, without and with padding."""
+COLUMNS = ("samples", "seconds", "tokens", "length", "padded", "quarantined", "cut", "cut_s")
+"""Numbers kept of each source; `length` and `padded` are what the budget counts, without and with padding.
+
+`cut` and `cut_s` are the samples trained without the end of their audio, and the seconds that they lack of it.
+"""
 _TRAINED, _DROPPED = slice(0, 3), slice(3, 6)
 _KINDS = slice(6, 6 + len(KINDS))
 _FIXED = _KINDS.stop
@@ -32,7 +35,12 @@ _WRAP = (1 << 64) - 1
 
 
 def micro_batch_account(
-    window: Window, trained: NDArray[np.int64], hashes_N: NDArray[np.uint64], dropped: Mapping[int, str], sources: int
+    window: Window,
+    trained: NDArray[np.int64],
+    hashes_N: NDArray[np.uint64],
+    dropped: Mapping[int, str],
+    sources: int,
+    cut_s_N: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """The vector of one micro-batch; counts and hashes in it may be added up in float64 without loss.
 
@@ -42,6 +50,7 @@ def micro_batch_account(
         hashes_N: visit hashes of those, of what was really read.
         dropped: places of the samples that were not usable, and the kind of their damage.
         sources: of the run.
+        cut_s_N: seconds of audio that each sample in the batch lacks; None where all is there.
     """
     vector = np.zeros(_FIXED + sources * len(COLUMNS))
     table = vector[_FIXED:].reshape(sources, len(COLUMNS))
@@ -61,6 +70,9 @@ def micro_batch_account(
     for column, values in enumerate(columns):
         table[:, column] = np.bincount(window.source_N[trained], weights=values, minlength=sources)
     table[:, 5] = np.bincount(window.source_N[gone], minlength=sources)
+    if cut_s_N is not None:
+        for column, values in ((6, cut_s_N > 0), (7, cut_s_N)):
+            table[:, column] = np.bincount(window.source_N[trained], weights=values, minlength=sources)
     return vector
 
 
@@ -149,10 +161,14 @@ class Accounts:
         metrics = {"data/samples": float(self.seen), "data/quarantined": float(self.quarantined)}
         if self.passed_over:
             metrics["data/passed_over"] = float(self.passed_over)
+        cut, cut_s = self.table[:, 6:8].sum(0).tolist()
+        metrics |= {"data/cut": cut, "data/cut_s": cut_s}
         metrics |= {f"data/quarantined/{kind}": float(count) for kind, count in self.kinds.items() if count}
         for name, row, now in zip(self.names, self.table, recent, strict=True):
             for column in ("samples", "seconds", "tokens", "quarantined"):
                 metrics[f"data/{name}/{column}"] = float(row[COLUMNS.index(column)])
+            if row[6]:
+                metrics |= {f"data/{name}/cut": float(row[6]), f"data/{name}/cut_s": float(row[7])}
             if now[4]:
                 metrics[f"data/{name}/padding_share"] = float(1 - now[3] / now[4])
         return metrics
@@ -168,8 +184,9 @@ class Accounts:
         }
 
     def load(self, record: AccountsRecord) -> None:
-        """Continue from what `to_json` gave for the same sources."""
-        self.table = np.array([[row[column] for column in COLUMNS] for row in record["sources"]], dtype=np.float64)
+        """Continue from what `to_json` gave for the same sources; a column that was not kept then begins at 0."""
+        rows = [[row.get(column, 0.0) for column in COLUMNS] for row in record["sources"]]
+        self.table = np.array(rows, dtype=np.float64)
         self.multiset = int(record["multiset"], 16)
         self.quarantined_multiset = int(record["quarantined_multiset"], 16)
         self.kinds |= record["kinds"]

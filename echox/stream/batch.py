@@ -47,7 +47,8 @@ class SpeechBatch(Batch):
         before_BP: prompt tokens before the audio, the same for every row.
         after_BQ, after_mask_BQ: prompt tokens after the audio.
         response_BR, response_mask_BR: target text with its end token.
-        transcript_BC, transcript_lengths_B: what the audio says, for CTC.
+        transcript_BC, transcript_lengths_B: what the audio says, for CTC; of length 0 where there is no target.
+        targets: what the stage found in a forward without dropout, for the next forward of the same batch.
     """
 
     mel_BMT: Tensor
@@ -61,6 +62,7 @@ class SpeechBatch(Batch):
     transcript_lengths_B: Tensor
     features_BTd: Tensor | None = None
     frames_on_host_B: Tensor | None = None
+    targets: Any = None
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on `device`, and the number of frames here too."""

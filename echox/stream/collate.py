@@ -45,7 +45,7 @@ class Collate(Protocol[RowT, BatchT]):
         ...
 
     def decode(self, item: Item) -> RowT:
-        """One row to be.
+        """One row to be. Its attribute `cut_s`, if it has one, is the seconds of audio left out, which are counted.
 
         Raises:
             CorruptSampleError: the sample cannot be used.
@@ -113,6 +113,7 @@ class SpeechRow:
         id, task, weight: of the item.
         speech: 16 kHz mono samples, or the encoder's output `[frames, width]` where the shards hold it.
         question, answer: what is said, and what to answer.
+        cut_s: seconds of audio left out at the end, where it was longer than the encoder is given.
     """
 
     id: str
@@ -121,17 +122,23 @@ class SpeechRow:
     speech: np.ndarray | Tensor
     question: str
     answer: str
+    cut_s: float = 0.0
 
 
 class SpeechCollate:
     """Items of sqa and asr sources to a `SpeechBatch`.
 
+    Audio longer than `max_samples` is cut (U27). Its row keeps the response and gets an empty transcript, which is no
+    target for CTC: the whole one has words that are not heard. Of features that were cut when they were precomputed,
+    the metadata tell it (`question_s`).
+
     Args:
         tokenize: text to LLM token ids, without special tokens.
         prompt: template tokens.
         log_mel: features of the speech encoder.
-        max_samples: longest audio in samples; the rest is cut off and counted in `cut` (U27).
+        max_samples: longest audio, in samples of 16 kHz.
         precomputed: width of the encoder's output that the shards hold, so that audio is not decoded; None decodes it.
+        needs_transcript: whether a loss reads the transcript, so that a sample without one cannot be used.
     """
 
     def __init__(
@@ -142,13 +149,14 @@ class SpeechCollate:
         max_samples: int,
         *,
         precomputed: int | None = None,
+        needs_transcript: bool = False,
     ) -> None:
         self.tokenize = tokenize
         self.prompt = prompt
         self.log_mel = log_mel
         self.max_samples = max_samples
         self.precomputed = precomputed
-        self.cut = 0
+        self.needs_transcript = needs_transcript
 
     @property
     def members(self) -> frozenset[str]:
@@ -159,28 +167,44 @@ class SpeechCollate:
         """Decode the audio, or take what it was encoded to.
 
         Raises:
-            CorruptSampleError: no such member, or one that cannot be decoded.
+            CorruptSampleError: no such member, one that cannot be decoded, or a text without which the sample would
+                teach silence: any answer, and the transcript where it is needed (kind "empty").
         """
-        speech = decoded(item.sample, AUDIO, read_audio) if self.precomputed is None else self._features(item.sample)
-        texts = (text_of(item.sample, name) for name in ("question_text", "answer_text"))
-        return SpeechRow(id_of(item.sample), item.task, item.weight, speech, *texts)
+        sample = item.sample
+        speech, cut_s = self._audio(sample) if self.precomputed is None else self._features(sample)
+        question, answer = (text_of(sample, name) for name in ("question_text", "answer_text"))
+        _need(sample, "answer_text", answer, "the end token would be all that it teaches to say")
+        if self.needs_transcript:
+            _need(sample, "question_text", question, "CTC would learn that nothing is said in it")
+        return SpeechRow(id_of(sample), item.task, item.weight, speech, question, answer, cut_s)
 
     def join(self, rows: Sequence[SpeechRow], step: int) -> SpeechBatch:
         """Featurise, tokenise and pad."""
         clips = [row.speech for row in rows if isinstance(row.speech, np.ndarray)]
         if clips:
-            speech = self._encode_audio(clips)
+            speech = SpeechFeatures(*self.log_mel(*pad_audio(clips)))
         else:
             features_BTd, frames_B = pad_features([row.speech for row in rows if isinstance(row.speech, Tensor)])
             speech = SpeechFeatures(torch.zeros(len(rows), self.log_mel.n_mels, 0), 2 * frames_B, features_BTd)
-        return self._batch(
-            speech,
-            [row.task for row in rows],
-            [row.question for row in rows],
-            [row.answer for row in rows],
+        after, after_mask = pad_rows(
+            [self.prompt.after_asr if row.task == "asr" else self.prompt.after for row in rows]
+        )
+        response, response_mask = pad_rows([[*self.tokenize(row.answer), self.prompt.end] for row in rows])
+        spoken, spoken_mask = pad_rows([[] if row.cut_s else self.tokenize(row.question) for row in rows])
+        return SpeechBatch(
             ids=[row.id for row in rows],
-            weights=[row.weight for row in rows],
             step=step,
+            weight_B=torch.tensor([row.weight for row in rows], dtype=torch.float32),
+            mel_BMT=speech.mel_BMT,
+            frames_B=speech.frames_B,
+            features_BTd=speech.features_BTd,
+            before_BP=torch.tensor([self.prompt.before] * len(rows), dtype=torch.long),
+            after_BQ=after,
+            after_mask_BQ=after_mask,
+            response_BR=response,
+            response_mask_BR=response_mask,
+            transcript_BC=spoken,
+            transcript_lengths_B=spoken_mask.sum(1),
         )
 
     def blank(self, step: int) -> SpeechBatch:
@@ -195,7 +219,14 @@ class SpeechCollate:
         """Decode and join."""
         return self.join([self.decode(item) for item in items], step)
 
-    def _features(self, sample: Sample) -> Tensor:
+    def _audio(self, sample: Sample) -> tuple[np.ndarray, float]:
+        return self._cut(decoded(sample, AUDIO, read_audio))
+
+    def _cut(self, clip: np.ndarray) -> tuple[np.ndarray, float]:
+        """What is heard of a clip, and the seconds that are not."""
+        return clip[: self.max_samples], max(0, len(clip) - self.max_samples) / SAMPLE_RATE
+
+    def _features(self, sample: Sample) -> tuple[Tensor, float]:
         features_Td = decoded(sample, MEMBER, unpack)
         if features_Td.shape[1:] != (self.precomputed,):
             raise CorruptSampleError(
@@ -203,7 +234,7 @@ class SpeechCollate:
                 kind="schema",
                 fix="run `echox shards encode` again",
             )
-        return features_Td
+        return features_Td, max(0.0, float(sample.meta.get("question_s") or 0) - self.max_samples / SAMPLE_RATE)
 
     def from_audio(
         self,
@@ -217,42 +248,13 @@ class SpeechCollate:
         step: int = -1,
     ) -> SpeechBatch:
         """The same for audio in memory; serving passes empty transcripts and answers."""
-        return self._batch(self._encode_audio(audio), tasks, transcripts, answers, ids=ids, weights=weights, step=step)
-
-    def _encode_audio(self, audio: Sequence[np.ndarray]) -> SpeechFeatures:
-        self.cut += sum(len(clip) > self.max_samples for clip in audio)
-        return SpeechFeatures(*self.log_mel(*pad_audio([clip[: self.max_samples] for clip in audio])))
-
-    def _batch(
-        self,
-        speech: SpeechFeatures,
-        tasks: Sequence[str],
-        transcripts: Sequence[str],
-        answers: Sequence[str],
-        *,
-        ids: Sequence[str],
-        weights: Sequence[float],
-        step: int,
-    ) -> SpeechBatch:
-        before = torch.tensor([self.prompt.before] * len(ids), dtype=torch.long)
-        after, after_mask = pad_rows([self.prompt.after_asr if task == "asr" else self.prompt.after for task in tasks])
-        response, response_mask = pad_rows([[*self.tokenize(text), self.prompt.end] for text in answers])
-        spoken, spoken_mask = pad_rows([self.tokenize(text) for text in transcripts])
-        return SpeechBatch(
-            ids=list(ids),
-            step=step,
-            weight_B=torch.tensor(weights, dtype=torch.float32),
-            mel_BMT=speech.mel_BMT,
-            frames_B=speech.frames_B,
-            features_BTd=speech.features_BTd,
-            before_BP=before,
-            after_BQ=after,
-            after_mask_BQ=after_mask,
-            response_BR=response,
-            response_mask_BR=response_mask,
-            transcript_BC=spoken,
-            transcript_lengths_B=spoken_mask.sum(1),
-        )
+        rows = [
+            SpeechRow(name, task, weight, clip, question, answer, cut_s)
+            for (clip, cut_s), task, question, answer, name, weight in zip(
+                map(self._cut, audio), tasks, transcripts, answers, ids, weights, strict=True
+            )
+        ]
+        return self.join(rows, step)
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,9 @@ class UnitCollate:
             CorruptSampleError: no units, or not a whole number of them, or unknown ones, or no text.
         """
         units = decoded(item.sample, UNITS, self._known)
-        text = self.tokenize(text_of(item.sample, "answer_text"))
-        return UnitRow(id_of(item.sample), item.weight, text, units)
+        text = text_of(item.sample, "answer_text")
+        _need(item.sample, "answer_text", text, "its units would stand for no words")
+        return UnitRow(id_of(item.sample), item.weight, self.tokenize(text), units)
 
     def _known(self, data: bytes) -> np.ndarray:
         units = np.frombuffer(data, dtype="<u2")
@@ -364,6 +367,16 @@ def text_of(sample: Sample, name: str) -> str:
             fix="build the shard again",
         )
     return value
+
+
+def _need(sample: Sample, name: str, text: str, otherwise: str) -> None:
+    if text.strip():
+        return
+    raise CorruptSampleError(
+        f"sample {sample.key}: {name} is empty; {otherwise}",
+        kind="empty",
+        fix="build the shard again without it, or with its text",
+    )
 
 
 def id_of(sample: Sample) -> str:

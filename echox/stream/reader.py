@@ -243,7 +243,8 @@ class StreamReader:
         keys = np.array([source.key for source in self.plan.sources], dtype=np.uint64)[window.source_N[kept]]
         hashes = visit_hash(keys, window.epoch_N[kept], window.turn_N[kept], np.array(numbers, dtype=np.int64))
         kinds = {index: error.kind for index, error in damaged.items()}
-        batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources))
+        cut_s = np.array([getattr(row, "cut_s", 0.0) for row in rows])
+        batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources), cut_s)
         return _Read(batch, [self._entry(window, index, error, step) for index, error in damaged.items()])
 
     def _entry(self, window: Window, index: int, error: CorruptSampleError, step: int) -> Entry:

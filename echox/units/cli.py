@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from echox.units.identity import UnitPart
+
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 MEMBER = "answer.flac"
+UNIT_SET = "unit_set"
+"""Key of a JSON line that says which units it holds."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -48,6 +53,21 @@ def _add_units(subparsers: Any) -> None:
     fit.add_argument("--max-frames", type=int, default=400_000, help="most frames to fit on, 50 a second")
     fit.add_argument("--seed", type=int, default=0)
     _common(fit, run_units_fit)
+    example = "echox units import mhubert_km1000.bin units/ --model voidful/mhubert-base --layer 11"
+    published = _command(actions, "import", "take over published k-means centroids", example)
+    published.add_argument("file", type=Path, help="centroids as .npy, .npz or a joblib dump, which is never executed")
+    published.add_argument("folder", type=Path, help="where kmeans.npz goes")
+    published.add_argument(
+        "--features", choices=["whisper", "hubert", "log_mel"], default="hubert", help="kind of their frames"
+    )
+    published.add_argument(
+        "--model", required=True, help="model of the frames: folder or name below $ECHOX_CACHE/models"
+    )
+    published.add_argument("--layer", type=int, required=True, help="its transformer block, from 1")
+    published.add_argument(
+        "--name", default="", help="what other datasets call the model (default: the last part of --model)"
+    )
+    _common(published, run_units_import)
     extract = _command(
         actions, "extract", "write the units of every recording as JSON lines", "echox units extract units/ recordings/"
     )
@@ -63,7 +83,9 @@ def _add_unit_language(subparsers: Any) -> None:
         dest="action", metavar="ACTION", required=True
     )
     fit = _command(actions, "fit", "find the words and their probabilities", example)
-    fit.add_argument("units", type=Path, help="JSON lines of `echox units extract`, or a folder of shards")
+    fit.add_argument(
+        "units", type=Path, nargs="+", help="JSON lines of `echox units extract`, or folders of shards; of one unit set"
+    )
     fit.add_argument("language", type=Path, help="JSON file to write")
     fit.add_argument("--clusters", type=int, required=True, help="number of units")
     fit.add_argument("--words", type=int, default=7500, help="vocabulary, single units included (default: %(default)s)")
@@ -95,24 +117,49 @@ def run_units_fit(args: argparse.Namespace) -> int:
     extractor = fit_extractor(
         audio, config, args.clusters, seed=args.seed, max_frames=args.max_frames, progress=Progress()
     )
-    extractor.save(args.folder)
+    unit_set = extractor.save(args.folder)
     seconds = sum(map(len, audio)) / 16_000
     _result(
         args,
-        {"folder": str(args.folder), "clusters": extractor.n_units, "clips": len(audio), "audio_s": round(seconds, 1)},
+        {
+            "folder": str(args.folder),
+            "clusters": extractor.n_units,
+            "clips": len(audio),
+            "audio_s": round(seconds, 1),
+            "unit_set": unit_set.digest,
+        },
     )
+    return 0
+
+
+def run_units_import(args: argparse.Namespace) -> int:
+    """`echox units import`."""
+    from echox.units.extract import save_units
+    from echox.units.features import FeatureConfig, frame_width
+    from echox.units.published import read_published
+
+    config = FeatureConfig(kind=args.features, model=args.model, layer=args.layer)
+    kmeans, width = read_published(args.file), frame_width(config)
+    if kmeans.width != width:
+        raise DataError(
+            f"The centroids have {kmeans.width} features, and the frames of {args.model} have {width}",
+            where=str(args.file),
+            fix="Name the model whose frames were clustered.",
+        )
+    unit_set = save_units(args.folder, config, kmeans, name=args.name)
+    _result(args, {"folder": str(args.folder), "clusters": kmeans.clusters, "unit_set": str(unit_set)})
     return 0
 
 
 def run_units_extract(args: argparse.Namespace) -> int:
     """`echox units extract`."""
-    from echox.units.extract import UnitExtractor
+    from echox.units.extract import UnitExtractor, unit_set_of
 
-    extractor = UnitExtractor.load(args.units)
+    extractor, unit_set = UnitExtractor.load(args.units), asdict(unit_set_of(args.units))
     names, audio = zip(*read_recordings(args.source), strict=True)
     found = extractor.extract(audio, Progress())
     rows = [
-        {"id": name, "units": units.tolist(), "durations": durations.tolist()}
+        {"id": name, "units": units.tolist(), "durations": durations.tolist(), UNIT_SET: unit_set}
         for name, (units, durations) in zip(names, found, strict=True)
     ]
     _write_lines(args, rows)
@@ -124,10 +171,24 @@ def run_units_extract(args: argparse.Namespace) -> int:
 
 def run_language_fit(args: argparse.Namespace) -> int:
     """`echox unit-language fit`."""
+    from echox.units.identity import check_alike
     from echox.units.language import UnitLanguage
 
-    sequences = read_units(args.units)
-    language = UnitLanguage.fit(sequences, args.clusters, args.order, args.max_word, args.words, progress=Progress())
+    sequences: list[NDArray[np.int64]] = []
+    parts: list[UnitPart] = []
+    for source in args.units:
+        found, of = read_units(source)
+        sequences, parts = [*sequences, *found], [*parts, *of]
+    unit_set = check_alike(parts, fix="Fit on units of one k-means: extract the others again.")
+    if unit_set is not None and unit_set.clusters != args.clusters:
+        raise DataError(
+            f"--clusters {args.clusters} is not the number of units: they are of {unit_set}",
+            where=parts[0].place,
+            fix=f"Say --clusters {unit_set.clusters}.",
+        )
+    language = UnitLanguage.fit(
+        sequences, args.clusters, args.order, args.max_word, args.words, unit_set=unit_set, progress=Progress()
+    )
     language.save(args.language)
     start = time.perf_counter()
     words = sum(map(len, language.encode_batch(sequences)))
@@ -147,10 +208,15 @@ def run_language_fit(args: argparse.Namespace) -> int:
 
 def run_encode(args: argparse.Namespace) -> int:
     """`echox unit-language encode`."""
+    from echox.units.identity import UnitPart, check_alike
     from echox.units.language import UnitLanguage
 
     language = UnitLanguage.load(args.language)
     rows = read_lines(args.input, "units")
+    check_alike(
+        [UnitPart(f"the unit language {args.language}", language.unit_set), *lines_parts(args.input, rows)],
+        fix="Use the unit language that was fitted on these units.",
+    )
     encoded = language.encode_batch([row["units"] for row in rows])
     _write_lines(args, [{**row, "words": words.tolist()} for row, words in zip(rows, encoded, strict=True)])
     return 0
@@ -195,8 +261,8 @@ def read_recordings(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
         )
 
 
-def read_units(source: Path) -> list[NDArray[np.int64]]:
-    """Unit sequences of a shard folder's `answer.units`, or of JSON lines.
+def read_units(source: Path) -> tuple[list[NDArray[np.int64]], list[UnitPart]]:
+    """Unit sequences of a shard folder's `answer.units`, or of JSON lines, and which unit sets they are of.
 
     Raises:
         DataError: none there, or unreadable ones.
@@ -205,15 +271,34 @@ def read_units(source: Path) -> list[NDArray[np.int64]]:
 
     from echox.stream.format.scan import UNITS
     from echox.stream.storage.store import read_folder
+    from echox.units.identity import UnitPart, read_unit_set
 
     if source.is_dir():
         samples = [sample for sample in read_folder(source, {UNITS}) if UNITS in sample.members]
         found = [np.frombuffer(sample[UNITS], dtype="<u2").astype(np.int64) for sample in samples]
+        parts = [UnitPart(str(source), read_unit_set(source))]
     else:
-        found = [np.asarray(row["units"], dtype=np.int64) for row in read_lines(source, "units")]
+        rows = read_lines(source, "units")
+        found = [np.asarray(row["units"], dtype=np.int64) for row in rows]
+        parts = lines_parts(source, rows)
     if not found:
         raise DataError("No unit sequences found", where=str(source), fix="Make them with `echox units extract`.")
-    return found
+    return found, parts
+
+
+def lines_parts(path: Path, rows: list[dict[str, Any]]) -> list[UnitPart]:
+    """The unit sets that JSON lines say they are of, each with the first line that says so."""
+    from echox.units.identity import UnitPart, UnitSetIdentity
+
+    parts: dict[str, UnitPart] = {}
+    for number, row in enumerate(rows, 1):
+        said = row.get(UNIT_SET)
+        place = f"row {number} of {path}"
+        parts.setdefault(
+            json.dumps(said, sort_keys=True),
+            UnitPart(place, None if said is None else UnitSetIdentity.parse(said, place)),
+        )
+    return list(parts.values())
 
 
 def read_lines(path: Path, key: str) -> list[dict[str, Any]]:

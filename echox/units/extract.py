@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from echox.errors import DataError
-from echox.units.features import FeatureConfig, FrameFeatures, load_features
+from echox.errors import DataError, MissingModelError
+from echox.units.features import FeatureConfig, FrameFeatures, load_features, weights_sha256
+from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
 from echox.units.kmeans import KMeans, read_npz
 
 if TYPE_CHECKING:
@@ -87,9 +88,9 @@ class UnitExtractor:
                 progress("extract units", len(found), len(audio))
         return [found[index] for index in range(len(audio))]
 
-    def save(self, folder: str | Path) -> None:
-        """Write `kmeans.npz`, which holds the centroids and names the features."""
-        self.kmeans.save(Path(folder) / FILE, features=json.dumps(asdict(self.features.config)))
+    def save(self, folder: str | Path, *, weights: str | None = None) -> UnitSetIdentity:
+        """Write a folder of units, see `save_units`."""
+        return save_units(folder, self.features.config, self.kmeans, weights=weights)
 
     @classmethod
     def load(cls, folder: str | Path) -> UnitExtractor:
@@ -99,9 +100,67 @@ class UnitExtractor:
             DataError: no readable `kmeans.npz` in the folder.
             MissingModelError: the feature model is not there.
         """
-        path = Path(folder) / FILE
-        config = FeatureConfig(**json.loads(str(read_npz(path, "features"))))
-        return cls(load_features(config), KMeans.load(path))
+        config, kmeans = _read(folder)
+        return cls(load_features(config), kmeans)
+
+
+def _read(folder: str | Path) -> tuple[FeatureConfig, KMeans]:
+    path = Path(folder) / FILE
+    return FeatureConfig(**json.loads(str(read_npz(path, "features")))), KMeans.load(path)
+
+
+def save_units(
+    folder: str | Path, config: FeatureConfig, kmeans: KMeans, *, name: str = "", weights: str | None = None
+) -> UnitSetIdentity:
+    """Write `kmeans.npz`, which holds the centroids and names the features, and the record of the unit set beside it.
+
+    Args:
+        folder: where they go.
+        config: the features.
+        kmeans: centroids of their frames.
+        name: what others call the model; the last part of `config.model` if empty.
+        weights: SHA-256 of the model's weights; None looks for them, empty leaves them open.
+
+    Returns:
+        The record.
+    """
+    if weights is None:
+        try:
+            weights = weights_sha256(config)
+        except MissingModelError:
+            weights = ""
+    unit_set = identify(config, kmeans, name=name, weights=weights)
+    kmeans.save(Path(folder) / FILE, features=json.dumps(asdict(config)))
+    write_unit_set(folder, unit_set)
+    return unit_set
+
+
+def identify(config: FeatureConfig, kmeans: KMeans, *, name: str = "", weights: str = "") -> UnitSetIdentity:
+    """The unit set of features and centroids; the arguments are those of `save_units`."""
+    if config.kind == "log_mel":
+        return UnitSetIdentity(features=config.kind, clusters=kmeans.clusters, centroids=kmeans.sha256)
+    return UnitSetIdentity(
+        features=config.kind,
+        model=name or Path(config.model).name,
+        layer=config.layer,
+        clusters=kmeans.clusters,
+        weights=weights,
+        centroids=kmeans.sha256,
+    )
+
+
+def unit_set_of(folder: str | Path) -> UnitSetIdentity:
+    """Which units a folder of `kmeans.npz` makes: by its centroids, whatever the record beside them says.
+
+    The record adds the model's name and weights if it is one of these centroids.
+
+    Raises:
+        DataError: no readable `kmeans.npz` in the folder.
+    """
+    found, record = identify(*_read(folder)), read_unit_set(folder)
+    if record is None or record.centroids != found.centroids:
+        return found
+    return replace(found, model=record.model, weights=record.weights)
 
 
 def fit_extractor(

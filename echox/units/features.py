@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from echox.audio.batches import length_batches
 from echox.errors import DataError
+from echox.files import sha256_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -180,6 +183,43 @@ class HubertFeatures:
             for index, frames_TD, frames in zip(batch, states[self.config.layer].cpu(), frames_B, strict=True):
                 done[index] = frames_TD[:frames].numpy().copy()
         return [done[index] for index in range(len(audio))]
+
+
+def weights_sha256(config: FeatureConfig) -> str:
+    """SHA-256 of the weight file of the features' model; over the hashes of all where there are several.
+
+    Empty for log-mel, which has no weights.
+
+    Raises:
+        MissingModelError: no such model folder.
+    """
+    if config.kind == "log_mel":
+        return ""
+    folder = Path(_folder(config))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    hashes = [sha256_file(path) for path in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def frame_width(config: FeatureConfig) -> int:
+    """Features a frame, by the configuration of the model, which is not loaded.
+
+    Raises:
+        MissingModelError: no such model folder.
+        DataError: the model has fewer layers, or is of another kind.
+    """
+    if config.kind == "log_mel":
+        return 160
+    from transformers import AutoConfig
+
+    found = AutoConfig.from_pretrained(_folder(config))
+    if found.model_type != config.kind:
+        raise DataError(
+            f"{config.model} is a model of type {found.model_type}, not {config.kind}",
+            fix="Name the model whose frames were clustered, and its kind by --features.",
+        )
+    _check_layer(config, found.encoder_layers if config.kind == "whisper" else found.num_hidden_layers)
+    return int(found.hidden_size)
 
 
 def _folder(config: FeatureConfig) -> str:

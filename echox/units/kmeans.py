@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,19 @@ class KMeans:
     def clusters(self) -> int:
         """Number of clusters K."""
         return len(self.centroids_KD)
+
+    @property
+    def width(self) -> int:
+        """Features a frame."""
+        return int(self.centroids_KD.shape[1])
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the centroids, little-endian float32 row by row; then mean and scale, unless all are 0 and 1."""
+        tables = [self.centroids_KD]
+        if self.mean_D.any() or (self.scale_D != 1).any():
+            tables += [self.mean_D, self.scale_D]
+        return hashlib.sha256(b"".join(table.astype("<f4").tobytes() for table in tables)).hexdigest()
 
     @classmethod
     def fit(cls, frames_ND: Floats, clusters: int, *, seed: int = 0, max_iter: int = 12) -> KMeans:

@@ -7,8 +7,11 @@ which words are kept is not published, see `UnitLanguage.fit`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ import numpy as np
 
 from echox.errors import DataError
 from echox.units.counting import KeyTable, count_keys, merge_counts
+from echox.units.identity import UnitSetIdentity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -46,12 +50,21 @@ class UnitLanguage:
         bigrams: (word, next word, occurrences) rows; [pairs, 3], empty for order 1.
         order: 1 or 2.
         max_word: most units a word may have.
+        unit_set: which units; None where it is not known.
     """
 
     def __init__(
-        self, n_units: int, words: Sequence[tuple[int, ...]], counts: Ints, bigrams: Ints, order: int, max_word: int
+        self,
+        n_units: int,
+        words: Sequence[tuple[int, ...]],
+        counts: Ints,
+        bigrams: Ints,
+        order: int,
+        max_word: int,
+        unit_set: UnitSetIdentity | None = None,
     ) -> None:
         self.n_units = n_units
+        self.unit_set = unit_set
         self.words: list[tuple[int, ...]] = [(unit,) for unit in range(n_units)] + [tuple(word) for word in words]
         self.counts = np.asarray(counts, dtype=np.int64)
         self.bigrams = np.asarray(bigrams, dtype=np.int64).reshape(-1, 3)
@@ -70,6 +83,15 @@ class UnitLanguage:
     def size(self) -> int:
         """Number of words U, single units included."""
         return len(self.words)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of all that decides how units are cut into words and which id a word has, the unit set aside."""
+        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        of = "units that are not recorded" if self.unit_set is None else str(self.unit_set)
+        return f"{self.sha256[:8]}, {self.size} words of {of}"
 
     def _build_trie(self) -> None:
         nodes: dict[tuple[int, ...], int] = {(unit,): unit for unit in range(self.n_units)}
@@ -213,6 +235,7 @@ class UnitLanguage:
         vocab_size: int = 7500,
         *,
         rounds: int = 2,
+        unit_set: UnitSetIdentity | None = None,
         progress: Progress | None = None,
     ) -> UnitLanguage:
         """Find the words and their probabilities on a unit corpus.
@@ -229,6 +252,7 @@ class UnitLanguage:
             max_word: most units a word may have (K).
             vocab_size: words wanted, single units included (U); fewer where the corpus has fewer repeated n-grams.
             rounds: encode-recount rounds after the vocabulary is final.
+            unit_set: which units these are; None where it is not known.
             progress: called with (what, done, of).
 
         Raises:
@@ -255,12 +279,11 @@ class UnitLanguage:
             language = _recount(language, arrays, size, order if final else 1)
         if progress is not None:
             progress("fit the unit language", len(steps), len(steps))
+        language.unit_set = unit_set
         return language
 
-    def save(self, path: str | Path) -> None:
-        """Write one JSON file."""
-        content = {
-            "version": VERSION,
+    def _content(self) -> dict[str, Any]:
+        return {
             "n_units": self.n_units,
             "order": self.order,
             "max_word": self.max_word,
@@ -268,6 +291,12 @@ class UnitLanguage:
             "counts": self.counts.tolist(),
             "bigrams": self.bigrams.tolist(),
         }
+
+    def save(self, path: str | Path) -> None:
+        """Write one JSON file."""
+        content = {"version": VERSION, **self._content()}
+        if self.unit_set is not None:
+            content["unit_set"] = asdict(self.unit_set)
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
@@ -290,6 +319,7 @@ class UnitLanguage:
                 np.array(content["bigrams"], dtype=np.int64),
                 int(content["order"]),
                 int(content["max_word"]),
+                UnitSetIdentity.parse(content["unit_set"], str(path)) if "unit_set" in content else None,
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise DataError(

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import DataError
 from echox.files import sha256_file
-from echox.stream.format.catalogue import DATASET_NAME
+from echox.stream.format.catalogue import DATASET_NAME, Catalogue
+from echox.stream.format.scan import UNITS
+from echox.units.identity import UnitPart, UnitSetIdentity, check_alike, read_unit_set, write_unit_set
 from shards.builder.convert import count_members, is_kept, record_path, tar_path, write_sample, writing
 from shards.builder.publish import add_shard, complete, finish_publishing, index, stage
 from shards.builder.records import digest, read_json, write_json
@@ -28,7 +30,7 @@ Progress = Callable[[str], None]
 
 AUDIO = "answer.flac"
 RECORD = "units.json"
-"""Which units the shards hold."""
+"""What a pass over the shards has made, beside the record of the unit set."""
 _KMEANS = "kmeans.npz"
 _SHOW_EVERY_S = 2.0
 
@@ -36,7 +38,7 @@ _SHOW_EVERY_S = 2.0
 def add_answer_units(
     folder: Path, units: Path, progress: Progress | None = None, *, keep_audio: bool = False, workers: int = 1
 ) -> dict[str, Any]:
-    """Write `answer.units` and `answer.durations` into every sample with a spoken answer.
+    """Write `answer.units` and `answer.durations` into every sample with a spoken answer, and record the unit set.
 
     Interrupted, it goes on with the next shard when it is called again; the folder is replaced when all are done.
 
@@ -51,22 +53,50 @@ def add_answer_units(
         The content of `units.json`: {"identity", "features", "clusters", "answers", "units_per_s"}.
 
     Raises:
-        DataError: no shards or no spoken answers there, or the k-means cannot be read.
+        DataError: no shards or no spoken answers there, units of another unit set, or the k-means cannot be read.
         MissingModelError: the feature model is not there.
     """
+    from echox.units.extract import unit_set_of
+
     say: Progress = progress or (lambda line: None)
     finish_interrupted(folder)
     work = _work(folder)
     with alone(work):
-        identity = digest([_fingerprint(units), keep_audio])
+        identity, unit_set = digest([_fingerprint(units), keep_audio]), unit_set_of(units)
         done: dict[str, Any] | None = read_json(folder / RECORD)
         if done is not None and done["identity"] == identity:
+            write_unit_set(folder, unit_set)
             say(f"{folder.name}: already has these units")
             return done
         described = read_json(folder / DATASET_NAME)
         if described is None:
             raise DataError("There are no shards", where=str(folder), fix="Build the corpus first.")
-        return _Pass(folder, work, units, identity, keep_audio, say).run(described, workers)
+        _check_units(folder, units, unit_set)
+        return _Pass(folder, work, units, identity, unit_set, keep_audio, say).run(described, workers)
+
+
+def record_published(folder: Path, unit_set: UnitSetIdentity) -> None:
+    """Record the unit set of a corpus that comes with units, unless a pass has made its units here."""
+    if not (folder / RECORD).is_file() and any(UNITS in layout for layout in Catalogue.open(folder).layouts):
+        write_unit_set(folder, unit_set)
+
+
+def _check_units(folder: Path, units: Path, unit_set: UnitSetIdentity) -> None:
+    """Refuse to make units in shards that hold those of another set."""
+    layouts = Catalogue.open(folder).layouts
+    if not any(UNITS in layout for layout in layouts):
+        return
+    check_alike(
+        [UnitPart(f"dataset {folder}", read_unit_set(folder)), UnitPart(f"k-means {units}", unit_set)],
+        fix="Build the shards again without units (--replace) and then with these, or name another --out.",
+    )
+    kept = any(UNITS in layout and AUDIO not in layout for layout in layouts)
+    if kept and any(AUDIO in layout for layout in layouts):
+        raise DataError(
+            f"Some samples have {AUDIO}, and others units without it, which would stay beside those made here",
+            where=str(folder),
+            fix="Build corpora with sound and corpora with units into folders of their own.",
+        )
 
 
 def finish_interrupted(folder: Path) -> None:
@@ -90,9 +120,18 @@ def _fingerprint(units: Path) -> str:
 class _Pass:
     """One pass over the shards of a folder."""
 
-    def __init__(self, folder: Path, work: Path, units: Path, identity: str, keep_audio: bool, say: Progress) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        work: Path,
+        units: Path,
+        identity: str,
+        unit_set: UnitSetIdentity,
+        keep_audio: bool,
+        say: Progress,
+    ) -> None:
         self._folder, self._work, self._units = folder, work, units
-        self._identity, self._keep_audio, self._say = identity, keep_audio, say
+        self._identity, self._unit_set, self._keep_audio, self._say = identity, unit_set, keep_audio, say
         self._loaded: UnitExtractor | None = None
 
     def run(self, described: dict[str, Any], workers: int) -> dict[str, Any]:
@@ -180,6 +219,7 @@ class _Pass:
             "units_per_s": round(sum(record["units"] for record in records) / answered_s, 2),
         }
         write_json(ready / RECORD, made)
+        write_unit_set(ready, self._unit_set)
         complete(self._work, self._folder)
         self._say(f"{self._folder.name}: {made['answers']:,} answers, {made['units_per_s']} units a second")
         return made

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from echox.audio.batches import length_batches
+from echox.audio.features import WINDOW
 from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.builders.encoded import RECORD, encoding_identity
 from echox.config.model_schema import ModelConfig
@@ -28,7 +29,11 @@ _BATCH_S = 60
 
 
 class QuestionEncoder:
-    """The speech encoder of a recipe, with the input it gets in training."""
+    """The speech encoder of a recipe, with the input it gets in training.
+
+    Attributes:
+        cut: clips so far that were longer than the recipe's `max_audio_s`.
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         from echox.audio.features import LogMel
@@ -38,7 +43,7 @@ class QuestionEncoder:
         assert speech is not None
         encoder = load_whisper_encoder(speech.path, torch.float32)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._encoder = TrimmedWhisperEncoder(encoder, model.layout).to(self.device)
+        self._encoder = TrimmedWhisperEncoder(encoder, model.layout, input_mode=speech.input).to(self.device)
         self._log_mel = LogMel(
             encoder.config.num_mel_bins,
             input_mode=speech.input,
@@ -46,13 +51,16 @@ class QuestionEncoder:
             stack=model.alignment.stack,
         )
         self._most = int(speech.max_audio_s * SAMPLE_RATE)
+        self._least = WINDOW if speech.input == "pad_30s" else 0
+        self.cut = 0
 
     @torch.no_grad()
     def __call__(self, clips: list[Any]) -> list[Tensor]:
         """Features `[frames, width]` of each clip, batched by length."""
+        self.cut += sum(len(clip) > self._most for clip in clips)
         clips = [clip[: self._most] for clip in clips]
         found: dict[int, Tensor] = {}
-        for batch in length_batches([len(clip) for clip in clips], _BATCH_S * SAMPLE_RATE):
+        for batch in length_batches([max(len(clip), self._least) for clip in clips], _BATCH_S * SAMPLE_RATE):
             mel, frames = self._log_mel(*pad_audio([clips[index] for index in batch]))
             features, lengths = self._encoder(mel.to(self.device), frames.to(self.device), frames)
             for index, row, length in zip(batch, features.cpu(), lengths.tolist(), strict=True):
@@ -97,7 +105,8 @@ def encode_folder(folder: Path, model: ModelConfig, progress: Progress | None = 
         nonlocal samples
         features = encoder([read_audio(sample["question.flac"]) for sample in group])
         samples += len(group)
-        say(f"{folder.name}: {samples} questions encoded")
+        cut = f", {encoder.cut} cut at max_audio_s" if encoder.cut else ""
+        say(f"{folder.name}: {samples} questions encoded{cut}")
         for sample, row in zip(group, features, strict=True):
             yield {**sample, MEMBER: pack(row)}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from echox.units.identity import UnitSetIdentity
 from shards.corpora.dialogues import find_lists, listed_utterances
 from shards.corpus import Corpus, Request, Utterance, clean, wrong_source
 
@@ -16,6 +17,8 @@ _CHAIN = "chain_of_modality_instruction.jsonl"
 _NAMES = {"speechinstruct"}
 UNITS = "mhubert_base_vp_en_es_fr_it3_L11_km1000"
 """The k-means that made the units, 1,000 of them, consecutive duplicates removed."""
+UNIT_SET = UnitSetIdentity(features="hubert", model="mhubert-base-vp_en_es_fr", layer=11, clusters=1000)
+"""The same as a record of the dataset; known by name, as the corpus does not come with the centroids."""
 
 _UNITS = r"<sosp>((?:\s*<\d+>)*)\s*<eosp>"
 _ANSWERED = re.compile(r"\[SpeechGPT\]:\s*(?:\[tq\])?\s*(.*?);?\s*\[ta\]\s*(.*?);?\s*\[ua\]\s*" + _UNITS, re.DOTALL)
@@ -87,5 +90,6 @@ Name cross_modal_instruction.jsonl itself as the source for its 9 million senten
 SpeechInstruct/*.tar.gz in the layout of EchoX-Dialogues is read too.""",
     tasks=("tts", "sqa"),
     discover=discover,
+    unit_set=UNIT_SET,
     example="echox shards build speech-instruct --source SpeechInstruct --out data/speech-instruct",
 )

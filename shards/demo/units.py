@@ -13,6 +13,7 @@ from echox.errors import DataError
 from echox.files import sha256_file
 from echox.release.assets import ASSETS
 from echox.stream.format.catalogue import DATASET_NAME
+from echox.units.identity import read_unit_set, write_unit_set
 from shards.builder.records import CORPUS, INPUTS_NAME, digest, read_json, write_json
 from shards.builder.rewrite import read_samples, rewrite
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from echox.units.features import FeatureConfig, FrameFeatures
+    from echox.units.identity import UnitSetIdentity
 
     Units = NDArray[np.uint16]
 
@@ -92,6 +94,18 @@ def _with_units(folder: Path, found: list[tuple[Units, Units]]) -> Iterator[dict
         }
 
 
+def _record(target: Path, folders: list[Path], unit_set: UnitSetIdentity) -> None:
+    """Say in units, unit language and shards which unit set they are of; those made before such records were."""
+    from echox.units.language import UnitLanguage
+
+    path = target / "unit_language.json"
+    language = UnitLanguage.load(path)
+    language.unit_set = unit_set
+    language.save(path)
+    for folder in (target, *folders):
+        write_unit_set(folder, unit_set)
+
+
 def add_units(cache: Path, progress: Progress | None = None, settings: UnitSettings | None = None) -> dict[str, Any]:
     """Fit units and unit language on `tts-train`; write them to `units/` and every unit sequence into the tts sets.
 
@@ -111,7 +125,7 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
     """
     import numpy as np
 
-    from echox.units.extract import UnitExtractor, collapse
+    from echox.units.extract import UnitExtractor, collapse, identify
     from echox.units.features import load_features
     from echox.units.kmeans import KMeans
     from echox.units.language import UnitLanguage
@@ -128,6 +142,9 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
     record = read_json(target / _DONE)
     fitted = record is not None and record["inputs"] == done and (target / "kmeans.npz").is_file()
     if fitted and all(read_json(folder / _DONE) == done for folder in folders):
+        if any(read_unit_set(place) is None for place in (target, *folders)):
+            kmeans = KMeans.load(target / "kmeans.npz")
+            _record(target, folders, identify(settings.features(), kmeans, weights=weights))
         say(f"units: already made, {settings.clusters} units, {record['vocabulary']} words")
         return dict(record)
 
@@ -144,7 +161,9 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
     if extractor is None:
         tell("k-means", 0, 1)
         extractor = UnitExtractor(features, KMeans.fit(np.concatenate(frames), settings.clusters, seed=settings.seed))
-        extractor.save(target)
+        extractor.save(target, weights=weights)
+    unit_set = identify(settings.features(), extractor.kmeans, weights=weights)
+    write_unit_set(target, unit_set)
     # The frames serve both the fit and the units; extracting again would encode all audio twice.
     found = [collapse(extractor.kmeans.predict(frames_TD)) for frames_TD in frames]
     language = UnitLanguage.fit(
@@ -153,6 +172,7 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
         settings.order,
         settings.max_word,
         settings.vocab_size,
+        unit_set=unit_set,
         progress=tell,
     )
     language.save(target / "unit_language.json")
@@ -160,7 +180,10 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
     words = sum(len(ids) for ids in language.encode_batch([units for units, _ in found]))
     for folder in folders:
         units = found if folder == folders[0] else extractor.extract(_audio(folder), tell)
+        # Interrupted between the two, the shards are of unknown units rather than of the wrong ones.
+        write_unit_set(folder, None)
         rewrite(folder, _with_units(folder, units))
+        write_unit_set(folder, unit_set)
         write_json(folder / _DONE, done)
     record = {
         "inputs": done,

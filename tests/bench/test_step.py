@@ -20,12 +20,13 @@ LOAD = step.Load(rows=6, question_s=0.5, response=5, words=8)
 
 def _tiny(recipe: Any, *_: Any, **__: Any) -> nn.Module:
     config = tiny.model_config()
+    config = config.model_copy(update={"speech_encoder": recipe.model.speech_encoder})
     if recipe.stage == "t2c":
         return build_t2c_stage(tiny.t2c_decoder(), nn.Embedding(tiny.VOCABULARY, 32), tiny.PREFIX, tiny.HEADER)
     return build_s2t_stage(config, tiny.s2t_model(config))
 
 
-@pytest.mark.parametrize("name", ["t2c", "s2t", "s2t-encoder"])
+@pytest.mark.parametrize("name", ["t2c", "s2t", "s2t-trim", "s2t-pad_30s"])
 def test_both_layouts_are_timed_on_the_same_weights_and_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = SimpleNamespace(
         tokenizer=range(tiny.VOCABULARY), words=tiny.WORDS, prompt=PromptTokens([1], [2, 3], [4, 3], tiny.END)
@@ -34,8 +35,9 @@ def test_both_layouts_are_timed_on_the_same_weights_and_agree(name: str, monkeyp
     monkeypatch.setattr(step, "build_stage", _tiny)
     monkeypatch.setattr(step, "encoder_width", lambda ref: 16)
     monkeypatch.setattr(step, "mel_bins", lambda ref, *, random_init: 8)
-    stage, _, encoder = name.partition("-")
-    overrides = ["engine.precision=fp32", *(["model.speech_encoder.precomputed=false"] if encoder else [])]
+    stage, _, heard = name.partition("-")
+    encoder = ["model.speech_encoder.precomputed=false", f"model.speech_encoder.input={heard}"] if heard else []
+    overrides = ["engine.precision=fp32", *encoder]
     result = step.run(load_recipe(f"demo/{stage}", overrides), LOAD, repeats=2)
     assert 0.1 < result.padding_share < 0.8
     assert result.loss_gap < 1e-5

@@ -244,6 +244,34 @@ def test_fingerprint_follows_what_is_computed_and_nothing_else() -> None:
         assert fingerprint(load_recipe("demo/s2t", [override])) != base, override
 
 
+def test_a_prompt_is_written_or_left_to_the_chat_template(tmp_path: Path) -> None:
+    tree = yaml.safe_load(find_recipe("demo/s2t").read_text())
+    del tree["model"]["llm"]["prompt"]
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    left_out = load_recipe(file)
+    assert left_out == load_recipe("demo/s2t", ["model.llm.prompt=auto"])
+    assert set(left_out.model.llm.prompt.model_dump().values()) == {None}
+    assert Recipe.model_validate(resolved(left_out)) == left_out
+    part = load_recipe("demo/s2t", ["model.llm.prompt=auto", "model.llm.prompt.end=<|end|>"]).model.llm.prompt
+    assert part.model_dump() == {"before": None, "after": None, "end": "<|end|>"}
+    assert mistakes("demo/s2t", "model.llm.prompt=atuo") == [
+        'model.llm.prompt="atuo": must be auto, or a section with before, after and end; write a section with its keys'
+    ]
+
+
+def test_lora_targets_are_names_or_auto() -> None:
+    def targets(*overrides: str) -> tuple[str, ...]:
+        return load_recipe("demo/s2t", overrides).model.llm.lora.targets
+
+    assert len(targets()) == 7
+    assert targets("model.llm.lora.targets=auto") == ("auto",)
+    assert targets("model.llm.lora.targets=[qkv_proj, o_proj]") == ("qkv_proj", "o_proj")
+    for wrong, rule in (("[]", "must be a list of at least 1"), ("all", "must be a valid"), ("[3]", "must be a valid")):
+        (line,) = mistakes("demo/s2t", f"model.llm.lora.targets={wrong}")
+        assert rule in line and "; write " in line
+
+
 def test_the_schema_alone_enforces_its_rules_too() -> None:
     tree: dict[str, Any] = copy.deepcopy(resolved(load_recipe("demo/s2t")))
     tree["data"]["global_batch"] = 24

@@ -18,13 +18,20 @@ from tests import tiny
 STEPS = 4
 
 
+SPLITS: dict[str, list[list[int]]] = {"whole": [[0, 1, 2, 3]], "2-and-2": [[0, 3], [1, 2]], "1-and-3": [[2], [0, 1, 3]]}
+
+
 @dataclass
 class Loader(UncountedLoader):
-    """Two micro-batches a step, of other lengths on each rank."""
+    """Two micro-batches a step, of other lengths on each rank; or four samples, split as `SPLITS` says."""
 
     rank: int
+    split: str = ""
 
     def step(self, step: int) -> list[SpeechBatch]:
+        if self.split:
+            whole = tiny.speech_batch(4, seed=100 * step + self.rank, step=step)
+            return [tiny.rows_of(whole, rows) for rows in SPLITS[self.split]]
         return [
             tiny.speech_batch(3 + self.rank, seed=100 * step + 10 * micro + self.rank, step=step) for micro in (0, 1)
         ]
@@ -37,6 +44,7 @@ class Build:
     layout: str
     frozen: Path
     checkpointing: bool = False
+    split: str = ""
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         cuts = {"mode": "fixed", "fixed_tokens": 3}
@@ -45,7 +53,7 @@ class Build:
             stage.s2t.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         return StageSetup(
             module=stage,
-            train_loader=Loader(rank),
+            train_loader=Loader(rank, self.split),
             valid_loaders={},
             frozen_models={"tower": self.frozen},
         )
@@ -56,12 +64,14 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
         scenario["name"],
         Path(plan["deepspeed"]),
         optim__steps=STEPS,
+        data__global_batch=8,
+        data__micro_batch={"": 2, "whole": 4}.get(scenario["split"], 2),
         optim__eps=1.0,  # Adam with so large an epsilon follows the gradient, not its sign
         optim__lr={"lora": 1.0, "echo": 1.0, "denoising": 1.0},
         engine__frozen_placement=scenario["placement"],
         engine__validate_every=0,
     )
-    build = Build(scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"])
+    build = Build(scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"], scenario["split"])
     result = train(recipe, context, build)
     return {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
 

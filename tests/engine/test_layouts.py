@@ -23,13 +23,14 @@ RUNS = {
     "padded-replicate": {"layout": "padded", "placement": "replicate"},
     "packed-shard": {"layout": "packed", "placement": "shard"},
     "checkpointed": {"layout": "packed", "placement": "replicate", "checkpointing": True},
+    **{split: {"layout": "packed", "placement": "shard", "split": split} for split in ("whole", "2-and-2", "1-and-3")},
 }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = prepare(tmp_path_factory.mktemp("layouts"))
-    scenarios = [{"name": name, "checkpointing": False, **run} for name, run in RUNS.items()]
+    scenarios = [{"name": name, "checkpointing": False, "split": "", **run} for name, run in RUNS.items()]
     return folder / "runs", launch(folder, WORKER, 2, scenarios)
 
 
@@ -38,15 +39,21 @@ def _steps(runs: Path, name: str) -> list[dict[str, float]]:
     return [record for record in map(json.loads, lines) if "loss/total" in record]
 
 
-@pytest.mark.parametrize("other", ["padded-replicate", "packed-shard", "checkpointed"])
-def test_losses_gradients_and_weights_are_the_same(trained: tuple[Path, dict[str, Any]], other: str) -> None:
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        *(("packed-replicate", other) for other in ("padded-replicate", "packed-shard", "checkpointed")),
+        *(("whole", split) for split in ("2-and-2", "1-and-3")),
+    ],
+)
+def test_losses_gradients_and_weights_are_the_same(trained: tuple[Path, dict[str, Any]], one: str, other: str) -> None:
     runs, _ = trained
-    packed, reference = _steps(runs, "packed-replicate"), _steps(runs, other)
+    packed, reference = _steps(runs, one), _steps(runs, other)
     assert len(packed) == len(reference) > 2
     for ours, theirs in zip(packed, reference, strict=True):
         for key in ("loss/total", "loss/s2t", "loss/echo", "loss/denoising", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4)
-    weights, expected = (load_file(find_weights(runs / name)) for name in ("packed-replicate", other))
+    weights, expected = (load_file(find_weights(runs / name)) for name in (one, other))
     assert weights.keys() == expected.keys() and len(weights) > 20
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)

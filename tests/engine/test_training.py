@@ -59,6 +59,11 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
             {"name": "two", "recipe": {**CLIP, **EVERY_5}},
             {"name": "two-gas", "recipe": {**CLIP, "data__micro_batch": 2}},
             {"name": "two-counted-late", "recipe": CLIP, "options": {"known": False}},
+            {
+                "name": "two-gas-counted-late",
+                "recipe": {**CLIP, **EVERY_5, "data__micro_batch": 2},
+                "options": {"known": False},
+            },
             {"name": "two-shard", "recipe": {**CLIP, "engine__frozen_placement": "shard"}},
             {"name": "two-skip", "recipe": CLIP, "options": {"skip_odd_steps": True}},
             {"name": "straight", "recipe": EVERY_5, "options": DROPOUT},
@@ -123,7 +128,7 @@ def oracle(folder: Path, options: ToyOptions) -> tuple[dict[str, torch.Tensor], 
     return plain_training(toy_recipe("oracle", folder / "ds.json", **CLIP), options, range(10))
 
 
-@pytest.mark.parametrize("run", ["one", "two", "two-gas", "two-counted-late", "two-shard"])
+@pytest.mark.parametrize("run", ["one", "two", "two-gas", "two-counted-late", "two-gas-counted-late", "two-shard"])
 def test_ten_steps_equal_plain_pytorch(launched: Launched, run: str) -> None:
     weights, losses = oracle(launched.folder, ToyOptions())
     found = launched.weights(run)
@@ -208,7 +213,7 @@ def test_a_changed_recipe_is_refused_unless_named(launched: Launched) -> None:
 
 
 def test_prefetch_trace_is_stable_from_step_three(launched: Launched) -> None:
-    for run in ("two", "two-gas", "two-shard"):
+    for run in ("two", "two-gas", "two-gas-counted-late", "two-shard"):
         counts = [record["perf/zero_trace_invalidations"] for record in launched.metrics(run)]
         assert counts[2] == counts[-1], (run, counts)
 
@@ -258,6 +263,8 @@ def test_metrics_and_progress_files(launched: Launched) -> None:
     assert launched.first["two"]["metrics"]["valid/loss/s2t"] == pytest.approx(
         launched.alone["one"]["metrics"]["valid/loss/s2t"], rel=1e-5
     )
+    valid = launched.first["two"]["metrics"]
+    assert valid["valid/loss/total"] == pytest.approx(valid["valid/loss/s2t"] + 0.3 * valid["valid/loss/ctc"], rel=1e-5)
     progress = json.loads((launched.folder / "runs" / "straight" / "progress.json").read_text())
     assert (progress["stage"], progress["step"], progress["steps"], progress["state"]) == ("s2t", 10, 10, "finished")
     assert launched.events("two", "start", rank=1)

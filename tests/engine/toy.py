@@ -116,6 +116,9 @@ class ToyStage(nn.Module):
             return {}
         return {"s2t": int(batch.mask_BT.sum()), "ctc": int(batch.ctc_B.sum())}
 
+    def needs_survey(self, batch: ToyBatch) -> bool:
+        return not self.options.known
+
     def parameter_groups(self) -> dict[str, list[str]]:
         names = [name for name, parameter in self.named_parameters() if parameter.requires_grad]
         lora = [name for name in names if name.startswith("lora")]

@@ -62,6 +62,17 @@ def test_wer_at_the_edges() -> None:
         ("anything", ["", "   "], False),
         ("", "Paris", False),
         ("Paris", [], False),
+        ("Lima", "Lima", True),
+        ("no, Lima", ["Rome", "no , Lima"], True),
+        ("Lima no", "Lima no yes", False),
+        ("", "", False),
+        ("a1 b", "a1", True),
+        ("a 1", "a1", False),
+        ("1a", ["a"], False),
+        ("x\u0301y", "x", False),
+        ("$5", "5", True),
+        ("5$", "$", True),
+        ("a\u200bb", "b", True),
     ],
 )
 def test_answer_match(prediction: str, golds: str | list[str], expected: bool) -> None:

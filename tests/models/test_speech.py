@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import copy
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
+from echox.audio.features import LogMel
 from echox.models.ragged import Layout, rows_of
 from echox.models.speech import AlignmentAdapter, ShrinkAdapter, TrimmedWhisperEncoder
+from echox.stream.collate import pad_audio
 from tests import tiny
 
 
@@ -26,6 +32,93 @@ def test_features_of_a_clip_do_not_depend_on_its_batch() -> None:
     for row, count in enumerate(frames.tolist()):
         alone, _ = encoder(mel[row : row + 1, :, :count], frames[row : row + 1])
         torch.testing.assert_close(together[row, : count // 2], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def _clips(*seconds: float) -> list[np.ndarray]:
+    rng = np.random.default_rng(3)
+    return [(0.1 * rng.standard_normal(int(16_000 * length))).astype(np.float32) for length in seconds]
+
+
+def _whisper() -> Any:
+    """A random Whisper as transformers loads it."""
+    torch.manual_seed(1)
+    config = WhisperConfig(
+        d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+        decoder_attention_heads=2, num_mel_bins=8, init_std=0.2, attn_implementation="sdpa",
+    )  # fmt: skip
+    return WhisperModel(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_pad_30s_is_the_whisper_encoder_on_what_its_feature_extractor_gives(layout: Layout) -> None:
+    whisper, clips = _whisper(), _clips(1.3, 30.0, 0.2, 7.7)
+    extracted = WhisperFeatureExtractor(feature_size=8)(clips, sampling_rate=16_000, return_tensors="pt")
+    expected = whisper.encoder(extracted.input_features).last_hidden_state
+    mel, frames = LogMel(8, input_mode="pad_30s")(*pad_audio(clips))
+    torch.testing.assert_close(mel, extracted.input_features, rtol=0, atol=1e-5)
+    encoder = TrimmedWhisperEncoder(copy.deepcopy(whisper.encoder), layout, input_mode="pad_30s")
+    found, kept = encoder(mel, frames)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert kept.tolist() == [90, 1500, 36, 410]  # clip and margin, 50 a second
+    trimmed, _ = TrimmedWhisperEncoder(copy.deepcopy(whisper.encoder), layout)(mel, frames)
+    assert (trimmed[0, :90] - expected[0, :90]).abs().max() > 0.1  # silence is heard
+
+
+@pytest.mark.parametrize(("layout", "on_host"), [("packed", True), ("packed", False), ("padded", True)])
+def test_pad_30s_of_a_longer_clip_is_whisper_on_each_window(layout: Layout, on_host: bool) -> None:
+    whisper, clips = _whisper(), _clips(64.0, 2.0, 30.1)
+    encoder = TrimmedWhisperEncoder(copy.deepcopy(whisper.encoder), layout, input_mode="pad_30s")
+    mel, frames = LogMel(8, input_mode="pad_30s")(*pad_audio(clips))
+    found, kept = encoder(mel, frames, frames if on_host else None)
+    assert kept.tolist() == [3226, 126, 1530] and found.shape == (3, 3226, 16)
+    for row, clip in enumerate(clips):
+        windows = [clip[at : at + 480_000] for at in range(0, len(clip), 480_000)]
+        extracted = WhisperFeatureExtractor(feature_size=8)(windows, sampling_rate=16_000, return_tensors="pt")
+        expected = whisper.encoder(extracted.input_features).last_hidden_state.flatten(0, 1)
+        count = int(kept[row])
+        torch.testing.assert_close(found[row, :count], expected[:count], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_trimmed_windows_are_encoded_as_rows_of_their_own_and_joined(layout: Layout, on_host: bool) -> None:
+    encoder = TrimmedWhisperEncoder(tiny.whisper_encoder(), layout)
+    mel, frames = torch.randn(4, 8, 6400), torch.tensor([6400, 40, 3000, 3012])
+    rows: list[int] = []
+    hook = encoder.encoder.conv1.register_forward_hook(lambda module, given, out: rows.append(len(out)))
+    joined, kept = encoder(mel, frames, frames if on_host else None)
+    hook.remove()
+    assert rows == [3 + 1 + 1 + 2]  # nothing is computed on windows that a clip does not reach
+    assert joined.shape == (4, 3200, 16) and kept.tolist() == [3200, 20, 1500, 1506]
+    for row, count in enumerate(frames.tolist()):
+        for start in range(0, count, 3000):
+            size = min(3000, count - start)
+            alone, _ = encoder(mel[row : row + 1, :, start : start + size], torch.tensor([size]))
+            found = joined[row, start // 2 : (start + size) // 2]
+            torch.testing.assert_close(found, alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_pad_30s_refuses_what_is_not_whole_windows() -> None:
+    encoder = TrimmedWhisperEncoder(tiny.whisper_encoder(), input_mode="pad_30s")
+    for columns in (400, 3400):
+        with pytest.raises(ValueError, match=f"whole windows of 3000 frames, and this has {columns}"):
+            encoder(torch.zeros(1, 8, columns), torch.tensor([columns]))
+
+
+@pytest.mark.parametrize("input_mode", ["trim", "pad_30s"])
+def test_speech_vectors_of_long_clips_are_the_same_packed_and_padded(input_mode: str) -> None:
+    config = tiny.model_config()
+    assert config.speech_encoder is not None
+    speech = config.speech_encoder.model_copy(update={"input": input_mode})
+    mel, frames = LogMel(8, input_mode=input_mode)(*pad_audio(_clips(1.0, 31.0)))  # type: ignore[arg-type]
+    found = []
+    for layout in ("packed", "padded"):
+        model = tiny.s2t_model(config.model_copy(update={"layout": layout, "speech_encoder": speech})).eval()
+        assert model.front_end.encoder.input_mode == input_mode
+        vectors, mask = model.front_end(mel, frames).padded()
+        assert int(mask[1].sum()) > 4
+        found.append(vectors.masked_fill(~mask[:, :, None], 0))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def _adapter(frame_local: bool) -> AlignmentAdapter:

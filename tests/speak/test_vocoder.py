@@ -25,6 +25,7 @@ from echox.speak.unit_mel import (
     train_vocoder,
 )
 from echox.speak.vocoder import CodeHifiGan, GriffinLim, UnitMelVocoder, load_vocoder
+from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
 
 RATE = 16_000
 PITCHES = (300.0, 700.0, 1500.0, 3100.0)
@@ -149,7 +150,7 @@ def test_what_it_cannot_say_is_one_sentence(folder: Path, tmp_path: Path) -> Non
         train_vocoder([], tmp_path)
 
 
-def test_it_trains_from_a_folder_of_shards(tmp_path: Path) -> None:
+def test_it_trains_from_a_folder_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from echox.audio.io import encode_flac
     from echox.stream.format.writer import write_shards
     from echox.units.kmeans import KMeans
@@ -175,7 +176,21 @@ def test_it_trains_from_a_folder_of_shards(tmp_path: Path) -> None:
         tmp_path / "tts-train", tmp_path / "vocoder", steps=2, batch=2,
         progress=lambda *step: seen.append(step),
     )  # fmt: skip
-    assert model.config.n_units == 9
+    assert model.config.n_units == 9 and read_unit_set(tmp_path / "vocoder") is None
+    units = UnitSetIdentity(features="log_mel", clusters=7, centroids="aa")
+    write_unit_set(tmp_path / "tts-train", units)
+    model = train_vocoder(tmp_path / "tts-train", tmp_path / "vocoder", steps=1, batch=2)
+    assert model.config.n_units == 7 and read_unit_set(tmp_path / "vocoder") == units
+    train_vocoder(made, tmp_path / "other", steps=1, batch=2, n_units=7, unit_set=units)
+    assert read_unit_set(tmp_path / "other") == units
+    # Trained again on units that nobody knows, it does not keep the record of those before.
+    train_vocoder(made, tmp_path / "other", steps=1, batch=2, n_units=7)
+    assert read_unit_set(tmp_path / "other") is None
+    # Killed while it is written, it is of unknown units rather than of those of the one before.
+    monkeypatch.setattr(UnitMel, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_vocoder(made, tmp_path / "vocoder", steps=1, batch=2, n_units=7)
+    assert read_unit_set(tmp_path / "vocoder") is None
     assert [step[1:] for step in seen] == [(1, 2), (2, 2)]
     assert isinstance(load_vocoder(tmp_path / "vocoder"), UnitMelVocoder)
 

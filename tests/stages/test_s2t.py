@@ -56,6 +56,21 @@ def test_both_losses_leave_encoder_and_llm_base_without_gradient() -> None:
     assert sorted(listed) == sorted(name for name, p in stage.named_parameters() if p.requires_grad)
 
 
+def test_a_row_without_transcript_adds_nothing_to_ctc_and_keeps_its_response() -> None:
+    stage = _stage().train()
+    batch = tiny.speech_batch(3)
+    before = stage(batch)
+    batch.transcript_lengths_B[1] = 0
+    terms = stage(batch)
+    others = [stage(tiny.one_row(batch, row))["ctc"] for row in (0, 2)]
+    torch.testing.assert_close(terms["ctc"].total, sum(term.total for term in others), rtol=1e-4, atol=1e-4)
+    assert int(terms["ctc"].count) == sum(int(term.count) for term in others) == stage.known_counts(batch)["ctc"]
+    torch.testing.assert_close(terms["s2t"].total, before["s2t"].total)
+    stage.zero_grad()
+    stage(tiny.one_row(batch, 1))["ctc"].total.backward()
+    assert not any(p.grad is not None and p.grad.any() for p in stage.parameters())
+
+
 def test_ctc_classes_of_a_corpus_vocabulary() -> None:
     from echox.builders.setup import ctc_tokens
     from echox.models.speech import CtcHead

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from echox.errors import DataError
 from echox.stream.accounting import Accounts, join64, micro_batch_account, split64, sum64
+from echox.stream.collate import Item
 from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
 from echox.stream.sampling.plan import Plan, Window
 from echox.stream.storage.store import Sample, ShardStore
 from tests.stream.datasets import make_dataset, sized
-from tests.stream.streaming import Run, Setting
+from tests.stream.streaming import Batch, Collate, Run, Setting
 
 PLAN = Plan([sized([9, 4], name="a"), sized([6], name="b")], seed=3, budget=SampleBudget(8, 4), window_shards=3)
 NAMES = [source.name for source in PLAN.sources]
@@ -150,6 +152,48 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
     unknown = Accounts(NAMES)
     unknown.expect(window, 0)
     assert unknown.check(vector(window, places[1:], dropped={places[0]: "smudge"}).tolist())["data/quarantined/other"]
+
+
+class CutRow(NamedTuple):
+    id: str
+    cut_s: float
+
+
+class Cutting(Collate):
+    """Samples that lack as many seconds of audio as their number."""
+
+    def decode(self, item: Item) -> Any:
+        return CutRow(super().decode(item), float(item.sample.number))
+
+    def join(self, rows: Sequence[Any], step: int) -> Batch:
+        return super().join([row.id for row in rows], step)
+
+
+def test_cut_samples_and_what_they_lack_are_added_up_over_ranks_steps_and_resumes(folder: Path, tmp_path: Path) -> None:
+    collate = Cutting()
+    with Run([folder], tmp_path, Setting(world_size=2), collate=collate) as run:
+        trained = [name for _ in range(2) for micro in run.train() for name in micro]
+        saved = json.loads(json.dumps(run.ranks[0].record()))
+    with Run([folder], tmp_path, Setting(world_size=4), saved, 2, collate=collate) as run:
+        batches = [batch for rank in run.batches() for batch in rank]
+        metrics = run.check_accounts(batches)[-1]
+    trained += [name for batch in batches for name in batch.ids]
+    lacking = [int(name.rpartition("-")[2]) for name in trained]
+    assert metrics["data/cut_s"] == metrics["data/set-sqa/cut_s"] == sum(lacking) > 0
+    assert metrics["data/cut"] == metrics["data/set-sqa/cut"] == np.count_nonzero(lacking)
+
+
+def test_nothing_cut_is_shown_as_such_and_a_record_without_the_numbers_begins_at_none() -> None:
+    window, books = PLAN.window(0, 0), Accounts(NAMES)
+    books.expect(window, 0)
+    metrics = books.check(vector(window, window.samples(0)).tolist())
+    assert (metrics["data/cut"], metrics["data/cut_s"]) == (0, 0) and "data/a-sqa/cut" not in metrics
+    record = books.to_json()
+    for row in record["sources"]:
+        del row["cut"], row["cut_s"]
+    again = Accounts(NAMES)
+    again.load(record)
+    assert again.table.tolist() == books.table.tolist()
 
 
 def test_the_books_go_on_from_their_json() -> None:

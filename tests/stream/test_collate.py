@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from echox.audio.features import LogMel
 from echox.audio.io import encode_flac
+from echox.builders.setup import build_speech_collate
 from echox.errors import CorruptSampleError
 from echox.stream.collate import Item, PromptTokens, SpeechCollate, UnitCollate
 from echox.stream.format.encoded_features import pack
@@ -36,6 +38,10 @@ def sample(number: int, **changes: Any) -> Sample:
 
 def speech() -> SpeechCollate:
     return SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000)
+
+
+def strict() -> SpeechCollate:
+    return SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000, needs_transcript=True)
 
 
 def units() -> UnitCollate:
@@ -64,12 +70,38 @@ def test_decoding_apart_and_joining_is_the_same_as_at_once() -> None:
     assert joined.ids == at_once.ids and torch.equal(joined.mel_BMT, at_once.mel_BMT)
 
 
-def test_audio_longer_than_the_limit_is_cut_and_counted() -> None:
+def long(seconds: float) -> Sample:
+    wave = np.full(int(16000 * seconds), 0.1, dtype=np.float32)
+    return sample(0, members={"question.flac": encode_flac(wave)})
+
+
+def test_audio_longer_than_the_limit_is_cut_and_is_no_target_of_ctc() -> None:
     collate = speech()
-    wave = np.ones(40000, dtype=np.float32) * 0.1
-    batch = collate.from_audio([wave], ["sqa"], [""], [""], ids=["a"], weights=[1.0])
-    assert collate.cut == 1
-    assert int(batch.frames_B[0]) < 40000 / 160
+    rows = [collate.decode(Item(found, "sqa")) for found in (long(2.5), long(1.0), sample(0))]
+    assert [row.cut_s for row in rows] == [1.5, 0.0, 0.0]
+    batch = collate.join(rows, 0)
+    assert batch.frames_B.tolist() == [152, 152, 72]  # a second and the margin
+    assert batch.transcript_lengths_B.tolist() == [0, 2, 2]
+    assert batch.response_BR.tolist() == [[99, 4]] * 3 and batch.weight_B.tolist() == [1.0] * 3
+    heard = collate.from_audio([np.full(40000, 0.1, np.float32)], ["sqa"], ["ab"], ["c"], ids=["a"], weights=[1.0])
+    assert heard.frames_B.tolist() == [152] and heard.transcript_lengths_B.tolist() == [0]
+
+
+def test_of_features_that_were_cut_the_metadata_tell_it() -> None:
+    collate = SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000, precomputed=6)
+    encoded = {"question.encoded.npy": pack(torch.ones(76, 6))}
+    rows = [collate.decode(Item(sample(0, members=encoded, question_s=s), "sqa")) for s in (2.25, 1.0, None)]
+    assert [row.cut_s for row in rows] == [1.25, 0.0, 0.0]
+    assert collate.join(rows, 0).transcript_lengths_B.tolist() == [0, 2, 2]
+
+
+@pytest.mark.parametrize("input_mode", ["trim", "pad_30s"])
+def test_up_to_the_limit_all_windows_of_30_s_are_heard(input_mode: str) -> None:
+    log_mel = LogMel(8, input_mode=input_mode)  # type: ignore[arg-type]
+    batch = SpeechCollate(letters, PROMPT, log_mel, max_samples=45 * 16000)([Item(long(40), "sqa")], 0)
+    assert batch.frames_B.tolist() == [4052] and batch.transcript_lengths_B.tolist() == [2]
+    assert batch.mel_BMT.shape[2] == (6000 if input_mode == "pad_30s" else 4052)
+    assert batch.stats()["audio_s"] == 40.52
 
 
 def test_units_become_words() -> None:
@@ -102,7 +134,7 @@ def test_encoded_questions_of_another_width_are_named(shape: tuple[int, ...]) ->
     with pytest.raises(CorruptSampleError, match=r"question.encoded.npy has shape .*, not \[frames, 6\]") as caught:
         collate.decode(Item(encoded, "sqa"))
     assert caught.value.kind == "schema"
-    whole = Sample("k", 0, {"question.encoded.npy": pack(torch.ones(4, 6))}, {})
+    whole = Sample("k", 0, {"question.encoded.npy": pack(torch.ones(4, 6))}, {"answer_text": "c"})
     batch = collate([Item(whole, "sqa")], 0)
     assert batch.features_BTd is not None and batch.features_BTd.tolist() == torch.ones(1, 4, 6).tolist()
     assert batch.frames_B.tolist() == [8] and batch.mel_BMT.shape[2] == 0
@@ -130,14 +162,51 @@ def test_only_the_members_asked_for_are_needed(collate: Callable[[], Any], tmp_p
         (units, {"members": {"answer.units": b"\1"}}, "decode", "answer.units cannot be decoded"),
         (known_units, {}, "decode", "answer.units cannot be decoded: Unit 1 is outside"),
         (units, {"answer_text": ["a"]}, "schema", "answer_text is a list, not text"),
+        (speech, {"answer_text": ""}, "empty", "answer_text is empty; the end token would be all"),
+        (strict, {"answer_text": None}, "empty", "answer_text is empty; the end token would be all"),
+        (strict, {"question_text": ""}, "empty", "question_text is empty; CTC would learn"),
+        (strict, {"question_text": " \n"}, "empty", "question_text is empty; CTC would learn"),
+        (units, {"answer_text": " "}, "empty", "answer_text is empty; its units would stand for no words"),
     ],
 )
+@pytest.mark.parametrize("task", ["sqa", "asr"])
 def test_what_cannot_be_used_is_named(
-    collate: Callable[[], Any], changes: dict[str, Any], kind: str, message: str
+    collate: Callable[[], Any], changes: dict[str, Any], kind: str, message: str, task: str
 ) -> None:
     with pytest.raises(CorruptSampleError, match=f"sample k1: {message}") as caught:
-        collate().decode(Item(sample(1, **changes), "sqa"))
+        collate().decode(Item(sample(1, **changes), task))
     assert caught.value.kind == kind
+
+
+def test_without_ctc_no_transcript_is_needed() -> None:
+    batch = speech()([Item(sample(1, question_text=None), "sqa")], 0)
+    assert batch.transcript_lengths_B.tolist() == [0]
+
+
+def test_serving_and_blank_batches_need_no_texts() -> None:
+    wave = np.full(1600, 0.1, np.float32)
+    batch = strict().from_audio([wave], ["sqa"], [""], [""], ids=[""], weights=[1.0])
+    assert batch.response_BR.tolist() == [[4]] and batch.transcript_lengths_B.tolist() == [0]
+    assert strict().blank(3).weight_B.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ctc", "needed"),
+    [
+        ("s2t", {}, True),
+        ("s2t", {"weight": 0.0}, False),
+        ("s2t", {"weight": 0.0, "align_steps": 5}, True),
+        ("echo", {}, False),
+    ],
+)
+def test_a_transcript_is_needed_where_ctc_is_trained(
+    monkeypatch: pytest.MonkeyPatch, stage: str, ctc: dict[str, Any], needed: bool
+) -> None:
+    monkeypatch.setattr("echox.release.pretrained.mel_bins", lambda ref, *, random_init: 8)
+    model = tiny.model_config()
+    model = model.model_copy(update={"ctc": model.ctc.model_copy(update=ctc)})
+    recipe, text = SimpleNamespace(stage=stage, model=model), SimpleNamespace(tokenize=letters, prompt=PROMPT)
+    assert build_speech_collate(recipe, text).needs_transcript is needed  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("collate", "member"), [(speech, "question.flac"), (units, "answer.units")])

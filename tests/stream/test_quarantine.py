@@ -146,12 +146,17 @@ def test_samples_that_can_be_read_and_not_used_are_dropped_alone(
     """Their checksums are right: they were written so, and indexed by something that did not look at texts."""
     wave = np.sin(np.arange(3200) / 9).astype(np.float32) * 0.3
     samples: list[dict[str, Any]] = [
-        {"__key__": f"s{n}", "question.flac": encode_flac(wave), "json": {"question_s": 0.2, "question_text": "q"}}
+        {
+            "__key__": f"s{n}",
+            "question.flac": encode_flac(wave),
+            "json": {"question_s": 0.2, "question_text": "q", "answer_text": "a"},
+        }
         for n in range(8)
     ]
     samples[1]["question.flac"] = encode_flac(wave)[:-200]
     del samples[4]["question.flac"]
-    samples[6]["json"] = {"question_s": 0.2, "question_text": ["q"]}
+    samples[6]["json"] = {"question_s": 0.2, "question_text": ["q"], "answer_text": "a"}
+    samples[7]["json"] = {"question_s": 0.2, "question_text": "q", "answer_text": ""}
     monkeypatch.setattr(scan, "_text", lambda meta, name: "")
     write_shards(tmp_path / "set", samples, per_shard=3, optional=["question.flac"])
     collate = SpeechCollate(lambda text: [ord(c) for c in text], PromptTokens([1], [2], [3], 4), LogMel(80), 16000)
@@ -159,13 +164,13 @@ def test_samples_that_can_be_read_and_not_used_are_dropped_alone(
     with Run([tmp_path / "set"], tmp_path / "run", Setting(micro_batches=8), collate=collate, plan=plan) as run:
         (batches,) = run.batches()
         (metrics,) = run.check_accounts(batches)
-    assert sorted(name for batch in batches for name in batch.ids) == ["s0", "s2", "s3", "s5", "s7"]
+    assert sorted(name for batch in batches for name in batch.ids) == ["s0", "s2", "s3", "s5"]
     blank = [cast(SpeechBatch, batch) for batch in batches if not batch.ids]
-    assert len(batches) == 8 and [batch.weight_B.tolist() for batch in blank] == [[0.0]] * 3
-    kinds = {"s1": "decode", "s4": "member", "s6": "schema"}
+    assert len(batches) == 8 and [batch.weight_B.tolist() for batch in blank] == [[0.0]] * 4
+    kinds = {"s1": "decode", "s4": "member", "s6": "schema", "s7": "empty"}
     assert {row["sample"]: row["kind"] for row in entries(tmp_path / "run")} == kinds
-    assert [metrics[f"data/quarantined/{kind}"] for kind in kinds.values()] == [1, 1, 1]
-    assert (metrics["data/samples"], metrics["data/set-sqa/samples"], metrics["data/quarantined"]) == (8, 5, 3)
+    assert [metrics[f"data/quarantined/{kind}"] for kind in kinds.values()] == [1, 1, 1, 1]
+    assert (metrics["data/samples"], metrics["data/set-sqa/samples"], metrics["data/quarantined"]) == (8, 4, 4)
 
 
 def test_a_micro_batch_that_lost_all_its_samples_comes_blank(folder: Path, tmp_path: Path) -> None:

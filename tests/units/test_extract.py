@@ -164,3 +164,49 @@ def test_command_line_refuses_what_it_cannot_use(tmp_path: Path, capsys: pytest.
     (tmp_path / "bad.jsonl").write_text('{"units": [1, 2]}\n{"units": "x"}\n')
     assert main(["unit-language", "fit", str(tmp_path / "bad.jsonl"), str(tmp_path / "l.json"), "--clusters", "4"]) == 4
     assert "Line 2" in capsys.readouterr().err
+
+
+def test_units_words_and_lines_carry_their_unit_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from echox.cli import main
+    from echox.units.extract import unit_set_of
+    from echox.units.language import UnitLanguage
+
+    (tmp_path / "recordings").mkdir()
+    for seed in range(4):
+        write_audio(tmp_path / "recordings" / f"{seed}.wav", tone(2.0, seed))
+    recordings = str(tmp_path / "recordings")
+    for name, seed in (("a", "0"), ("b", "1")):
+        fit = ["units", "fit", recordings, str(tmp_path / name), "--features", "log_mel", "--clusters", "10", "--json"]
+        assert main([*fit, "--seed", seed]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["unit_set"] == unit_set_of(tmp_path / name).digest
+        assert (
+            main(["units", "extract", str(tmp_path / name), recordings, "--out", str(tmp_path / f"{name}.jsonl")]) == 0
+        )
+    rows = {name: (tmp_path / f"{name}.jsonl").read_text() for name in ("a", "b")}
+    (tmp_path / "both.jsonl").write_text(rows["a"] + rows["b"])
+    bare = [json.loads(line) for line in rows["a"].splitlines()]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps({"units": row["units"]}) + "\n" for row in bare))
+    capsys.readouterr()
+
+    def language(*sources: str, clusters: int = 10) -> tuple[int, str]:
+        words = [str(tmp_path / source) for source in sources]
+        code = main(["unit-language", "fit", *words, str(tmp_path / "l.json"), "--clusters", str(clusters)])
+        return code, capsys.readouterr().err
+
+    for sources in (("a.jsonl", "b.jsonl"), ("both.jsonl",)):
+        code, said = language(*sources)
+        assert code == 4 and "unit sets that differ in centroids" in said and "row 1 of" in said
+    assert not (tmp_path / "l.json").exists()
+    code, said = language("a.jsonl", clusters=12)
+    assert code == 4 and "--clusters 12 is not the number of units" in said
+    code, said = language("a.jsonl", "bare.jsonl")
+    assert code == 0 and "warning: no unit_set.json" in said and "bare.jsonl" in said
+    assert UnitLanguage.load(tmp_path / "l.json").unit_set == unit_set_of(tmp_path / "a")
+    encode = ["unit-language", "encode", str(tmp_path / "l.json"), "--out", str(tmp_path / "words.jsonl")]
+    assert main([*encode, str(tmp_path / "a.jsonl")]) == 0 and "warning" not in capsys.readouterr().err
+    assert main([*encode, str(tmp_path / "b.jsonl")]) == 4
+    assert "the unit language" in capsys.readouterr().err
+    code, said = language("bare.jsonl")
+    assert code == 0 and "warning" not in said and UnitLanguage.load(tmp_path / "l.json").unit_set is None

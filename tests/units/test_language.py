@@ -13,6 +13,7 @@ import pytest
 
 from echox.errors import DataError
 from echox.units.counting import KeyTable, merge_counts
+from echox.units.identity import UnitSetIdentity
 from echox.units.language import ADD_K, PRIOR_TOKENS, UnitLanguage
 
 N_UNITS = 12
@@ -153,3 +154,20 @@ def test_key_table_finds_what_a_dict_finds() -> None:
 def test_merged_counts_are_those_of_the_whole() -> None:
     keys, counts = merge_counts(np.array([1, 5]), np.array([2, 3]), np.array([0, 5, 9]), np.array([1, 4, 1]))
     assert (keys.tolist(), counts.tolist()) == ([0, 1, 5, 9], [1, 2, 7, 1])
+
+
+def test_it_keeps_its_unit_set_and_its_hash_is_that_of_the_words(tmp_path: Path) -> None:
+    unit_set = UnitSetIdentity(features="log_mel", clusters=N_UNITS, centroids="aa")
+    fitted = UnitLanguage.fit(corpus(), N_UNITS, vocab_size=60, unit_set=unit_set)
+    bare = UnitLanguage.fit(corpus(), N_UNITS, vocab_size=60)
+    other = UnitLanguage.fit(corpus(1), N_UNITS, vocab_size=60, unit_set=unit_set)
+    for language in (fitted, bare, other):
+        language.save(tmp_path / "l.json")
+        again = UnitLanguage.load(tmp_path / "l.json")
+        assert again.unit_set == language.unit_set and again.sha256 == language.sha256
+    assert fitted.sha256 == bare.sha256 != other.sha256
+    assert str(fitted) == f"{fitted.sha256[:8]}, {fitted.size} words of {unit_set}"
+    content = json.loads((tmp_path / "l.json").read_text())
+    (tmp_path / "l.json").write_text(json.dumps({**content, "unit_set": {"features": 3}}))
+    with pytest.raises(DataError, match="record of a unit set"):
+        UnitLanguage.load(tmp_path / "l.json")

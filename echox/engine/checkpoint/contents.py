@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from echox.engine.frozen import FrozenModel
 from echox.engine.loss_guard import GuardState
+from echox.engine.run_files import RunFileEntry
 
 
 class FileEntry(TypedDict):
@@ -44,6 +45,8 @@ class RunContents(TypedDict):
         run, stage: of the recipe.
         recipe: the whole of it, as plain values.
         frozen: name to identity of every frozen model; their weights are never stored.
+        run_files: name to identity of every file in the run's folder that the weights depend on; older manifests have
+            none.
         dtypes: elements by kind and dtype.
         precision: "bf16" or "fp32", as resolved.
     """
@@ -52,6 +55,7 @@ class RunContents(TypedDict):
     stage: str
     recipe: dict[str, Any]
     frozen: dict[str, FrozenModel]
+    run_files: NotRequired[dict[str, RunFileEntry]]
     dtypes: dict[str, dict[str, int]]
     precision: str
 

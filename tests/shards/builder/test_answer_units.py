@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from echox.audio.io import encode_flac
 from echox.cli import main
 from echox.errors import DataError
-from echox.units.extract import UnitExtractor, fit_extractor
+from echox.stream.format.writer import write_shards
+from echox.units.extract import UnitExtractor, fit_extractor, unit_set_of
 from echox.units.features import FeatureConfig
+from echox.units.identity import RECORD as UNIT_SET
+from echox.units.identity import read_unit_set
 from shards.builder.answer_units import add_answer_units
+from shards.corpora.registry import CORPORA
 from tests.shards.killing import killed
-from tests.shards.layouts import build, clip, encoded, put, put_lines, read
+from tests.shards.layouts import build, clip, encoded, put, put_archive, put_lines, read
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +151,87 @@ def test_what_cannot_be_done_is_one_sentence(source: Path, units: Path, tmp_path
     assert list(read(tmp_path / "asr")) == ["asr"] and not (tmp_path / ".asr.units").exists()
     out = build_shards(source, tmp_path / "out")
     add_answer_units(out, units)
-    other = tmp_path / "other"
-    fit_extractor([waveform(5)], FeatureConfig(kind="log_mel"), 4).save(other)
     with pytest.raises(DataError, match="No sample has answer"):
-        add_answer_units(out, other)
+        add_answer_units(out, units, keep_audio=True)
     check(out, units, audio=False)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_units_of_another_set_are_not_put_in_their_place(
+    source: Path, units: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], keep: bool
+) -> None:
+    out, other = build_shards(source, tmp_path / "out"), tmp_path / "other"
+    add_answer_units(out, units, keep_audio=keep)
+    fit_extractor([waveform(5)], FeatureConfig(kind="log_mel"), 4).save(other)
+    before = contents(out)
+    with pytest.raises(DataError) as caught:
+        add_answer_units(out, other, keep_audio=keep)
+    said = str(caught.value)
+    for part in (f"dataset {out}", f"k-means {other}", str(unit_set_of(units)), str(unit_set_of(other)), "--replace"):
+        assert part in said
+    assert contents(out) == before and not (tmp_path / ".out.units").exists()
+    # Which units the shards have is not known: said, and made again where the sound is still there.
+    (out / UNIT_SET).unlink()
+    if keep:
+        add_answer_units(out, other, keep_audio=True)
+        check(out, other, audio=True)
+        assert read_unit_set(out) == unit_set_of(other)
+    else:
+        with pytest.raises(DataError, match="No sample has answer"):
+            add_answer_units(out, other)
+        assert read_unit_set(out) is None
+    assert f"which units dataset {out} has" in capsys.readouterr().err
+
+
+def test_shards_record_their_unit_set_also_those_made_before_records_were(
+    source: Path, units: Path, tmp_path: Path
+) -> None:
+    out = build_shards(source, tmp_path / "out")
+    add_answer_units(out, units)
+    assert read_unit_set(out) == unit_set_of(units)
+    before = contents(out)
+    (out / UNIT_SET).unlink()
+    add_answer_units(out, units)
+    assert contents(out) == before
+
+
+def test_samples_with_units_and_no_sound_do_not_stay_beside_new_units(units: Path, tmp_path: Path) -> None:
+    told = {"id": "a", "answer_text": "said", "task": "tts", "question_s": None, "answer_s": 0.4}
+    sound = encode_flac(waveform(1))
+    samples = [
+        {"__key__": "a", "json": told, "answer.units": b"\1\0"},
+        {"__key__": "b", "json": {**told, "id": "b"}, "answer.flac": sound},
+    ]
+    write_shards(tmp_path / "out", samples, optional=("answer.units", "answer.flac"))
+    with pytest.raises(DataError, match=r"Some samples have answer\.flac, and others units without it"):
+        add_answer_units(tmp_path / "out", units)
+
+
+def test_a_corpus_that_comes_with_units_names_their_unit_set(
+    source: Path, units: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "[Human]: This is input: Hello.<eoh> [SpeechGPT]: <sosp><1><2><eosp>"
+    put_lines(tmp_path / "chain_of_modality_instruction.jsonl", [{"plain_text": line}])
+    words = ["shards", "build", "speech-instruct", "--workers", "1", "--source"]
+    out = tmp_path / "out"
+    assert main([*words, str(tmp_path), "--out", str(out)]) == 0
+    assert read_unit_set(out) == CORPORA["speech-instruct"].unit_set
+    # Built before records were, it gets one.
+    (out / UNIT_SET).unlink()
+    assert main([*words, str(tmp_path), "--out", str(out)]) == 0
+    assert read_unit_set(out) == CORPORA["speech-instruct"].unit_set
+    # In the archives of EchoX the corpus has sound: its units are those of the k-means that made them.
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "audio": "a.wav"}]
+    put_archive(tmp_path / "S/SpeechInstruct/a.tar.gz", [{"conversations": turns}], {"a.wav": encoded(clip(3))})
+    spoken = tmp_path / "spoken"
+    assert main([*words, str(tmp_path / "S"), "--out", str(spoken)]) == 0
+    assert read_unit_set(spoken) is None
+    for _ in range(2):
+        assert main([*words, str(tmp_path / "S"), "--out", str(spoken), "--units", str(units)]) == 0
+        assert read_unit_set(spoken) == unit_set_of(units)
+    assert main([*words, str(tmp_path / "S"), "--out", str(spoken)]) == 0
+    assert read_unit_set(spoken) == unit_set_of(units)
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_one_command_builds_and_makes_units(

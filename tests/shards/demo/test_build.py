@@ -14,14 +14,18 @@ import webdataset
 
 from echox.audio.io import read_audio
 from echox.errors import NetworkError
+from echox.files import sha256_file
 from echox.stream.format.catalogue import Catalogue
 from echox.units.extract import UnitExtractor
 from echox.units.features import FeatureConfig
+from echox.units.identity import RECORD, read_unit_set
+from echox.units.kmeans import KMeans
 from echox.units.language import UnitLanguage
 from shards.demo import build as module
 from shards.demo.build import build, known_facts
 from shards.demo.facts import COUNTRIES
 from shards.demo.prompts import read_prompts, split_prompts, words
+from shards.demo.units import UnitSettings, add_units
 
 
 class FakeTextModel:
@@ -224,3 +228,55 @@ def test_a_set_whose_index_is_gone_is_indexed_and_not_built_again(cache: Path) -
     assert build(cache, limit=20)["sets"] == first["sets"]
     assert Catalogue.open(folder).samples == first["sets"]["sqa-train"]["samples"]
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.tar")} == shards
+
+
+def test_everything_with_units_names_their_unit_set(cache: Path) -> None:
+    build(cache, limit=20)
+    root = cache / "data/demo"
+    units = read_unit_set(root / "units")
+    assert units is not None and (units.features, units.model, units.layer) == ("whisper", "whisper-base", 2)
+    assert units.weights == sha256_file(cache / "models/openai/whisper-base/model.safetensors")
+    assert units.centroids == KMeans.load(root / "units/kmeans.npz").sha256
+    assert UnitLanguage.load(root / "units/unit_language.json").unit_set == units
+    assert {folder.name for folder in root.iterdir() if (folder / RECORD).is_file()} == {
+        "units",
+        "tts-train",
+        "tts-answers",
+        "tts-heldout",
+    }
+    assert all(read_unit_set(root / name) == units for name in ("tts-train", "tts-answers", "tts-heldout"))
+
+
+def test_a_corpus_made_before_records_were_gets_them_and_nothing_else_changes(cache: Path) -> None:
+    build(cache, limit=20)
+    root = cache / "data/demo"
+    language = root / "units/unit_language.json"
+    with_records = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    for path in root.rglob(RECORD):
+        path.unlink()
+    content = json.loads(language.read_text())
+    del content["unit_set"]
+    language.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path != language}
+    encoded = FakeFeatures.encoded
+    build(cache, limit=20)
+    after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    assert {path: path.read_bytes() for path in after} == with_records
+    assert {path: date for path, date in after.items() if path in before} == before
+    assert FakeFeatures.encoded == encoded
+    build(cache, limit=20)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == after
+
+
+def test_killed_between_shards_and_record_the_units_are_unknown(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(cache, limit=20)
+    root = cache / "data/demo"
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shards.demo.units.write_json", killed)
+    monkeypatch.setattr("shards.demo.units.rewrite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        add_units(cache, settings=UnitSettings(clusters=30, vocab_size=200))
+    assert not (root / "tts-train" / RECORD).exists()

@@ -1,0 +1,203 @@
+"""Spoken answers of a loaded Echo run against plain PyTorch: one clip, one segment, one whole forward a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from echox.builders.setup import TextTools, build_stage
+from echox.builders.unit_sets import LANGUAGE
+from echox.errors import CheckpointError
+from echox.speak.pipeline import SpeechToSpeech
+from echox.units.language import UnitLanguage
+from tests.builders import tiny_run
+from tests.stages import by_hand
+
+MAX_NEW = 12
+
+
+def clips() -> list[NDArray[np.float32]]:
+    """Noises of uneven length and pitch."""
+    random = np.random.default_rng(0)
+    return [
+        (random.standard_normal(size) * np.sin(np.arange(size) * 0.01 * (n + 1)) * 0.3).astype(np.float32)
+        for n, size in enumerate((9000, 16000, 5200, 12345, 7000))
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An Echo run of random weights, with the runs it started from."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_run.write_models(folder)
+    init = {}
+    for number, stage in enumerate(("s2t", "t2c", "echo")):
+        recipe = tiny_run.make_recipe(folder, stage, init=init if stage == "echo" else {})
+        module = build_stage(recipe, TextTools.load(recipe))
+        tiny_run.randomise(module, number + 6)
+        init[stage] = str(tiny_run.write_run(folder / stage, recipe, tiny_run.trained(module)))
+    return folder / "echo"
+
+
+@pytest.fixture(scope="module")
+def model(run: Path) -> SpeechToSpeech:
+    """The run, with an end token that some answers reach early and others never."""
+    loaded = SpeechToSpeech.load(run, device="cpu")
+    loaded.max_new = MAX_NEW
+    text = loaded._text
+    batch = loaded._batch(clips(), "sqa")
+    prompt = by_hand.row_of_prompt(loaded.stage.s2t, batch, 0)
+    end = by_hand.own_answer(loaded.stage.s2t, prompt, -1, 8)[6]
+    loaded._text = dataclasses.replace(text, prompt=dataclasses.replace(text.prompt, end=end))
+    return loaded
+
+
+def answers_by_hand(model: SpeechToSpeech) -> tuple[list[by_hand.Said], list[list[list[int]]]]:
+    """What each clip is answered, and the unit words of each of its segments."""
+    stage = model.stage
+    heard, spoken = [], []
+    with torch.no_grad():
+        for clip in clips():
+            prompt = by_hand.row_of_prompt(stage.s2t, model._batch([clip], "sqa"), 0)
+            tokens = by_hand.own_answer(stage.s2t, prompt, model._text.prompt.end, MAX_NEW)
+            said = by_hand.said(stage, tokens, by_hand.states(stage.s2t, prompt, tokens)[:-1])
+            adapted = stage.denoising.outer(F.relu(stage.denoising.inner(said.hidden_Rh)))
+            words = []
+            for first, last in said.segments:
+                text = by_hand.template(stage, stage.s2t.embed, adapted[first:last])
+                words.append(by_hand.spoken_words(stage.echo, text, limit(model, last - first)))
+            heard.append(said)
+            spoken.append(words)
+    return heard, spoken
+
+
+def limit(model: SpeechToSpeech, tokens: int) -> int:
+    return tokens * model.recipe.model.echo.units_per_token + 32
+
+
+def test_an_answer_is_that_of_each_segment_by_hand(model: SpeechToSpeech) -> None:
+    heard, spoken = answers_by_hand(model)
+    answers = model.answer(clips())
+    language = model._text.language
+    assert language is not None
+    for answer, said, words in zip(answers, heard, spoken, strict=True):
+        assert answer.text == " ".join("." if token == tiny_run.STOP else f"w{token}" for token in said.tokens)
+        assert answer.units.dtype == np.uint16
+        assert answer.units.tolist() == [unit for segment in words for unit in language.decode(segment)]
+
+    lengths = [len(said.tokens) for said in heard]
+    assert min(lengths) < MAX_NEW == max(lengths), "some answers end early in the batch, others at the limit"
+    assert sum(len(said.segments) > 1 for said in heard) >= 2, "the trigger must cut"
+    assert any(len(set(map(tuple, words))) > 1 for words in spoken), "alike segments would hide their order"
+    bound = [len(words[n]) == limit(model, last - first)
+             for said, words in zip(heard, spoken, strict=True)
+             for n, (first, last) in enumerate(said.segments)]  # fmt: skip
+    assert any(bound) and not all(bound), "the limit of words must bind, and not everywhere"
+
+
+def test_a_clip_is_answered_as_if_it_were_alone(model: SpeechToSpeech) -> None:
+    together = model.answer(clips())
+    assert sum(bool(answer.text) for answer in together) >= 3
+    for clip, answer in zip(clips(), together, strict=True):
+        if not answer.text:
+            continue
+        (alone,) = model.answer([clip])
+        assert alone.text == answer.text and np.array_equal(alone.units, answer.units)
+
+
+def test_what_is_loaded_is_what_was_trained(run: Path, model: SpeechToSpeech) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(next(run.rglob("*.safetensors")))
+    have = {**dict(model.stage.named_parameters()), **dict(model.stage.named_buffers())}
+    assert any(name.startswith("echo.") for name in stored) and any("lora_" in name for name in stored)
+    for name, value in stored.items():
+        assert torch.equal(have[name], value), name
+    assert not any(part.training for part in model.stage.modules())
+    assert model.max_audio_s == 30.0
+    assert model.units.place == "run tiny-echo" and model.units.unit_set is None
+
+
+def test_questions_and_transcripts_have_their_own_prompt(model: SpeechToSpeech) -> None:
+    asked, transcribed = model._batch(clips(), "sqa"), model._batch(clips(), "asr")
+    assert asked.after_BQ.shape[1] < transcribed.after_BQ.shape[1]
+    assert asked.frames_on_host_B is not None, "the batch did not go to the model's device"
+    answers = model.answer(clips())
+    assert model.write(clips()) == [answer.text for answer in answers]
+    assert model.write(clips(), "asr") != model.write(clips())
+    own = model.generate(clips())
+    assert own.tokens_BR.shape[1] == MAX_NEW
+
+
+def test_text_is_decoded_without_special_tokens_and_margins(
+    model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    class Tokenizer:
+        def decode(self, tokens: list[int], **options: bool) -> str:
+            asked.append((tokens, options))
+            return f"  {len(tokens)} words "
+
+    text = dataclasses.replace(model._text, tokenizer=Tokenizer())
+    own = model.generate(clips())
+    monkeypatch.setattr(model, "_text", text)
+    assert model.write(clips()) == [f"{int(mask.sum())} words" for mask in own.mask_BR]
+    assert [tokens for tokens, _ in asked] == [t[m].tolist() for t, m in zip(own.tokens_BR, own.mask_BR, strict=True)]
+    assert all(options == {"skip_special_tokens": True} for _, options in asked)
+
+
+def test_a_run_speaks_in_the_unit_language_that_it_keeps(run: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from echox.config.schema import Recipe
+    from echox.engine.checkpoint.manifest import MANIFEST
+
+    manifest = json.loads(next(run.rglob(MANIFEST)).read_text())
+    tensors = load_file(next(run.rglob("*.safetensors")))
+    recipe = Recipe.model_validate(manifest["recipe"])
+    own = UnitLanguage.load(run.parent / "language.json")
+    random = np.random.default_rng(8)
+    other = UnitLanguage.fit([random.integers(0, tiny_run.N_UNITS, 90) for _ in range(20)], tiny_run.N_UNITS,
+                             vocab_size=own.size)  # fmt: skip
+    assert other.sha256 != own.sha256
+    kept = tiny_run.write_run(tmp_path / "kept", recipe, tensors, other)
+    loaded = SpeechToSpeech.load(kept, device="cpu")
+    assert loaded._text.language is not None and loaded._text.language.sha256 == other.sha256
+    (kept / LANGUAGE).unlink()
+    with pytest.raises(CheckpointError, match="is not the one that"):
+        SpeechToSpeech.load(kept, device="cpu")
+    own.save(kept / LANGUAGE)
+    with pytest.raises(CheckpointError, match="is not the one that"):
+        SpeechToSpeech.load(kept, device="cpu")
+
+
+def test_without_a_unit_language_nothing_is_spoken(model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "_text", dataclasses.replace(model._text, language=None))
+    assert model.units.unit_set is None
+    with pytest.raises(CheckpointError, match="does not speak"):
+        model.answer(clips()[:1])
+
+
+def test_an_s2t_run_writes_and_does_not_speak_and_a_t2c_run_does_not_hear(run: Path) -> None:
+    model = SpeechToSpeech.load(run.parent / "s2t")
+    assert model.max_new == 64
+    assert model._device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    from safetensors.torch import load_file
+
+    have = dict(model.stage.named_parameters())
+    for name, value in load_file(next((run.parent / "s2t").rglob("*.safetensors"))).items():
+        if name in have:
+            assert torch.equal(have[name], value), name
+    assert len(model.write(clips()[:2])) == 2
+    with pytest.raises(CheckpointError, match="does not speak"):
+        model.answer(clips()[:1])
+    with pytest.raises(CheckpointError, match="hears no speech"):
+        SpeechToSpeech.load(run.parent / "t2c")
