@@ -131,9 +131,11 @@ class SpeechToSpeech:
         adapted = rows.scatter(stage.denoising(own.hidden_BRh))
         text = text_part(prefix, adapted, rows.mask_NT, header).left_padded()
         decoded = stage.echo.greedy(text, stage.most_words(rows.mask_NT.sum(1)))
+        # Where no clip has an answer, one row without a token stands for them all; it says nothing.
+        said_NM = decoded.mask_NM & rows.mask_NT.any(1, keepdim=True)
         pieces: list[list[NDArray[np.uint16]]] = [[] for _ in clips]
         for owner, words, mask in zip(
-            rows.owner_N.tolist(), decoded.words_NM.cpu().numpy(), decoded.mask_NM.cpu().numpy(), strict=True
+            rows.owner_N.tolist(), decoded.words_NM.cpu().numpy(), said_NM.cpu().numpy(), strict=True
         ):
             pieces[owner].append(np.asarray(language.decode(words[mask]), dtype=np.uint16))
         units = [np.concatenate(piece) if piece else np.zeros(0, np.uint16) for piece in pieces]

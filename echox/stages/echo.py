@@ -123,7 +123,7 @@ class EchoStage(nn.Module):
         terms["denoising"] = self._denoising_loss(adapted_BRh, text_BRh, text, batch)
         self._last = {
             "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
-            "teacher/words_per_segment": units.mask_NM.sum() / weight_N.sum().clamp(min=1),
+            "teacher/words_per_segment": (units.mask_NM.sum(1) * weight_N).sum() / weight_N.sum().clamp(min=1),
             "teacher/segments_per_sample": weight_N.sum() / batch.weight_B.sum().clamp(min=1),
             "pseudo_text/differs_share": _differing(text, batch),
             "perf/padding_share": padding_share(out.speech.frames, states.rows, loss.rows),

@@ -4,7 +4,7 @@ A copy of the project is made in a temporary folder, so that nobody's working tr
 it records which test executes which line. Then a process that has imported torch and its like, but nothing of the
 project, forks once for each mutant; the child puts the mutated module in place as it is imported, and runs the tests
 that execute the changed line until one fails. Why not mutmut 3: it leaves out every decorated function, here all under
-`torch.no_grad`. Why not cosmic-ray or mutatest: a new interpreter for each mutant imports torch again.
+`torch.no_grad`. Why not cosmic-ray: a new interpreter for each mutant imports torch again.
 """
 
 from __future__ import annotations
@@ -340,13 +340,15 @@ def _baseline(out: Path, modules: set[str]) -> dict[str, Any]:
 
 
 def _tests_of(mutant: Mutant, record: dict[str, Any]) -> dict[str, float]:
-    """Tests that execute the changed statement, or for what runs at import, any line of the module; with seconds."""
+    """Tests that execute the changed statement, or for what runs at import, all beside one that uses the module."""
     first, last = mutant.lines
     if mutant.in_function:
         places = [f"{mutant.module}:{line}" for line in range(first, last + 1)]
     else:
         places = [place for place in record["lines"] if place.startswith(f"{mutant.module}:")]
     names = {name for place in places for name in record["lines"].get(place, ())}
+    if not mutant.in_function:
+        names = {name.partition("::")[0] for name in names}
     tests = {test for name in names for test in ([name] if "::" in name else record["by_file"].get(name, ()))}
     seconds = {test: record["seconds"][test] for test in tests if test in record["seconds"]}
     seconds = {test: taken for test, taken in seconds.items() if test not in record["failed"]}

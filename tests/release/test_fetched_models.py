@@ -62,3 +62,16 @@ def test_smollm2_answers_a_question() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     answers = TextModel(folder("smollm2")).ask(["What is the capital of France?", "What is the capital of Japan?"])
     assert answers == ["The capital of France is Paris.", "The capital of Japan is Tokyo."]
+
+
+def test_smollm2s_chat_template_is_rendered_as_hugging_face_tokenises_it() -> None:
+    from transformers import AutoTokenizer
+
+    from echox.builders.prompt import rendered_prompt
+
+    tokenizer = AutoTokenizer.from_pretrained(folder("smollm2"))
+    prompt, question = rendered_prompt(tokenizer, "smollm2"), "What is the capital of France?"
+    pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt.before, question, prompt.after)]
+    turn = [{"role": "user", "content": question}]
+    assert sum(pieces, []) == tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert prompt.end == "<|im_end|>"

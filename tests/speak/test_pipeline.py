@@ -201,3 +201,12 @@ def test_an_s2t_run_writes_and_does_not_speak_and_a_t2c_run_does_not_hear(run: P
         model.answer(clips()[:1])
     with pytest.raises(CheckpointError, match="hears no speech"):
         SpeechToSpeech.load(run.parent / "t2c")
+
+
+def test_an_answer_without_a_word_is_silent(model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = model._batch(clips()[:1], "sqa")
+    first = by_hand.own_answer(model.stage.s2t, by_hand.row_of_prompt(model.stage.s2t, batch, 0), -1, 1)[0]
+    text = dataclasses.replace(model._text, prompt=dataclasses.replace(model._text.prompt, end=first))
+    monkeypatch.setattr(model, "_text", text)
+    (answer,) = model.answer(clips()[:1])
+    assert answer.text == "" and answer.units.tolist() == []

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echox.builders.stages import build_s2t_stage
+from echox.models.echo import segment_rows
 from echox.models.t2c import DecodedUnits
 from echox.stages.echo import EchoStage
+from echox.stages.losses import denoising_loss
 from echox.stream.batch import SpeechBatch, UnitBatch
 from tests import tiny
 from tests.stages import by_hand
@@ -113,7 +115,7 @@ def speak(
     heard, totals, counts = hear(stage, batch)
     totals |= {"echo": torch.zeros(()), "denoising": torch.zeros(())}
     counts |= {"echo": 0, "denoising": 0}
-    segment = differs = kept = weighted = said_words = 0
+    segment = differs = kept = weighted = 0
     for row, said in enumerate(heard):
         weight = float(batch.weight_B[row])
         embedded = stage.s2t.embed(torch.tensor(said.tokens, dtype=torch.long))
@@ -128,7 +130,6 @@ def speak(
             torch.testing.assert_close(teacher.asked[segment], asked, msg=f"segment {segment} of the teacher")
             assert teacher.limits[segment] == (last - first) * stage.config.units_per_token + 32
             words = teacher.words(segment)
-            said_words += len(words)
             usable = segment != RUNAWAY and bool(words) and not by_hand.looping(words)
             weighted += weight
             if weight and usable:
@@ -142,7 +143,6 @@ def speak(
     assert segment == len(teacher.limits)
     metrics = {
         "teacher/rejected_share": 1 - kept / weighted,
-        "teacher/words_per_segment": said_words / weighted,
         "teacher/segments_per_sample": weighted / float(batch.weight_B.sum()),
         "pseudo_text/differs_share": differs / counts["denoising"],
     }
@@ -312,6 +312,41 @@ def test_counts_known_beforehand_leave_out_rows_without_weight() -> None:
     text = s2t_stage()
     assert text.known_counts(batch) == {"s2t": sum(LENGTHS) - LENGTHS[3], "ctc": 1 + 2 + 3 + 2 + 3}
     assert {name: int(term.count) for name, term in text(batch).items()} == text.known_counts(batch)
+
+
+def test_segment_rows_begin_at_their_first_column_and_are_no_wider_than_the_longest() -> None:
+    spoken = torch.arange(7) < torch.tensor([7, 4, 0])[:, None]
+    rows = segment_rows(torch.tensor([[0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 9, 9, 9], [0] * 7]), spoken)
+    assert rows.mask_NT.long().tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
+
+
+def test_the_denoising_loss_leaves_its_target_alone() -> None:
+    adapted, target = torch.randn(1, 3, 4, requires_grad=True), torch.randn(1, 3, 4, requires_grad=True)
+    denoising_loss(adapted, target, torch.ones(1, 3, dtype=torch.bool)).total.backward()
+    assert target.grad is None and adapted.grad is not None
+
+
+def test_the_alignment_begins_with_the_first_step() -> None:
+    stage = make_stage("reference", denoising={"align_steps": 2})
+    means = {name: torch.tensor(1.0) for name in ("s2t", "echo", "denoising")}
+    assert [set(stage.loss_weights(means, step)) == {"denoising"} for step in (-1, 0, 1, 2)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert s2t_stage(align_steps=2).loss_weights({}, 0)["ctc"] == 1.0
+
+
+def test_ranks_that_must_agree_decode_on_after_the_last_end() -> None:
+    stage = make_stage("free_run").eval()
+    alone = tiny.one_row(make_batch(stage), 0)
+    stopped = stage.s2t.generate(alone, stage.end_token, 20)
+    on = stage.s2t.generate(alone, stage.end_token, 20, early_stop=False)
+    said = int(on.mask_BR.sum())
+    assert stopped.tokens_BR.shape == (1, said + 1) and on.tokens_BR.shape == (1, 20)
+    assert torch.equal(on.tokens_BR[:, : said + 1], stopped.tokens_BR)
+    assert bool((on.tokens_BR[:, said:] == stage.end_token).all())
 
 
 # Stages I and II ----------------------------------------------------------------------------------------------------

@@ -160,3 +160,10 @@ def test_a_loop_is_eight_times_the_same_of_up_to_four_words() -> None:
         mask = torch.arange(longest)[None, :] < torch.tensor([len(row) for row in group])[:, None]
         assert repeats(words, mask).tolist() == [by_hand.looping(row) for row in group]
     assert 10 < sum(map(by_hand.looping, rows)) < 80
+
+
+def test_a_decoder_has_units_alone_unless_it_is_told_otherwise() -> None:
+    sizes = {"words": 5, "text_width": 8, "width": 8, "layers": 1, "heads": 2, "ffn": 8, "max_positions": 16}
+    decoder = T2CDecoder(**sizes)
+    assert decoder.head.out_features == decoder.unit_embedding.num_embeddings == 7
+    assert (decoder.text_classes, decoder.text_stride, decoder.dropout.p) == (0, None, 0.0)

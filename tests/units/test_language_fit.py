@@ -112,6 +112,11 @@ def test_no_pair_reaches_across_the_end_of_a_sentence() -> None:
     assert int(language.bigrams[:, 2].sum()) == int(language.counts.sum()) - 60
 
 
+def test_a_corpus_that_repeats_nothing_has_words_of_one_unit() -> None:
+    language = UnitLanguage.fit([[0, 1, 2, 3, 4, 5], [0, 2, 4]], N_UNITS, vocab_size=20)
+    assert language.words == [(unit,) for unit in range(N_UNITS)] and language.encode([3, 4, 5]) == [3, 4, 5]
+
+
 def test_a_path_may_be_text_and_its_folder_is_made(tmp_path: Path) -> None:
     language = UnitLanguage.fit(corpus(5), N_UNITS, vocab_size=9)
     language.save(str(tmp_path / "new" / "language.json"))
