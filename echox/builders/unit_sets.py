@@ -18,7 +18,15 @@ from echox.errors import CheckpointError, DataError, TransientReadError
 from echox.stream.sampling.source import Source
 from echox.stream.storage.remote import is_remote, open_remote
 from echox.stream.storage.retry import Retry
-from echox.units.identity import RECORD, UnitPart, UnitSetIdentity, check_alike, parse_record, read_unit_set, warn
+from echox.units.identity import (
+    RECORD,
+    UnitPart,
+    UnitSetIdentity,
+    check_same_unit_set,
+    parse_record,
+    read_unit_set,
+    warn,
+)
 from echox.units.language import UnitLanguage
 
 LANGUAGE = "unit_language.json"
@@ -48,7 +56,7 @@ def check_units(
         parts = [UnitPart(f"dataset {source.path}", _of_dataset(source)) for source in sources]
         if language is not None:
             parts.append(UnitPart(f"the unit language {_place(recipe)}", language.unit_set))
-        check_alike(
+        check_same_unit_set(
             parts,
             fix="make all units with one k-means (`echox shards build --units`) and fit the unit language on them",
             say=say,

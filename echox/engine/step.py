@@ -71,8 +71,8 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
     sums = StepSums()
     on_device = [batch.to(world.device) for batch in batches]
     accounts = [_account(batch, world) for batch in batches]
-    known = _known_counts(engine.stage, batches, world)
     survey = _survey(engine, on_device, step, world)
+    known = {} if survey is not None else _known_counts(engine.stage, batches, world)
     engine.clear_gradients()
     for batch, account in zip(on_device, accounts, strict=True):
         terms = engine.ds(batch)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from echox.errors import DataError, MissingModelError
-from echox.units.identity import RECORD, UnitPart, check_alike, read_unit_set
+from echox.units.identity import RECORD, UnitPart, check_same_unit_set, read_unit_set
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -220,7 +220,7 @@ def check_vocoder(folder: str | Path, parts: Sequence[UnitPart]) -> None:
     Raises:
         DataError: it was trained on another unit set than one of them has.
     """
-    check_alike(
+    check_same_unit_set(
         [UnitPart(f"the vocoder {folder}", read_unit_set(folder)), *parts],
         fix=f"name the vocoder of these units by --vocoder; for a published one, copy their {RECORD} into its folder",
     )

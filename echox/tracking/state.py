@@ -141,7 +141,7 @@ def announce_attempt(run_folder: Path, attempt: int) -> None:
 
 
 def announced_attempt(run_folder: Path) -> int | None:
-    """The attempt of this process's gang, if its first rank has said so."""
+    """The attempt of this process's group of workers, if its first rank has said so."""
     try:
         record = json.loads((run_folder / ATTEMPT_FILE).read_text())
         return int(record["attempt"]) if record["gang"] == worker_group() else None

@@ -171,7 +171,7 @@ def run_units_extract(args: argparse.Namespace) -> int:
 
 def run_language_fit(args: argparse.Namespace) -> int:
     """`echox unit-language fit`."""
-    from echox.units.identity import check_alike
+    from echox.units.identity import check_same_unit_set
     from echox.units.language import UnitLanguage
 
     sequences: list[NDArray[np.int64]] = []
@@ -179,7 +179,7 @@ def run_language_fit(args: argparse.Namespace) -> int:
     for source in args.units:
         found, of = read_units(source)
         sequences, parts = [*sequences, *found], [*parts, *of]
-    unit_set = check_alike(parts, fix="Fit on units of one k-means: extract the others again.")
+    unit_set = check_same_unit_set(parts, fix="Fit on units of one k-means: extract the others again.")
     if unit_set is not None and unit_set.clusters != args.clusters:
         raise DataError(
             f"--clusters {args.clusters} is not the number of units: they are of {unit_set}",
@@ -208,12 +208,12 @@ def run_language_fit(args: argparse.Namespace) -> int:
 
 def run_encode(args: argparse.Namespace) -> int:
     """`echox unit-language encode`."""
-    from echox.units.identity import UnitPart, check_alike
+    from echox.units.identity import UnitPart, check_same_unit_set
     from echox.units.language import UnitLanguage
 
     language = UnitLanguage.load(args.language)
     rows = read_lines(args.input, "units")
-    check_alike(
+    check_same_unit_set(
         [UnitPart(f"the unit language {args.language}", language.unit_set), *lines_parts(args.input, rows)],
         fix="Use the unit language that was fitted on these units.",
     )

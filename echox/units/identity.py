@@ -148,7 +148,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def check_alike(
+def check_same_unit_set(
     parts: Sequence[UnitPart],
     *,
     fix: str,

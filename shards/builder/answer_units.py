@@ -16,7 +16,7 @@ from echox.errors import DataError
 from echox.files import sha256_file
 from echox.stream.format.catalogue import DATASET_NAME, Catalogue
 from echox.stream.format.scan import UNITS
-from echox.units.identity import UnitPart, UnitSetIdentity, check_alike, read_unit_set, write_unit_set
+from echox.units.identity import UnitPart, UnitSetIdentity, check_same_unit_set, read_unit_set, write_unit_set
 from shards.builder.convert import count_members, is_kept, record_path, tar_path, write_sample, writing
 from shards.builder.publish import add_shard, complete, finish_publishing, index, stage
 from shards.builder.records import digest, read_json, write_json
@@ -86,7 +86,7 @@ def _check_units(folder: Path, units: Path, unit_set: UnitSetIdentity) -> None:
     layouts = Catalogue.open(folder).layouts
     if not any(UNITS in layout for layout in layouts):
         return
-    check_alike(
+    check_same_unit_set(
         [UnitPart(f"dataset {folder}", read_unit_set(folder)), UnitPart(f"k-means {units}", unit_set)],
         fix="Build the shards again without units (--replace) and then with these, or name another --out.",
     )

@@ -13,7 +13,7 @@ import pytest
 from echox.errors import CheckpointError, DataError
 from echox.units.extract import identify, save_units, unit_set_of
 from echox.units.features import FeatureConfig
-from echox.units.identity import RECORD, UnitPart, UnitSetIdentity, check_alike, read_unit_set, write_unit_set
+from echox.units.identity import RECORD, UnitPart, UnitSetIdentity, check_same_unit_set, read_unit_set, write_unit_set
 from echox.units.kmeans import KMeans
 
 FULL = UnitSetIdentity(features="hubert", model="mhubert", layer=11, clusters=1000, weights="aa", centroids="bb")
@@ -58,36 +58,36 @@ def test_the_error_names_both_and_where_they_are(capsys: pytest.CaptureFixture[s
     other = replace(FULL, centroids="other")
     parts = [UnitPart("dataset a", NAMED), UnitPart("dataset b", FULL), UnitPart("dataset c", other)]
     with pytest.raises(CheckpointError) as caught:
-        check_alike(parts, fix="do this", error=CheckpointError)
+        check_same_unit_set(parts, fix="do this", error=CheckpointError)
     assert str(caught.value) == (
         f"dataset b has units of {FULL}, and dataset c of {other}: unit sets that differ in centroids give one id to "
         "different sounds. Fix: do this"
     )
     with pytest.raises(DataError, match=r"differ in model .*--name"):
-        check_alike([UnitPart("a", FULL), UnitPart("b", replace(NAMED, model="x"))], fix="do this")
+        check_same_unit_set([UnitPart("a", FULL), UnitPart("b", replace(NAMED, model="x"))], fix="do this")
     assert capsys.readouterr().err == ""
 
 
 def test_alike_they_are_the_one_that_says_most(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_alike([UnitPart("a", NAMED), UnitPart("b", FULL)], fix="") == FULL
-    assert check_alike([UnitPart("a", None)], fix="") is None
+    assert check_same_unit_set([UnitPart("a", NAMED), UnitPart("b", FULL)], fix="") == FULL
+    assert check_same_unit_set([UnitPart("a", None)], fix="") is None
     assert capsys.readouterr().err == ""
 
 
 def test_unknown_units_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check_alike([UnitPart("a", None), UnitPart("b", FULL), UnitPart("c", None)], fix="") == FULL
+    assert check_same_unit_set([UnitPart("a", None), UnitPart("b", FULL), UnitPart("c", None)], fix="") == FULL
     said = capsys.readouterr().err
     assert said.startswith("warning: no unit_set.json") and said.count("\n") == 1
     assert "which units a and c has" in said and f"those of b, {FULL}" in said
-    assert check_alike([UnitPart("a", None), UnitPart("b", None)], fix="") is None
+    assert check_same_unit_set([UnitPart("a", None), UnitPart("b", None)], fix="") is None
     assert capsys.readouterr().err.count("\n") == 1
     # What is known is compared whatever is not.
     with pytest.raises(DataError):
-        check_alike([UnitPart("a", FULL), UnitPart("b", None), UnitPart("c", LOG_MEL)], fix="")
+        check_same_unit_set([UnitPart("a", FULL), UnitPart("b", None), UnitPart("c", LOG_MEL)], fix="")
 
 
 def test_one_model_in_two_files_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    check_alike([UnitPart("a", FULL), UnitPart("b", replace(FULL, weights="other"))], fix="")
+    check_same_unit_set([UnitPart("a", FULL), UnitPart("b", replace(FULL, weights="other"))], fix="")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "model files of a" in said and "taken for one model" in said
 

@@ -107,7 +107,7 @@ class Checkpointer:
 
     Attributes:
         engine: the run's engine.
-        gang: its processes.
+        world: its processes.
         folder: the run's.
         attempt: number of this attempt, part of the temporary folder's name.
         retention: which checkpoints stay.
