@@ -17,6 +17,7 @@ from echox.errors import EchoXError
 # Command -> module that registers it; several commands may share a module.
 COMMANDS: dict[str, str] = {
     "train": "echox.train",
+    "respond": "echox.respond",
     "recipe": "echox.config.cli",
     "checkpoint": "echox.engine.checkpoint.cli",
     "submit": "launch.cli",
@@ -32,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "report": "echox.evaluate.cli",
     "runs": "echox.tracking.cli",
     "bench": "echox.bench.cli",
+    "ablate": "launch.ablation.cli",
     "doctor": "echox.doctor",
 }
 INTERRUPTED = 130

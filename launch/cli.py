@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from launch.client.jobs import Job, Jobs
 
 ADDRESS_HELP = "address of the cluster's dashboard; default: $RAY_ADDRESS, then a head on this machine"
+RESPOND, RESPOND_SUFFIX = "echox.respond:respond_in_job", "-respond"
 RUN_HELP = "run name, submission id, or the run's folder"
 
 
@@ -23,6 +24,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register the five commands."""
     submit = _command(subparsers, "submit", "train a recipe on a Ray cluster", "echox submit demo/s2t optim.steps=20")
     submit.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
+    submit.add_argument(
+        "--respond",
+        action="store_true",
+        help="answer the questions of a Stage III recipe (`echox respond`), not train it",
+    )
     submit.set_defaults(run=run_submit)
     resume = _command(subparsers, "resume", "go on with a run that has ended", "echox resume demo-s2t optim.steps=900")
     resume.add_argument("job", metavar="RUN", help=RUN_HELP)
@@ -156,13 +162,19 @@ def _command(subparsers: Any, name: str, summary: str, example: str) -> argparse
 
 
 def _submit(args: argparse.Namespace, recipe: str) -> int:
+    from echox.config.load import load_recipe
     from launch.client.resubmit import submit_and_follow
 
     extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
     extra += [ALLOW, ",".join(args.allow)] if args.allow else []
+    overrides = args.overrides
+    if getattr(args, "respond", False):
+        # A run of its own: its folder and its MLflow run are not those of the training.
+        overrides = [*overrides, f"name={load_recipe(recipe, overrides).name}{RESPOND_SUFFIX}"]
+        extra += ["--train", RESPOND]
 
     def submit(jobs: Jobs) -> str:
-        return jobs.submit(recipe, args.overrides, extra_arguments=extra)
+        return jobs.submit(recipe, overrides, extra_arguments=extra)
 
     if args.follow or args.retries:
         state = submit_and_follow(partial(connect, args.address), submit, retries=args.retries, write=_write)

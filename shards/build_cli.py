@@ -40,6 +40,12 @@ def _add(corpora: Any, corpus: Corpus) -> None:
     if corpus.tasks != ("asr",):
         parser.add_argument("--units", type=Path, help="folder of kmeans.npz: turn spoken answers into units of it")
         parser.add_argument("--keep-answer-audio", action="store_true", help="keep answer.flac beside the units")
+    if "sqa" in corpus.tasks:
+        parser.add_argument(
+            "--history-audio",
+            action="store_true",
+            help="keep the sound of earlier user turns, for data.history: speech",
+        )
     parser.add_argument("--per-shard", type=positive, default=256, help="utterances a shard (default: %(default)s)")
     parser.add_argument(
         "--max-seconds", type=float, default=120.0, help="longer audio is rejected (default: %(default)g)"
@@ -53,6 +59,7 @@ def _add(corpora: Any, corpus: Corpus) -> None:
     parser.add_argument("--replace", action="store_true", help="replace shards that were built differently")
     parser.add_argument("--json", action="store_true", help="print the description of the shards as JSON")
     parser.set_defaults(run=run_build, corpus=corpus.name, units=None, keep_answer_audio=False, split="train")
+    parser.set_defaults(history_audio=False)
 
 
 def run_build(args: argparse.Namespace) -> int:
@@ -67,6 +74,7 @@ def run_build(args: argparse.Namespace) -> int:
         task=getattr(args, "task", corpus.tasks[0]),
         split=args.split,
         answers=args.units is not None or args.keep_answer_audio,
+        history=args.history_audio,
     )
     settings = Settings(
         limit=args.limit,

@@ -136,6 +136,7 @@ class Utterance:
         answer_text: the answer as text.
         units: the answer's units, where the corpus has them instead of sound.
         turns: the dialogue before the question, `{"role", "text"}` each; empty for a first or only turn.
+        turn_audio: the sound of each of these turns, where it is wanted and there is one; empty: of none.
         extra: further fields of the json member.
         problem: why it cannot be used, where the recipe has found that out already.
     """
@@ -150,8 +151,14 @@ class Utterance:
     answer_text: str | None = None
     units: tuple[int, ...] | None = None
     turns: tuple[Mapping[str, str], ...] = ()
+    turn_audio: tuple[Audio | None, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     problem: str | None = None
+
+    @property
+    def sounds(self) -> list[Audio]:
+        """All that is to be read for it."""
+        return [audio for audio in (self.question, self.answer, *self.turn_audio) if audio is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +169,13 @@ class Request:
         task: "asr", "sqa" or "tts", or "" to let a manifest's fields decide.
         split: "train", "dev" or "test", or a finer name the corpus has.
         answers: spoken answers are wanted besides spoken questions.
+        history: the sounds of earlier user turns are wanted beside their text.
     """
 
     task: str
     split: str = "train"
     answers: bool = False
+    history: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

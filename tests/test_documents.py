@@ -103,10 +103,10 @@ def test_a_command_exists_and_is_accepted(document: str, command: str) -> None:
             subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
         case ["echox", *rest]:
             check_echox(rest)
-        case ["torchrun", *options, "-m", "echox", "train", recipe]:
+        case ["torchrun", *options, "-m", "echox", "train" | "respond" as name, recipe]:
             assert len(options) % 2 == 0 and set(options[::2]) <= {"--nproc-per-node", "--max-restarts"}
             assert all(count.isdigit() for count in options[1::2])
-            check_echox(["train", recipe])
+            check_echox([name, recipe])
         case ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", module, recipe, *overrides]:
             check_job(module, recipe, overrides)
         case ["ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment, "--", *rest]:

@@ -23,17 +23,23 @@ ABOVE_THE_ENGINE = ("echox.stages", "echox.release", "echox.units", "echox.audio
 LIBRARIES_OF_A_RUN = ("ray", "deepspeed", "mlflow")
 NEVER = {
     "echox": ("ray", "launch", "shards"),
+    "echox/responses": (
+        *LIBRARIES_OF_A_RUN,
+        *("echox.builders", "echox.stages", "echox.release", "echox.tracking", "echox.evaluate", "echox.speak"),
+    ),
     "echox/models": (
         *LIBRARIES_OF_A_RUN,
         *("echox.files", "echox.config", "echox.stream", "echox.stages", "echox.engine", "echox.tracking"),
-        *("echox.builders", "echox.evaluate", "echox.speak", "echox.release"),
+        *("echox.builders", "echox.evaluate", "echox.speak", "echox.release", "echox.responses"),
     ),
     "echox/stages": (
         *LIBRARIES_OF_A_RUN,
-        *("echox.engine", "echox.tracking", "echox.files", "echox.builders", "echox.evaluate"),
+        *("echox.engine", "echox.tracking", "echox.files", "echox.builders", "echox.evaluate", "echox.responses"),
     ),
-    "echox/engine": (*ABOVE_THE_ENGINE, "echox.speak", "echox.evaluate", "echox.train"),
-    "echox/stream": ("echox.release", "echox.models", "echox.stages", "echox.engine", "echox.builders"),
+    "echox/engine": (*ABOVE_THE_ENGINE, "echox.speak", "echox.evaluate", "echox.train", "echox.responses"),
+    "echox/stream": (
+        *("echox.release", "echox.models", "echox.stages", "echox.engine", "echox.builders", "echox.responses"),
+    ),
     "echox/builders": ("echox.tracking", "echox.speak", "echox.evaluate"),
     "echox/tracking": ("echox.evaluate", "echox.engine", "echox.stages", "echox.builders"),
     "echox/speak": ("echox.evaluate", "echox.tracking"),

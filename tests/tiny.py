@@ -42,7 +42,7 @@ def model_config(*, layout: str = "packed", **echo: Any) -> ModelConfig:
                 "layers": 2, "width": 16, "heads": 2, "ffn": 32, "max_positions": 128,
                 "prefix": "p", "unit_header": "h", "unit_language": "u",
             },
-            "echo": {"denoising": {"dropout": 0.0, "ffn": 24}, **echo},
+            "echo": {"pseudo_text": "argmax_teacher_forced", "denoising": {"dropout": 0.0, "ffn": 24}, **echo},
         }
     )  # fmt: skip
 

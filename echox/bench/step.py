@@ -179,6 +179,8 @@ def _batch(
         "weight_B": torch.ones(load.rows),
     }
     answer_BR, answer_mask_BR = tokens(lengths(load.response), vocabulary)
+    own = recipe.stage == "echo" and recipe.model.echo.pseudo_text == "generated"
+    own_BR, own_mask_BR = tokens(lengths(load.response), vocabulary) if own else (None, None)
     if recipe.stage == "t2c":
         words_BM, words_mask_BM = tokens(lengths(load.words), text.words)
         return UnitBatch(
@@ -208,4 +210,6 @@ def _batch(
         response_mask_BR=answer_mask_BR,
         transcript_BC=tokens(spoken_B, min(vocabulary, _CORPUS_CLASSES))[0],
         transcript_lengths_B=spoken_B,
+        own_BR=own_BR,
+        own_mask_BR=own_mask_BR,
     )

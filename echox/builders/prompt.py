@@ -50,8 +50,8 @@ def rendered_prompt(tokenizer: Any, model: str) -> PromptConfig:
     if not tokenizer.chat_template:
         raise _error(f"the tokenizer of {model} has no chat template", "use an instruction-tuned LLM, or write")
     question, answer = {"role": "user", "content": SPOKEN}, {"role": "assistant", "content": ANSWERED}
-    before, after = _split(_render(tokenizer, model, [question], add_generation_prompt=True), SPOKEN, model)
-    _, tail = _split(_render(tokenizer, model, [question, answer], add_generation_prompt=False), ANSWERED, model)
+    before, after = split(render(tokenizer, model, [question], add_generation_prompt=True), SPOKEN, model)
+    _, tail = split(render(tokenizer, model, [question, answer], add_generation_prompt=False), ANSWERED, model)
     return PromptConfig(before=before, after=after, end=_end_token(tokenizer, tail, model))
 
 
@@ -69,7 +69,12 @@ def difference(written: PromptConfig, tokenizer: Any, model: str) -> str | None:
     return f"model.llm.prompt is not the chat template of {model}: {'; '.join(odd)}" if odd else None
 
 
-def _render(tokenizer: Any, model: str, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+def render(tokenizer: Any, model: str, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    """Turns as the chat template writes them, the same on every day, without thinking.
+
+    Raises:
+        RecipeError: the template fails, whatever it says.
+    """
     try:
         text = tokenizer.apply_chat_template(
             turns,
@@ -83,7 +88,12 @@ def _render(tokenizer: Any, model: str, turns: list[dict[str, str]], *, add_gene
     return str(text)
 
 
-def _split(text: str, placeholder: str, model: str) -> tuple[str, str]:
+def split(text: str, placeholder: str, model: str) -> tuple[str, str]:
+    """What stands before and after the one place where the placeholder is.
+
+    Raises:
+        RecipeError: there is no such place, or several.
+    """
     before, *rest = text.split(placeholder)
     if len(rest) != 1:
         raise _error(f"the chat template of {model} writes what a turn says {len(rest)} times", "write")

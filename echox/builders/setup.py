@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,22 +14,36 @@ from torch import Tensor, nn
 
 from echox.audio.io import SAMPLE_RATE
 from echox.builders.data import open_sources, train_reader, transcripts, valid_readers
+from echox.builders.dialogue import DialogueTemplate
 from echox.builders.encoded import check_encoded, encoding_identity
+from echox.builders.labels import keep_labels
 from echox.builders.prompt import PARTS, difference, prompt_of
-from echox.builders.stages import build_echo_stage, build_s2t, build_s2t_stage, build_t2c, build_t2c_stage
+from echox.builders.responses import build_decoder, find_answers
+from echox.builders.stages import (
+    build_echo_stage,
+    build_s2t,
+    build_s2t_stage,
+    build_t2c,
+    build_t2c_stage,
+    build_t2c_text,
+)
 from echox.builders.unit_sets import check_units, run_files
+from echox.config.model_schema import T2cConfig
 from echox.config.paths import resolve_data_file
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
-from echox.engine.interfaces import StageSetup
+from echox.engine.interfaces import StageSetup, TrainLoader
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
 from echox.models.causal_lm import check_parts
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
+from echox.responses.attach import AnsweredBatches, AnsweredLoader, Lookup
+from echox.responses.refresh import Refresher
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
 from echox.stream.collate import Collate, PromptTokens, SpeechCollate, UnitCollate
+from echox.stream.dialogue import History
 from echox.stream.sampling.source import Source
 from echox.units.language import UnitLanguage
 
@@ -54,17 +68,30 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
     train, valid = open_sources(recipe.data.train), open_sources(recipe.data.valid)
     _check_encoded(recipe, [*train, *valid])  # before any model is loaded
     check_units(recipe, [*train, *valid], text.language, quiet=rank > 0)
+    answers = find_answers(recipe, text.prompt, train, valid)
     # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
     from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
     spoken = (token for line in transcripts(train) for token in text.tokenize(line)) if from_corpus else None
     module = build_stage(recipe, text, transcripts=spoken)
+    if isinstance(module, EchoStage):
+        keep_labels(recipe, module, rank)
     collate = build_collate(recipe, text)
+    reader = train_reader(recipe, train, collate, rank, world_size)
+    train_loader: TrainLoader = reader
+    valid_loaders: Mapping[str, Iterable[Any]] = valid_readers(recipe, valid, collate, rank, world_size)
+    refresh = None
+    if answers.tables:
+        lookup = Lookup(answers.tables)
+        refresh = build_refresh(recipe, text, train, collate, lookup, reader.passes)
+        train_loader = AnsweredLoader(train_loader, lookup)
+        valid_loaders = {name: AnsweredBatches(batches, lookup) for name, batches in valid_loaders.items()}
     return StageSetup(
         module=module,
-        train_loader=train_reader(recipe, train, collate, rank, world_size),
-        valid_loaders=valid_readers(recipe, valid, collate, rank, world_size),
+        train_loader=train_loader,
+        valid_loaders=valid_loaders,
         frozen_models=frozen_models(recipe),
-        files=run_files(recipe, text.language),
+        files=run_files(recipe, text.language) | answers.files,
+        refresh=refresh,
     )
 
 
@@ -78,6 +105,7 @@ class TextTools:
         stop: id of the full stop, the streaming trigger.
         prefix, header: T2C template tokens; empty where the recipe has no T2C.
         language: unit language, where the recipe has a T2C.
+        dialogue: renders the turns before a spoken one.
     """
 
     tokenizer: Any
@@ -86,6 +114,7 @@ class TextTools:
     prefix: list[int]
     header: list[int]
     language: UnitLanguage | None
+    dialogue: DialogueTemplate
 
     @classmethod
     def load(cls, recipe: Recipe) -> TextTools:
@@ -126,16 +155,28 @@ class TextTools:
             ids(t2c.prefix) if t2c else [],
             ids(t2c.unit_header) if t2c else [],
             language,
+            DialogueTemplate(template, tokenizer, llm.path),
         )
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
         return _ids(self.tokenizer, text)
 
+    def characters(self, t2c: T2cConfig) -> list[int] | None:
+        """Characters of each token of the vocabulary, where a T2C places its text by them."""
+        if t2c.units_per_character is None:
+            return None
+        return [len(self.tokenizer.decode([token])) for token in range(len(self.tokenizer))]
+
     @property
     def words(self) -> int:
         """Size of the unit language."""
         return self.language.size if self.language else _RANDOM_WORDS
+
+    @property
+    def word_units(self) -> list[int]:
+        """Units of each word of the unit language; none where there is no language."""
+        return [len(word) for word in self.language.words] if self.language else []
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -161,10 +202,11 @@ def build_stage(
     if recipe.stage == "t2c":
         assert model.t2c is not None
         return build_t2c_stage(
-            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout),
+            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout, word_units=text.word_units),
             table,
             text.prefix,
             text.header,
+            build_t2c_text(model.t2c, table, text.characters(model.t2c)),
         )
 
     assert model.speech_encoder is not None
@@ -179,7 +221,10 @@ def build_stage(
         stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
     else:
         assert model.t2c is not None
-        decoders = [build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout) for _ in range(2)]
+        decoders = [
+            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout, word_units=text.word_units)
+            for _ in range(2)
+        ]
         decoders[1].load_state_dict(decoders[0].state_dict())
         stage = build_echo_stage(
             model.echo,
@@ -190,6 +235,7 @@ def build_stage(
             header=text.header,
             stop_token=text.stop,
             end_token=text.prompt.end,
+            t2c_text=build_t2c_text(model.t2c, table, text.characters(model.t2c)),
         )
         t2c = _load(recipe.init.t2c)
         if t2c:
@@ -248,14 +294,64 @@ def build_speech_collate(recipe: Recipe, text: TextTools) -> SpeechCollate:
         margin_s=speech.margin_s,
         stack=recipe.model.alignment.stack,
     )
-    ctc = recipe.model.ctc
     return SpeechCollate(
         text.tokenize,
         text.prompt,
         log_mel,
         int(speech.max_audio_s * SAMPLE_RATE),
         precomputed=encoder_width(speech.path) if speech.precomputed else None,
-        needs_transcript=recipe.stage == "s2t" and (ctc.weight > 0 or ctc.align_steps > 0),
+        needs_transcript=_trains_ctc(recipe),
+        history=_history(recipe, text),
+        labels=_annotated(recipe, text),
+    )
+
+
+def _trains_ctc(recipe: Recipe) -> bool:
+    ctc = recipe.model.ctc
+    if recipe.stage == "echo":
+        return recipe.model.echo.ctc_weight > 0
+    return recipe.stage == "s2t" and (ctc.weight > 0 or ctc.align_steps > 0)
+
+
+def _annotated(recipe: Recipe, text: TextTools) -> UnitLanguage | None:
+    """The language of the units that are the labels of Stage III."""
+    if recipe.stage != "echo" or recipe.model.echo.labels != "annotated":
+        return None
+    if text.language is None:
+        raise RecipeError(
+            "model.echo.labels=annotated needs a fitted unit language",
+            fix="fit one, or correct model.t2c.unit_language",
+        )
+    return text.language
+
+
+def _history(recipe: Recipe, text: TextTools) -> History | None:
+    data = recipe.data
+    if not data.history_tokens:
+        return None
+    return History(text.dialogue, data.history_tokens, spoken=data.history == "speech")
+
+
+def build_refresh(
+    recipe: Recipe,
+    text: TextTools,
+    sources: list[Source],
+    collate: Collate[Any, Any],
+    lookup: Lookup,
+    passes: Callable[[], float],
+) -> Refresher | None:
+    """What answers the training questions again every `model.echo.refresh_every` epochs; None where nothing does."""
+    if recipe.model.echo.refresh_every == 0:
+        return None
+    assert isinstance(collate, SpeechCollate)
+    return Refresher(
+        lookup=lookup,
+        sources=sources,
+        collate=collate,
+        decoder=build_decoder(recipe, text.prompt, text.tokenizer),
+        batch=recipe.model.echo.respond.batch,
+        every=recipe.model.echo.refresh_every,
+        passes=passes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from echox.models.ragged import Layout
 from echox.models.s2t import S2TModel
 from echox.models.speech import AlignmentAdapter, CtcHead, ShrinkAdapter, SpeechFrontEnd, TrimmedWhisperEncoder
 from echox.models.t2c import T2CDecoder
+from echox.models.t2c_text import T2CText
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
@@ -52,8 +54,15 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
     return S2TModel(front_end, llm, ctc_embedding=model.shrink.ctc_embedding, layout=model.layout)
 
 
-def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding, layout: Layout = "packed") -> T2CDecoder:
-    """A T2C or Echo decoder for `words` unit-language words on the LLM's text table."""
+def build_t2c(
+    config: T2cConfig,
+    *,
+    words: int,
+    text_table: nn.Embedding,
+    layout: Layout = "packed",
+    word_units: Sequence[int] = (),
+) -> T2CDecoder:
+    """A T2C or Echo decoder for `words` unit-language words, of `word_units` units each, on the LLM's text table."""
     table = text_table.weight
     decoder = T2CDecoder(
         words=words,
@@ -66,11 +75,20 @@ def build_t2c(config: T2cConfig, *, words: int, text_table: nn.Embedding, layout
         dropout=config.dropout,
         text_classes=len(table) if config.head == "full_vocab" else 0,
         text_stride=config.text_stride,
+        units_per_character=config.units_per_character,
+        word_units=word_units,
+        history_dropout=config.history_dropout,
         layout=layout,
     )
     if table.device.type != "meta":
-        decoder.scale_units(float(rms(table)))
+        decoder.scale_units(1.0 if config.text_embeddings == "centred" else float(rms(table)))
     return decoder.to(table.dtype)
+
+
+def build_t2c_text(config: T2cConfig, text_table: nn.Embedding, characters: Sequence[int] | None = None) -> T2CText:
+    """How text is given to the decoders of a recipe; `characters` of each token where it places text by them."""
+    table = text_table.weight if config.text_embeddings == "centred" else None
+    return T2CText(table, characters)
 
 
 def build_s2t_stage(model: ModelConfig, s2t: S2TModel) -> S2TStage:
@@ -78,10 +96,16 @@ def build_s2t_stage(model: ModelConfig, s2t: S2TModel) -> S2TStage:
     return S2TStage(model.ctc, s2t)
 
 
-def build_t2c_stage(decoder: T2CDecoder, text_table: nn.Embedding, prefix: list[int], header: list[int]) -> T2CStage:
+def build_t2c_stage(
+    decoder: T2CDecoder,
+    text_table: nn.Embedding,
+    prefix: list[int],
+    header: list[int],
+    t2c_text: T2CText | None = None,
+) -> T2CStage:
     """Stage II on a frozen text table."""
     text_table.requires_grad_(False)
-    return T2CStage(decoder, text_table, torch.tensor(prefix), torch.tensor(header))
+    return T2CStage(decoder, text_table, torch.tensor(prefix), torch.tensor(header), t2c_text)
 
 
 def build_echo_stage(
@@ -94,6 +118,7 @@ def build_echo_stage(
     header: list[int],
     stop_token: int,
     end_token: int,
+    t2c_text: T2CText | None = None,
 ) -> EchoStage:
     """Stage III; freezes the speech adapters unless the recipe trains them."""
     causal_lm = s2t.causal_lm
@@ -104,8 +129,8 @@ def build_echo_stage(
     adapters = (s2t.front_end.alignment, s2t.front_end.ctc_head, s2t.front_end.shrink)
     for adapter in adapters:
         adapter.requires_grad_(config.train_speech_adapters)
-    # No loss reads the CTC logits here: the head only shrinks.
-    s2t.front_end.ctc_head.requires_grad_(False)
+    # Without CTC no loss reads its logits here: the head only shrinks.
+    s2t.front_end.ctc_head.requires_grad_(config.ctc_weight > 0)
     return EchoStage(
         config,
         s2t=s2t,
@@ -116,6 +141,7 @@ def build_echo_stage(
         header_Q=torch.tensor(header),
         stop_row_h=causal_lm.get_output_embeddings().weight[stop_token].detach().clone(),
         end_token=end_token,
+        t2c_text=t2c_text,
     )
 
 

@@ -52,7 +52,10 @@ def check_units(
         CheckpointError: the T2C run that an Echo recipe starts from has another unit language.
     """
     say: Say = (lambda text: None) if quiet else warn
-    if recipe.stage == "t2c":
+    annotated = recipe.stage == "echo" and recipe.model.echo.labels == "annotated"
+    if annotated:
+        sources = [source for source in sources if source.task == "sqa"]
+    if recipe.stage == "t2c" or annotated:
         parts = [UnitPart(f"dataset {source.path}", _of_dataset(source)) for source in sources]
         if language is not None:
             parts.append(UnitPart(f"the unit language {_place(recipe)}", language.unit_set))
@@ -61,7 +64,7 @@ def check_units(
             fix="make all units with one k-means (`echox shards build --units`) and fit the unit language on them",
             say=say,
         )
-    elif recipe.stage == "echo" and recipe.init.t2c is not None and language is not None:
+    if recipe.stage == "echo" and recipe.init.t2c is not None and language is not None:
         check_language(language, str(_place(recipe)), find_weights(Path(recipe.init.t2c)).parent, say=say)
 
 

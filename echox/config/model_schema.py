@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from echox.config.section import Guarded, Section
+from echox.config.section import Free, Guarded, Section
 
 
 def _targets(given: object) -> object:
@@ -147,7 +147,17 @@ class ShrinkConfig(Section):
 
 
 class T2cConfig(Section):
-    """The text-to-codec decoder: frozen text table, trained unit table, small Llama stack, unit head (U16)."""
+    r"""The text-to-codec decoder: frozen text table, trained unit table, small Llama stack, unit head (U16).
+
+    `prefix` and `unit_header` are the template around the answer's text (U17). The recipes have a clean one. That of
+    the released code, with its quirks (a begin-of-text token in every piece, and ` arrested`, 12800, where the end of
+    the prefix was to be 128000), is a matter of two values:
+
+    ```yaml
+    prefix: "<|start_header_id|><|begin_of_text|>speaker<|end_header_id|><|begin_of_text|>\n arrested"
+    unit_header: "<|eot_id|><|start_header_id|><|begin_of_text|>speaker<|end_header_id|><|begin_of_text|>\n"
+    ```
+    """
 
     layers: PositiveInt = Field(6, description="Transformer layers; 6 as in the published 3B model, the 8B has 8")
     width: PositiveInt = Field(
@@ -165,6 +175,24 @@ class T2cConfig(Section):
         None,
         description="unit-language words spoken a text token: token i gets rotary position i * text_stride and word m "
         "position m, so that what belongs together is close; null counts on from the text to its words",
+    )
+    units_per_character: PositiveFloat | None = Field(
+        None,
+        description="speech units a character: instead of text_stride, a token's rotary position is so many times the "
+        "characters before it, and a word's the units up to its end; steady where tokens and words differ in length",
+    )
+    history_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the words before a word that are hidden from it while training, so that a small corpus "
+        "teaches to read the text and not to recite; 0: none",
+    )
+    text_embeddings: Literal["raw", "centred"] = Field(
+        "raw",
+        description="raw: the LLM's text embeddings, as released. centred: minus their mean over the vocabulary, of "
+        "variance 1 in every dimension, for T2C, Echo decoder and the Denoising Adapter's target alike: rows of an "
+        "LLM's table share one large direction, which hides which token it is",
     )
     head: Literal["units", "full_vocab"] = Field("units", description="U15: unit classes only, or text and units")
     prefix: str = Field(min_length=1, description="template before the answer's text, in the LLM's own special tokens")
@@ -219,13 +247,44 @@ class SegmentationConfig(Section):
     fixed_tokens: PositiveInt = Field(20, description="mode=fixed: text tokens in a segment")
 
 
-class EchoConfig(Section):
-    """Stage III: pseudo text, segments, teacher decoding."""
+class RespondConfig(Section):
+    """How the S2T model answers the questions beforehand (`echox respond`), for `pseudo_text: generated`."""
 
-    pseudo_text: Literal["argmax_teacher_forced", "reference", "free_run"] = Field(
-        "argmax_teacher_forced",
-        description="U2: the text X' that the teacher speaks: the LLM's most probable token at each token of the "
-        "reference answer (no second forward), that answer itself, or an answer that the LLM generates",
+    temperature: float = Field(
+        0.0, ge=0, description="0: the most probable token (greedy); otherwise logits are divided by it, and sampled"
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample among the most probable tokens that together have this probability"
+    )
+    max_tokens: PositiveInt = Field(
+        256, le=512, description="most tokens of an answer; one without its end by then is rejected as cut"
+    )
+    seed: int = Field(17, description="of sampling; an answer depends on it and on the sample's id alone")
+    batch: Free[PositiveInt] = Field(
+        32, description="questions answered at once, on one rank, as memory allows; the answers do not depend on it"
+    )
+
+
+class EchoConfig(Section):
+    """Stage III: pseudo text, segments, teacher decoding.
+
+    Where the paper can be read in two ways, both are here, and the description says whose reading is which.
+    """
+
+    pseudo_text: Literal["generated", "argmax_teacher_forced", "reference", "free_run"] = Field(
+        "generated",
+        description="U2: the text X' that the teacher speaks. generated: the LLM's own answers, made beforehand by "
+        "`echox respond`; free_run: the same with the weights of every step, greedy and at the cost of decoding. Two "
+        "ablations need no answer. reference: the data's answer, which is not the LLM's own text. "
+        "argmax_teacher_forced: the LLM's most probable token after each beginning of the reference; nothing joins "
+        "one such token to the next, so X' is no text that the LLM would ever say",
+    )
+    respond: RespondConfig = RespondConfig()
+    refresh_every: int = Field(
+        0,
+        ge=0,
+        description="pseudo_text=generated: epochs after which the run answers its training questions again, with the "
+        "weights it then has; 0: never",
     )
     segmentation: SegmentationConfig = SegmentationConfig()
     denoising: DenoisingConfig = DenoisingConfig()
@@ -240,6 +299,27 @@ class EchoConfig(Section):
         False,
         description="train alignment and shrink adapter in Stage III too; the release's parameter count says they are "
         "frozen",
+    )
+    ctc_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of CTC on the questions' transcripts beside the other losses, as in Stage I; it trains the "
+        "CTC head, and the adapters under train_speech_adapters. 0: Eq. 4, which has no CTC, and the head frozen; "
+        "0.3: the reading of the released joint training code, which keeps it",
+    )
+    state: Literal["predicting", "own"] = Field(
+        "predicting",
+        description="U5: H of a token. predicting: the state one position before it, as the released inference has it, "
+        "and the only one there is when the token is chosen; own: the state at the token itself, as in the released "
+        "joint training code, known one step later when streaming",
+    )
+    labels: Literal["teacher", "cached", "annotated"] = Field(
+        "teacher",
+        description="Y' that the Echo decoder learns. teacher: units that the frozen T2C decodes in the step, the "
+        "paper's pseudo labels; cached: the same, each segment decoded once and kept in the run's folder, as labels "
+        "made before training are: it pays off where segments come again, so where text and cuts do not change. "
+        "annotated: the ablation with the units of the recorded answers (`answer.units`), which needs "
+        "pseudo_text=reference and segmentation.mode=none, and decodes nothing",
     )
 
 

@@ -91,6 +91,18 @@ class DataConfig(Section):
     reader_threads: Free[PositiveInt] = Field(2, description="decoding threads a rank; the order does not depend on it")
     prefetch: Free[PositiveInt] = Field(4, description="micro-batches decoded ahead")
     asr_instruction: str = Field("Transcribe the speech.", description="text that follows the audio of an ASR sample")
+    history_tokens: int = Field(
+        1024,
+        ge=0,
+        description="most tokens of the dialogue before a question (`turns` of an sqa sample) in its prompt, counted "
+        "in the turns' text; the oldest turns are dropped whole, an answer with its question, and counted in "
+        "`data/turns_dropped`, a system turn at the beginning last; a budget does not count them; 0: no dialogue",
+    )
+    history: Literal["text", "speech"] = Field(
+        "text",
+        description="earlier turns in the prompt: text: all as text; speech: user turns that have audio in the shards "
+        "(`--history-audio` of `echox shards build`) as speech vectors, counted as 25 tokens a second",
+    )
 
     @property
     def nominal_batch(self) -> tuple[int, int]:
@@ -464,6 +476,17 @@ def _stage_rules(recipe: Recipe) -> list[Breach]:
                         f"set init.{part} to a run folder or a checkpoint of that stage",
                     )
                 )
+    speech, data = model.speech_encoder, recipe.data
+    heard = data.history_tokens > 0 and data.history == "speech"
+    if stage != "t2c" and speech is not None and speech.precomputed and heard:
+        found.append(
+            Breach(
+                ("data.history", "model.speech_encoder.precomputed"),
+                "data.history=speech hears earlier turns, of which the shards hold no encoder output "
+                "(model.speech_encoder.precomputed)",
+                "set data.history to text, or model.speech_encoder.precomputed to false",
+            )
+        )
     allowed = {"s2t": ("asr", "sqa"), "t2c": ("tts",), "echo": ("asr", "sqa")}[stage]
     for group in ("train", "valid"):
         for index, source in enumerate(getattr(recipe.data, group)):
@@ -480,6 +503,15 @@ def _stage_rules(recipe: Recipe) -> list[Breach]:
 def _model_rules(recipe: Recipe) -> list[Breach]:
     found: list[Breach] = []
     t2c, cuts = recipe.model.t2c, recipe.model.echo.segmentation
+    if recipe.model.echo.refresh_every and recipe.model.echo.pseudo_text != "generated":
+        found.append(
+            Breach(
+                ("model.echo.refresh_every", "model.echo.pseudo_text"),
+                f"model.echo.refresh_every={recipe.model.echo.refresh_every} answers again, but "
+                f"model.echo.pseudo_text={recipe.model.echo.pseudo_text} reads no answers",
+                "set model.echo.pseudo_text to generated, or leave refresh_every at 0",
+            )
+        )
     if t2c is not None and t2c.width % (2 * t2c.heads):
         found.append(
             Breach(
@@ -488,12 +520,57 @@ def _model_rules(recipe: Recipe) -> list[Breach]:
                 f"set model.t2c.width to a multiple of {2 * t2c.heads}",
             )
         )
+    found += _label_rules(recipe)
     if cuts.mode == "trigger" and cuts.min_tokens > cuts.max_wait:
         found.append(
             Breach(
                 ("model.echo.segmentation.min_tokens", "model.echo.segmentation.max_wait"),
                 f"model.echo.segmentation.min_tokens={cuts.min_tokens} is above max_wait={cuts.max_wait}",
                 "keep min_tokens at or below max_wait",
+            )
+        )
+    return found
+
+
+def _label_rules(recipe: Recipe) -> list[Breach]:
+    echo, labels = recipe.model.echo, "model.echo.labels"
+    found: list[Breach] = []
+    if recipe.stage != "echo":
+        return found
+    if echo.labels == "annotated" and echo.pseudo_text != "reference":
+        found.append(
+            Breach(
+                (labels, "model.echo.pseudo_text"),
+                f"{labels}=annotated are units of the reference answer, and model.echo.pseudo_text={echo.pseudo_text} "
+                "is another text",
+                "set model.echo.pseudo_text to reference",
+            )
+        )
+    if echo.labels == "annotated" and echo.segmentation.mode != "none":
+        found.append(
+            Breach(
+                (labels, "model.echo.segmentation.mode"),
+                f"{labels}=annotated are units of whole answers, and model.echo.segmentation.mode="
+                f"{echo.segmentation.mode} cuts them",
+                "set model.echo.segmentation.mode to none",
+            )
+        )
+    if echo.labels == "cached" and echo.pseudo_text not in ("generated", "reference"):
+        found.append(
+            Breach(
+                (labels, "model.echo.pseudo_text"),
+                f"{labels}=cached keeps the labels of a text that is fixed, and model.echo.pseudo_text="
+                f"{echo.pseudo_text} changes with the weights",
+                f"set model.echo.pseudo_text to generated or reference, or {labels} to teacher",
+            )
+        )
+    if echo.labels == "cached" and recipe.engine.frozen_placement == "shard":
+        found.append(
+            Breach(
+                (labels, "engine.frozen_placement"),
+                f"{labels}=cached lets each rank ask the teacher when it must, and engine.frozen_placement=shard makes "
+                "all ranks gather it together",
+                f"set engine.frozen_placement to replicate, or {labels} to teacher",
             )
         )
     return found

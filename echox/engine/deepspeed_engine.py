@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from echox.engine.lr_schedule import rate_at
 
@@ -78,16 +78,18 @@ def leaf_modules(stage: Any) -> list[Any]:
     """Modules whose parameters ZeRO-3 gathers at once: those the stage names, and its transformer layers.
 
     LoRA makes some fifty modules of a layer, each with hooks and gathers of its own; as one leaf a layer has one of
-    either, and the prefetch trace, whose first use costs the square of its length, is short. Two kinds stay as they
+    either, and the prefetch trace, whose first use costs the square of its length, is short. Three kinds stay as they
     are. A layer with frozen partitions: a frozen weight let go after the forward is not there for the backward through
     it. The first layer of a stack: where its input needs no gradient, PyTorch calls its backward hook, in which
-    ZeRO-3 reduces a leaf's gradients, before there are any.
+    ZeRO-3 reduces a leaf's gradients, before there are any. A layer of which one backward passes two forwards: the
+    hook is called in the midst, when the gradients are those of one of them.
     """
     from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     named = stage.zero_leaf_modules() if hasattr(stage, "zero_leaf_modules") else []
-    inside = {id(module) for leaf in named for module in leaf.modules()}
+    reused = stage.reused_modules() if hasattr(stage, "reused_modules") else []
+    inside = {id(module) for leaf in (*named, *reused) for module in leaf.modules()}
     layers = [
         layer
         for stack in stage.modules()
@@ -177,10 +179,13 @@ class Engine:
         self.invalidations = TraceInvalidations()
         self._offload: Any = getattr(self.ds.optimizer, "parameter_offload", None)
         if self._offload is not None:
-            self._evaluation_coordinator = copy.copy(self._offload.param_coordinator)
-            self._evaluation_coordinator._clear_trace_structures()
-            for coordinator in (self._offload.param_coordinator, self._evaluation_coordinator):
-                self.invalidations.watch(coordinator)
+            self._coordinators: dict[str, Any] = {}
+            for purpose in ("evaluation", "probe", "answers"):
+                coordinator = self._coordinators[purpose] = copy.copy(self._offload.param_coordinator)
+                coordinator._clear_trace_structures()
+                if purpose != "answers":  # how many tokens are generated is another number each time
+                    self.invalidations.watch(coordinator)
+            self.invalidations.watch(self._offload.param_coordinator)
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """Set every group's rate for optimizer step `step` (from 0); return them by group."""
@@ -190,17 +195,24 @@ class Engine:
         return rates
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, purpose: Literal["evaluation", "probe", "answers"] = "evaluation") -> Iterator[None]:
         """Forwards without dropout and without gradients; training goes on afterwards as before.
 
         ZeRO-3 learns the order of modules of a forward and its backward, and throws what it knows away at the first
-        difference. Forwards alone are therefore followed by a parameter coordinator of their own.
+        difference. Each kind of forwards alone is therefore followed by a parameter coordinator of its own.
+
+        Args:
+            purpose: losses, what a stage measures besides (`probe`), or generated answers.
         """
         import torch
 
         offload = self._offload
         if offload is not None:
-            training, offload.param_coordinator = offload.param_coordinator, self._evaluation_coordinator
+            training, offload.param_coordinator = offload.param_coordinator, self._coordinators[purpose]
+            if purpose == "answers" and not offload.param_coordinator.is_invalid_trace():
+                # Prefetch would follow the last answers, which had another number of tokens; and what it learns of so
+                # many calls takes long.
+                offload.param_coordinator._invalidate_trace()
         self.ds.eval()
         try:
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from echox.config.schema import Recipe
+    from echox.engine.deepspeed_engine import Engine
     from echox.engine.run_files import RunFile
+    from echox.engine.world import World
 
 
 class BatchLike(Protocol):
@@ -49,9 +51,13 @@ class Stage(Protocol):
     """What one training stage computes; an `nn.Module` with these methods.
 
     It may also have `zero_leaf_modules() -> list[nn.Module]`: modules whose parameters ZeRO-3 gathers at once,
+    `reused_modules() -> list[nn.Module]`: modules that run several times before a backward,
     `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward, and `needs_survey(batch) -> bool`:
     whether token counts or weights of its losses depend on forwards of the whole window. Where it does, and a step has
     several micro-batches, each gets a forward without gradient before the first backward (`Engine.evaluating`).
+
+    A stage with `probe(batch) -> dict[str, LossTerm]` is asked for it where metrics are read, on all ranks, as
+    `stage(None, probe)`: it hands on to a function given beside a batch, so that ZeRO-3 gathers what that needs.
     """
 
     def __call__(self, batch: Any) -> Mapping[str, LossTermLike]:
@@ -127,6 +133,24 @@ class TrainLoader(Protocol):
         ...
 
 
+class Refresh(Protocol):
+    """What a run makes again between two steps with its present weights, on all ranks alike, such as answers."""
+
+    def resume(self, run_folder: Path, step: int, world: World) -> None:
+        """Bring what was made to where it stood after `step` optimizer steps; every rank calls it."""
+        ...
+
+    def due(self) -> bool:
+        """Whether it is to be made before the next step; the same on all ranks."""
+        ...
+
+    def run(
+        self, engine: Engine, world: World, step: int, keep_going: Callable[[], bool]
+    ) -> Mapping[str, float] | None:
+        """Make it after `step` optimizer steps; metrics, or None where `keep_going`, asked now and then, said no."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSetup:
     """Everything a run trains with, built for one rank.
@@ -137,6 +161,7 @@ class StageSetup:
         valid_loaders: name to batches of this rank, in the same number on every rank; padding carries zero weight.
         frozen_models: name to folder of every pretrained model whose weights are frozen.
         files: name in the run's folder to a file that the weights mean nothing without; it is copied there.
+        refresh: what is made again between steps; None for nothing.
     """
 
     module: torch.nn.Module
@@ -144,6 +169,7 @@ class StageSetup:
     valid_loaders: Mapping[str, Iterable[BatchLike]] = field(default_factory=dict)
     frozen_models: Mapping[str, Path] = field(default_factory=dict)
     files: Mapping[str, RunFile] = field(default_factory=dict)
+    refresh: Refresh | None = None
 
 
 class BuildSetup(Protocol):

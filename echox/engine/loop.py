@@ -66,7 +66,13 @@ class Loop:
         first = self.state.saved_step = self.state.step
         self._apply_votes(self._rank_status.exchange_now(self._vote()))
         self.engine.ds.train()
+        if self.setup.refresh is not None:
+            self.setup.refresh.resume(reporter.folder.path, self.state.step, self.world)
         while self.state.step < steps and not self.state.stopped:
+            self._refresh()
+            if self.state.stopped:
+                self._save()
+                break
             self._train(first)
             if self.state.bad_step and self._go_back():
                 continue
@@ -96,6 +102,18 @@ class Loop:
         due = any(self._due(every) for every in (plan.checkpoint_every, plan.validate_every, plan.log_every))
         if self.state.step == first + 1 or due or self.state.bad_step:
             self._report_step(sums, rates)
+
+    def _refresh(self) -> None:
+        """Make again what is due before the next step; a stop that is asked for meanwhile leaves all as it was."""
+        refresh = self.setup.refresh
+        if refresh is None or not refresh.due():
+            return
+        self.reporter.progress("refreshing")
+        with rng_state.untouched():
+            metrics = refresh.run(self.engine, self.world, self.state.step, self._keep_going)
+        if metrics is not None:
+            self.reporter.record("refreshed", metrics)
+        self._timer.restart()
 
     def _fetch_batches(self, step: int) -> Sequence[BatchLike]:
         """The micro-batches of a step, once the readers have them."""
@@ -174,7 +192,7 @@ class Loop:
         return {"valid/loss/total": sum(float(weights[term]) * mean for term, mean in means.items())}
 
     def _keep_going(self) -> bool:
-        """Between batches of validation: whether no stop was requested."""
+        """Between batches of validation, and of what is refreshed: whether no stop was requested."""
         self.watchdog.beat(self.state.step, timed=False)
         self._apply_votes(self._rank_status.exchange(self._vote()))
         return not self.state.stopped
@@ -245,6 +263,8 @@ class Loop:
         self.health.rewinds += 1
         passed_over = bad_step - step
         self.setup.train_loader.rewind(step=step, saved=cursor["stream"], pass_over=passed_over)
+        if self.setup.refresh is not None:
+            self.setup.refresh.resume(reporter.folder.path, step, self.world)
         if self.world.is_main:
             reporter.folder.forget_after(step)
         path = choice.checkpoint.path

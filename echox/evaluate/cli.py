@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-COLUMNS = ("text_llm_acc", "s2t_acc", "s2s_acc", "retention", "wer", "n")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,10 +51,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(scores))
         return 0
-    print(f"{'set':24}" + "".join(f"{name:>14}" for name in COLUMNS))
-    for name, row in scores["sets"].items():
-        print(f"{name:24}" + "".join(f"{_shown(row[column]):>14}" for column in COLUMNS))
-    print(f"resynthesis WER {scores['resynthesis_wer']:.3f}, original audio {scores['original_wer']:.3f}")
+    for line in score_lines(scores):
+        print(line)
     return 0
 
 
@@ -73,5 +70,23 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(value: float | int | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+def score_lines(scores: Mapping[str, Any]) -> list[str]:
+    """The scores as a table, a line a score with what it means."""
+    from echox.evaluate.columns import COLUMNS, cell, note, percent
+
+    sets = scores["sets"]
+    table = [["", *sets], ["", *(note(row) for row in sets.values())]]
+    table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in COLUMNS]
+    widths = [max(len(row[place]) for row in table) for place in range(len(sets) + 1)]
+    meanings = ["", "", *(column.meaning for column in COLUMNS)]
+    lines = [
+        "  ".join([*(f"{word:{width}}" for word, width in zip(row, widths, strict=True)), meaning]).rstrip()
+        for row, meaning in zip(table, meanings, strict=True)
+    ]
+    taught, exact = (percent(scores[f"t2c_heldout_{name}"]) for name in ("wer", "exact"))
+    again, original = (percent(scores[name]) for name in ("resynthesis_wer", "original_wer"))
+    lines.append(
+        f"held-out sentences: the teacher's WER {taught} ({exact} heard word for word), true units spoken again "
+        f"{again}, original audio {original}"
+    )
+    return lines

@@ -1,32 +1,69 @@
-"""Evaluates a run of the demo: scores on its held-out sets, the vocoder's ceiling, and samples to listen to."""
+"""Evaluates a run of the demo: scores on its held-out sets, the ceilings of its speech, and samples to listen to."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from echox.config.paths import cache_dir, resolve_data, resolve_model
+from echox.evaluate.listening import Listener
+from echox.evaluate.scores import SetScore, SpokenItem
 from echox.evaluate.spoken import (
-    SetScore,
-    SpokenItem,
+    TeacherScore,
     resynthesis_wer,
     score_questions,
+    score_teacher,
     score_transcription,
+    spoken_references,
     take,
 )
+from echox.stream.format.catalogue import DATASET_NAME
+
+if TYPE_CHECKING:
+    from echox.stream.storage.store import Sample
 
 JUDGE = "Xenova/whisper-small"
 """Not the model in the loop: that one hears with Whisper-base."""
-QUESTION_SETS = ("sqa-heldout-phrasing", "sqa-heldout-knowledge")
-ASR_SET = "asr-heldout-real"
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """A set of questions below the demo's corpus.
+
+    Attributes:
+        name: its folder.
+        role: `validation` for a set that choices were made on, `test` for one that was used for nothing else.
+        about: what is held out, for readers.
+    """
+
+    name: str
+    role: Literal["validation", "test"]
+    about: str
+
+
+QUESTION_SETS = (
+    HeldOutSet(
+        "sqa-heldout-phrasing",
+        "test",
+        "phrasings and voices never heard in training, about facts that were",
+    ),
+    HeldOutSet(
+        "sqa-heldout-knowledge",
+        "test",
+        "countries whose facts are in no training sample: only the text model itself can know",
+    ),
+    HeldOutSet("sqa-heldout-open", "test", "questions of kinds that are in no training sample"),
+)
+ASR_SET = HeldOutSet("asr-heldout-real", "test", "recordings of real people, to be transcribed")
 RESYNTHESIS_SET = "tts-heldout"
 RESYNTHESIS_ITEMS = 40
+PER_SET = 6
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,35 +73,48 @@ class Evaluation:
     """All scores of one run.
 
     Attributes:
-        sets: held-out set to its scores.
+        sets: held-out set and its scores.
         resynthesis_wer, original_wer: true units spoken again, and the original audio, under the same judge.
+        teacher: the frozen T2C teacher on the texts of the same sentences.
+        spoken: questions with players' WAV bytes, some of every set, wrong answers included.
     """
 
-    sets: dict[str, SetScore]
+    sets: dict[HeldOutSet, SetScore]
     resynthesis_wer: float
     original_wer: float
+    teacher: TeacherScore
+    spoken: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:
         """Scores without audio."""
+        rows = {each.name: {**asdict(each), **score.row()} for each, score in self.sets.items()}
+        for row in rows.values():
+            del row["name"]
         return {
-            "sets": {name: score.row() for name, score in self.sets.items()},
+            "sets": rows,
             "resynthesis_wer": self.resynthesis_wer,
             "original_wer": self.original_wer,
+            **{f"t2c_heldout_{name}": value for name, value in asdict(self.teacher).items()},
         }
 
-    def samples(self, per_set: int = 6) -> list[dict[str, Any]]:
-        """Questions with players' WAV bytes, some of every set, wrong answers included."""
-        chosen = [(name, item) for name, score in self.sets.items() for item in _spread(score.items, per_set)]
-        return [_sample(name, item) for name, item in chosen]
+    def samples(self) -> list[dict[str, Any]]:
+        """What the report plays."""
+        return self.spoken
 
 
 def evaluate_demo(
-    run: Path, *, vocoder: Path | None = None, limit: int | None = None, progress: Progress | None = None
+    run: Path,
+    *,
+    questions: Sequence[HeldOutSet] = QUESTION_SETS,
+    vocoder: Path | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score an echo run of the demo on its held-out sets.
 
     Args:
         run: run or checkpoint folder of the echo stage.
+        questions: sets of spoken questions; those that are not on disk are left out.
         vocoder: vocoder folder; default: the demo's.
         limit: most items of each set.
         progress: called with phase, items done and items in all.
@@ -77,49 +127,75 @@ def evaluate_demo(
     from echox.speak.vocoder import check_vocoder, load_vocoder
     from echox.units.identity import UnitPart, read_unit_set
 
-    folder = vocoder or cache_dir() / "data" / "demo" / "vocoder"
-    speaker = load_vocoder(folder)
-    judge = Judge.load(resolve_model(JUDGE))
+    root = cache_dir() / "data" / "demo"
+    folder = vocoder or root / "vocoder"
+    listener = Listener(load_vocoder(folder), Judge.load(resolve_model(JUDGE)))
     model = SpeechToSpeech.load(run)
-    spoken = UnitPart(f"demo/{RESYNTHESIS_SET}", read_unit_set(resolve_data(f"demo/{RESYNTHESIS_SET}")))
-    check_vocoder(folder, [model.units, spoken])
-    ceilings = json.loads((cache_dir() / "data" / "demo" / "corpus.json").read_text()).get("text_llm_acc", {})
-    sets: dict[str, SetScore] = {}
+    sentences = resolve_data(f"demo/{RESYNTHESIS_SET}")
+    check_vocoder(folder, [model.units, UnitPart(f"demo/{RESYNTHESIS_SET}", read_unit_set(sentences))])
+    ceilings = json.loads((root / "corpus.json").read_text()).get("text_llm_acc", {})
 
     def watch(name: str) -> Callable[[int, int], None] | None:
         return (lambda done, total: progress(name, done, total)) if progress else None
 
-    for name in QUESTION_SETS:
-        samples = take(resolve_data(f"demo/{name}"), limit)
-        sets[name] = score_questions(
-            model, samples, speaker, judge, text_llm_acc=ceilings.get(name), progress=watch(name)
+    def watch_phases(name: str) -> Callable[[str, int, int], None] | None:
+        return (lambda phase, done, total: progress(f"{name} {phase}", done, total)) if progress else None
+
+    asked = {each: take(root / each.name, limit) for each in questions if (root / each.name).is_dir()}
+    copies = spoken_references(_spoken_sets(root), _reference_texts(asked))
+    sets = {
+        each: score_questions(
+            model,
+            samples,
+            listener,
+            text_llm_acc=ceilings.get(each.name),
+            copies=copies,
+            progress=watch_phases(each.name),
         )
-    if (cache_dir() / "data" / "demo" / ASR_SET).is_dir():
-        samples = take(resolve_data(f"demo/{ASR_SET}"), limit)
-        sets[ASR_SET] = score_transcription(model, samples, progress=watch(ASR_SET))
-    samples = take(resolve_data(f"demo/{RESYNTHESIS_SET}"), min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
-    again, original = resynthesis_wer(samples, speaker, judge, progress=watch(RESYNTHESIS_SET))
-    return Evaluation(sets, again, original)
-
-
-def _spread(items: list[SpokenItem], count: int) -> list[SpokenItem]:
-    indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[index] for index in dict.fromkeys(indices.tolist())]
-
-
-def _sample(name: str, item: SpokenItem) -> dict[str, Any]:
-    spoken = item.answer_audio is not None
-    return {
-        "set": name,
-        "question_text": item.question,
-        "question_wav": _wav(item.question_audio),
-        "answer_text": item.text,
-        "answer_wav": _wav(item.answer_audio) if item.answer_audio is not None else None,
-        "reference_text": item.reference,
-        "reference_wav": None,
-        "judged_text": item.heard,
-        "ok": item.speech_right if spoken else item.text_right,
+        for each, samples in asked.items()
     }
+    if (root / ASR_SET.name).is_dir():
+        recordings = take(root / ASR_SET.name, limit)
+        sets[ASR_SET] = score_transcription(model, recordings, progress=watch(ASR_SET.name))
+    heldout = take(sentences, min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
+    again, original = resynthesis_wer(heldout, listener, progress=watch(RESYNTHESIS_SET))
+    teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
+    spoken = [row for each, score in sets.items() for row in _samples(each.name, score.items, listener)]
+    return Evaluation(sets, again, original, teacher, spoken)
+
+
+def _spoken_sets(root: Path) -> list[Path]:
+    """The corpus's sets of spoken sentences."""
+    return [path.parent for path in sorted(root.glob(f"tts-*/{DATASET_NAME}"))]
+
+
+def _reference_texts(asked: dict[HeldOutSet, list[Sample]]) -> set[str]:
+    return {sample.meta["answer_text"] for samples in asked.values() for sample in samples}
+
+
+def _samples(name: str, items: Sequence[SpokenItem], listener: Listener) -> list[dict[str, Any]]:
+    """Some items of a set, with the waveforms of what was said and of the reference."""
+    indices = np.linspace(0, len(items) - 1, min(PER_SET, len(items))).round().astype(int)
+    chosen = [items[index] for index in dict.fromkeys(indices.tolist())]
+    return [
+        {
+            "set": name,
+            "question_text": item.question,
+            "question_wav": _wav(item.question_audio),
+            "answer_text": item.text,
+            "answer_wav": _spoken(item.units, listener),
+            "reference_text": item.reference,
+            "reference_wav": _spoken(item.copy_units, listener),
+            "judged_text": item.heard,
+            "cascade_text": item.cascade_heard,
+            "ok": item.text_right if item.units is None else item.speech_strict,
+        }
+        for item in chosen
+    ]
+
+
+def _spoken(units: Any, listener: Listener) -> bytes | None:
+    return None if units is None else _wav(listener.speak([units])[0])
 
 
 def _wav(samples: Any) -> bytes:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from echox.evaluate.columns import COLUMNS, RELATION_COLUMNS, Column, cell, note, percent
 from echox.html import as_png, write_page
 
 STAGES = {
@@ -30,28 +31,6 @@ STAGES = {
         "the inner states close to the words, <b>s2t</b> keeps Stage I alive.",
     ),
 }
-COLUMNS = (
-    (
-        "text_llm_acc",
-        "text model",
-        "Share of the questions the text model answers right when it may read them: the ceiling.",
-    ),
-    ("s2t_acc", "S2T", "Share answered right in text when the question is heard."),
-    ("s2s_acc", "S2S", "Share answered right aloud, as an independent speech recogniser hears the answer."),
-    ("retention", "retention", "S2S divided by S2T: how much of what was known survived being spoken."),
-    (
-        "wer",
-        "WER",
-        "Word error rate. Questions: the recogniser's transcript against the model's own text, so pure speech "
-        "quality. Transcription sets: the model's text against what was said. Lower is better.",
-    ),
-    ("n", "n", "Number of items."),
-)
-SETS = {
-    "sqa-heldout-phrasing": "phrasings and voices never heard in training, about facts that were",
-    "sqa-heldout-knowledge": "countries whose facts are in no training sample: only the text model itself can know",
-    "asr-heldout-real": "recordings of real people, to be transcribed",
-}
 _SHOWN_CURVES = ("loss/", "valid/loss/")
 
 
@@ -65,11 +44,12 @@ def write_report(
 
     Args:
         path: the HTML file.
-        result: what `result.json` holds: `sets` (name to the columns above), and where known `phases`, `reused`,
-            `peak_memory_gib`, `resynthesis_wer`, `original_wer`. Shares are between 0 and 1.
+        result: what `result.json` holds: `sets` (name to the rows of `SetScore`, with `role` and `about` where known),
+            and where known `phases`, `reused`, `peak_memory_gib`, `resynthesis_wer`, `original_wer` and
+            `t2c_heldout_wer`. Shares are between 0 and 1.
         curves: stage to rows of `step` and metrics; names that start with `loss/` or `valid/loss/` are drawn.
         samples: `question_text`, `question_wav`, `answer_text`, `answer_wav`, `reference_text`, `reference_wav`,
-            `judged_text`, `ok`, and where known `set`; WAV entries are bytes or None.
+            `judged_text`, `ok`, and where known `set` and `cascade_text`; WAV entries are bytes or None.
 
     Returns:
         The path.
@@ -91,28 +71,52 @@ def _results(result: Mapping[str, Any]) -> str:
     sets: Mapping[str, Mapping[str, Any]] = result.get("sets", {})
     if not sets:
         return ""
-    head = "".join(f"<th>{label}</th>" for _, label, _ in COLUMNS)
-    rows = []
-    for name, scores in sets.items():
-        about = f"<br><small>{html.escape(SETS[name])}</small>" if name in SETS else ""
-        cells = "".join(f"<td>{_cell(key, scores.get(key))}</td>" for key, _, _ in COLUMNS)
-        rows.append(f"<tr><td>{html.escape(name)}{about}</td>{cells}</tr>")
-    meanings = "".join(f"<dt>{label}</dt><dd>{meaning}</dd>" for _, label, meaning in COLUMNS)
+    about = {name: "; ".join(filter(None, (note(row), row.get("about")))) for name, row in sets.items()}
+    meanings = "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in COLUMNS)
     return (
-        f"<h2>Results on held-out sets</h2><table><tr><th>set</th>{head}</tr>{''.join(rows)}</table>"
-        f"{_ceiling(result)}<h3>What the columns mean</h3><dl>{meanings}</dl>"
+        f"<h2>Results on held-out sets</h2>{_score_table('set', COLUMNS, sets, about)}{_ceiling(result)}"
+        f"<h3>What the columns mean</h3><dl>{meanings}</dl>{_relations(sets)}"
     )
+
+
+def _score_table(
+    first: str, columns: Sequence[Column], rows: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]
+) -> str:
+    head = "".join(f"<th>{column.label}</th>" for column in columns)
+    lines = []
+    for name, row in rows.items():
+        small = f"<br><small>{html.escape(about[name])}</small>" if about.get(name) else ""
+        cells = "".join(f"<td>{cell(column.key, row)}</td>" for column in columns)
+        lines.append(f"<tr><td>{html.escape(name)}{small}</td>{cells}</tr>")
+    return f"<table><tr><th>{html.escape(first)}</th>{head}</tr>{''.join(lines)}</table>"
+
+
+def _relations(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The strict scores of each kind of question."""
+    tables = [
+        _score_table(f"{name}, by relation", RELATION_COLUMNS, row["relations"], {})
+        for name, row in sets.items()
+        if row.get("relations")
+    ]
+    return f"<h3>Which questions are answered</h3>{''.join(tables)}" if tables else ""
 
 
 def _ceiling(result: Mapping[str, Any]) -> str:
     again, original = result.get("resynthesis_wer"), result.get("original_wer")
     if again is None or original is None:
         return ""
+    taught, exact = result.get("t2c_heldout_wer"), result.get("t2c_heldout_exact")
+    teacher = (
+        ""
+        if taught is None or exact is None
+        else f" When the frozen T2C teacher speaks the same sentences from their text, it is <b>{percent(taught)}</b>, "
+        f"and <b>{percent(exact)}</b> of them are heard word for word; the Echo decoder learns from what it says."
+    )
     return (
         f"<p><b>How well units can be spoken at all.</b> The true units of held-out sentences, spoken again by the "
-        f"vocoder, have a word error rate of <b>{_percent(again)}</b>; the original recordings have "
-        f"<b>{_percent(original)}</b> under the same recogniser. No model that speaks through these units can be "
-        f"clearer than the first number.</p>"
+        f"vocoder, have a word error rate of <b>{percent(again)}</b>; the original recordings have "
+        f"<b>{percent(original)}</b> under the same recogniser. No model that speaks through these units can be "
+        f"clearer than the first number.{teacher}</p>"
     )
 
 
@@ -176,14 +180,19 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
             f"<div><h4>{title}</h4><p>{html.escape(str(text or ''))}</p>{_player(wav)}</div>"
             for title, text, wav in columns
         )
-        heard = sample.get("judged_text")
+        heard, taught = sample.get("judged_text"), sample.get("cascade_text")
         judged = f"<p>The recogniser heard: <i>{html.escape(heard)}</i></p>" if heard else ""
+        if taught is not None:
+            judged += f"<p>and, when the teacher spoke the same text: <i>{html.escape(taught or '(nothing)')}</i></p>"
         verdict = "right" if right else "wrong"
         parts.append(
             f'<div class="sample {"ok" if right else "wrong"}"><span class="mark">{verdict}</span>'
             f'{where}<div class="three">{cells}</div>{judged}</div>'
         )
-    return f"<h2>Listen</h2><p>Held-out items, spread over each set, mistakes included.</p>{''.join(parts)}"
+    return (
+        "<h2>Listen</h2><p>Held-out items, spread over each set, mistakes included. Right and wrong are the strict "
+        f"verdict on the speech.</p>{''.join(parts)}"
+    )
 
 
 def _player(wav: bytes | None) -> str:
@@ -210,16 +219,6 @@ def _costs(result: Mapping[str, Any]) -> str:
 def _ends(rows: Sequence[Mapping[str, float]], name: str) -> tuple[float | None, float | None]:
     values = [row[name] for row in rows if name in row]
     return (values[0], values[-1]) if values else (None, None)
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    return str(int(value)) if key == "n" else f"{float(value):.2f}" if key == "retention" else _percent(value)
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * float(value):.1f} %"
 
 
 def _number(value: float | None) -> str:

@@ -1,167 +1,122 @@
 """Scores a speech-to-speech run on held-out shard folders: what it understood, knew and said aloud.
 
-Text and speech are judged on the same answers: `s2t_acc` looks for a right answer in the text, `s2s_acc` in what an
-independent ASR model hears in the speech, `wer` compares that transcript with the model's own text.
+Text and speech are judged on the same answers, and beside the speech two ceilings under the same vocoder and judge: the
+cascade, in which the run's frozen T2C teacher speaks the model's own text, and the copy synthesis of the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echox.audio.io import read_audio, resample
-from echox.evaluate.text import answer_match, wer
-from echox.stream.storage.store import Sample, ShardStore, open_catalogue
+from echox.audio.io import read_audio
+from echox.evaluate.listening import Listener
+from echox.evaluate.scores import SetScore, SpokenItem, question_score, transcription_score
+from echox.evaluate.text import normalize, wer
+from echox.stream.dialogue import heard_turns
+from echox.stream.storage.store import Sample, ShardStore, open_catalogue, read_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from echox.speak.pipeline import SpeechToSpeech
+    from echox.speak.pipeline import SpeechToSpeech, SpokenAnswer
 
-Clips = Sequence["NDArray[np.float32]"]
+    Units = NDArray[np.uint16]
+
+UNITS = "answer.units"
+BATCH = 16
+
 Progress = Callable[[int, int], None]
-
-
-class Transcriber(Protocol):
-    """An ASR model that is not the one in the loop."""
-
-    def transcribe(self, audio: list[NDArray[np.float32]]) -> list[str]:
-        """Text of 16 kHz mono clips."""
-        ...
-
-
-class Speaker(Protocol):
-    """A vocoder: units to waveforms."""
-
-    sample_rate: int
-
-    def __call__(
-        self, units: Sequence[NDArray[np.uint16]], durations: Sequence[NDArray[np.uint16]] | None = None
-    ) -> list[NDArray[np.float32]]:
-        """Waveforms of unit sequences."""
-        ...
+PhaseProgress = Callable[[str, int, int], None]
+"""Called with `answered` or `heard`, items done and items in all."""
 
 
 @dataclass(frozen=True)
-class SpokenItem:
-    """One question and what became of it; audio is 16 kHz mono."""
-
-    id: str
-    question: str
-    question_audio: NDArray[np.float32]
-    golds: list[str]
-    reference: str
-    text: str
-    answer_audio: NDArray[np.float32] | None = None
-    heard: str = ""
-
-    @property
-    def text_right(self) -> bool:
-        """A gold answer stands in the model's text."""
-        return answer_match(self.text, self.golds)
-
-    @property
-    def speech_right(self) -> bool:
-        """A gold answer stands in the judge's transcript of the model's speech."""
-        return answer_match(self.heard, self.golds)
-
-
-@dataclass(frozen=True)
-class SetScore:
-    """Scores of one held-out set; shares are 0 to 1, None where the set does not define them.
+class TeacherScore:
+    """How well the frozen T2C teacher speaks given texts.
 
     Attributes:
-        n: items.
-        text_llm_acc: the text LLM alone, asked in writing: the ceiling.
-        s2t_acc, s2s_acc: right answers in the model's text, and in its speech as the judge hears it.
-        retention: s2s_acc over s2t_acc: what speaking keeps of what was known.
-        wer: judge's transcript against the model's own text; for ASR sets, model's transcript against the reference.
-        items: the single results.
+        wer: judge's transcript against the text.
+        exact: share of texts heard as they are, both normalised.
+        n: texts.
     """
 
-    n: int
-    text_llm_acc: float | None
-    s2t_acc: float | None
-    s2s_acc: float | None
-    retention: float | None
     wer: float
-    items: list[SpokenItem] = field(repr=False, default_factory=list)
-
-    def row(self) -> dict[str, float | int | None]:
-        """The scores without the items."""
-        names = ("n", "text_llm_acc", "s2t_acc", "s2s_acc", "retention", "wer")
-        return {name: getattr(self, name) for name in names}
+    exact: float
+    n: int
 
 
 def score_questions(
     model: SpeechToSpeech,
     samples: Sequence[Sample],
-    vocoder: Speaker,
-    judge: Transcriber,
+    listener: Listener,
     *,
     text_llm_acc: float | None = None,
-    batch: int = 16,
-    progress: Progress | None = None,
+    copies: Mapping[str, Units] | None = None,
+    batch: int = BATCH,
+    progress: PhaseProgress | None = None,
 ) -> SetScore:
-    """Ask every question by voice, let the model speak, let the judge listen."""
+    """Ask every question by voice, let the model and its teacher speak, let the judge listen.
+
+    Args:
+        model: an echo run.
+        samples: questions with `question_text`, `answer_text` and, where known, `answers`, `entity` and `relation`, or
+            `fact`, which is "entity|relation".
+        listener: vocoder and judge.
+        text_llm_acc: the text LLM's score on the same questions.
+        copies: units of reference answers by their text, for samples that have no `answer.units`.
+        batch: questions answered at once.
+        progress: see `PhaseProgress`.
+    """
     items: list[SpokenItem] = []
     for chunk in _chunks(samples, batch):
         questions = [read_audio(sample["question.flac"]) for sample in chunk]
-        answers = model.answer(questions)
-        spoken = [resample(wave, vocoder.sample_rate) for wave in vocoder([answer.units for answer in answers])]
-        heard = judge.transcribe(spoken)
-        for sample, question, answer, wave, words in zip(chunk, questions, answers, spoken, heard, strict=True):
-            items.append(_item(sample, question, answer.text, wave, words))
+        for sample, question, answer in zip(chunk, questions, _answers(model, chunk, questions), strict=True):
+            item = _item(sample, question, answer.text)
+            copy = _reference_units(sample, copies or {})
+            items.append(replace(item, units=answer.units, cascade_units=answer.cascade, copy_units=copy))
         if progress:
-            progress(len(items), len(samples))
-    s2t = float(np.mean([item.text_right for item in items]))
-    s2s = float(np.mean([item.speech_right for item in items]))
-    return SetScore(
-        n=len(items),
-        text_llm_acc=text_llm_acc,
-        s2t_acc=s2t,
-        s2s_acc=s2s,
-        retention=s2s / s2t if s2t else None,
-        wer=wer([item.text for item in items], [item.heard for item in items]),
-        items=items,
-    )
+            progress("answered", len(items), len(samples))
+    return question_score(_heard(items, listener, progress), text_llm_acc)
 
 
 def score_transcription(
-    model: SpeechToSpeech, samples: Sequence[Sample], *, batch: int = 16, progress: Progress | None = None
+    model: SpeechToSpeech, samples: Sequence[Sample], *, batch: int = BATCH, progress: Progress | None = None
 ) -> SetScore:
     """Word error rate of the model's transcripts of recordings."""
     items: list[SpokenItem] = []
     for chunk in _chunks(samples, batch):
         clips = [read_audio(sample["question.flac"]) for sample in chunk]
-        for sample, clip, text in zip(chunk, clips, model.write(clips, "asr"), strict=True):
-            items.append(_item(sample, clip, text, None, ""))
+        items += [_item(*each) for each in zip(chunk, clips, model.write(clips, "asr"), strict=True)]
         if progress:
             progress(len(items), len(samples))
-    rate = wer([item.reference for item in items], [item.text for item in items])
-    return SetScore(len(items), None, None, None, None, rate, items)
+    return transcription_score(items)
+
+
+def score_teacher(
+    model: SpeechToSpeech, texts: Sequence[str], listener: Listener, *, batch: int = BATCH
+) -> TeacherScore:
+    """Let the run's frozen T2C teacher speak texts, each as one segment, and compare with what the judge hears."""
+    ordered = sorted(texts, key=len)
+    units = [each for start in range(0, len(ordered), batch) for each in model.say(ordered[start : start + batch])]
+    heard = listener.hear(units)
+    same = [normalize(text) == normalize(words) for text, words in zip(ordered, heard, strict=True)]
+    return TeacherScore(wer(ordered, heard), float(np.mean(same)), len(ordered))
 
 
 def resynthesis_wer(
-    samples: Sequence[Sample],
-    vocoder: Speaker,
-    judge: Transcriber,
-    *,
-    batch: int = 16,
-    progress: Progress | None = None,
+    samples: Sequence[Sample], listener: Listener, *, batch: int = BATCH, progress: Progress | None = None
 ) -> tuple[float, float]:
     """The vocoder's ceiling: WER of true units spoken again, and of the original audio, under the same judge."""
     references, again, original = [], [], []
     for chunk in _chunks(samples, batch):
-        units = [np.frombuffer(sample["answer.units"], dtype="<u2") for sample in chunk]
-        waves = [resample(wave, vocoder.sample_rate) for wave in vocoder(units)]
         references += [sample.meta["answer_text"] for sample in chunk]
-        again += judge.transcribe(waves)
-        original += judge.transcribe([read_audio(sample["answer.flac"]) for sample in chunk])
+        again += listener.hear([_units(sample) for sample in chunk])
+        original += listener.judge.transcribe([read_audio(sample["answer.flac"]) for sample in chunk])
         if progress:
             progress(len(references), len(samples))
     return wer(references, again), wer(references, original)
@@ -179,9 +134,65 @@ def take(location: str | Path, limit: int | None) -> list[Sample]:
         store.close()
 
 
-def _item(
-    sample: Sample, question: NDArray[np.float32], text: str, wave: NDArray[np.float32] | None, heard: str
-) -> SpokenItem:
+def spoken_references(locations: Sequence[str | Path], texts: Collection[str]) -> dict[str, Units]:
+    """Units of the samples of datasets that hold a spoken answer, for those of the texts that one of them speaks."""
+    wanted, found = set(texts), dict[str, "Units"]()
+    for location in locations:
+        for sample in read_folder(location):
+            text = sample.meta.get("answer_text")
+            if text in wanted and text not in found and UNITS in sample.members:
+                found[text] = _units(sample)
+    return found
+
+
+def entity_of(meta: Mapping[str, Any]) -> list[str]:
+    """Accepted forms of what a question is about: its `entity`, else the first part of `fact` ("Ghana|continent")."""
+    given = meta.get("entity") or str(meta.get("fact") or "").partition("|")[0]
+    return ([given] if given else []) if isinstance(given, str) else list(given)
+
+
+def relation_of(meta: Mapping[str, Any]) -> str:
+    """What is asked: its `relation`, else the second part of `fact`."""
+    return str(meta.get("relation") or str(meta.get("fact") or "").partition("|")[2])
+
+
+def _answers(
+    model: SpeechToSpeech, chunk: Sequence[Sample], questions: Sequence[NDArray[np.float32]]
+) -> list[SpokenAnswer]:
+    turns = [heard_turns(sample) for sample in chunk]
+    return model.answer(questions, turns=turns if any(turns) else None, cascade=True)
+
+
+def _heard(items: Sequence[SpokenItem], listener: Listener, progress: PhaseProgress | None) -> list[SpokenItem]:
+    """The items with what the judge hears of their speech, of the cascade and of the copies."""
+    spoken = [(item.units, item.cascade_units, item.copy_units) for item in items]
+    watch = (lambda done, total: progress("heard", done, total)) if progress else None
+    # All before the first is looked up: equal sequences are judged once, and those of like length together.
+    listener.hear([units for three in spoken for units in three if units is not None], watch)
+
+    def transcript(units: Units | None) -> str | None:
+        return None if units is None else listener.hear([units])[0]
+
+    return [
+        replace(
+            item,
+            heard=transcript(own) or "",
+            cascade_heard=transcript(cascade),
+            copy_heard=transcript(copy),
+        )
+        for item, (own, cascade, copy) in zip(items, spoken, strict=True)
+    ]
+
+
+def _reference_units(sample: Sample, copies: Mapping[str, Units]) -> Units | None:
+    return _units(sample) if UNITS in sample.members else copies.get(sample.meta["answer_text"])
+
+
+def _units(sample: Sample) -> Units:
+    return np.frombuffer(sample[UNITS], dtype="<u2")
+
+
+def _item(sample: Sample, question: NDArray[np.float32], text: str) -> SpokenItem:
     meta = sample.meta
     return SpokenItem(
         id=meta["id"],
@@ -190,8 +201,8 @@ def _item(
         golds=list(meta.get("answers") or [meta["answer_text"]]),
         reference=meta["answer_text"],
         text=text,
-        answer_audio=wave,
-        heard=heard,
+        entity=entity_of(meta),
+        relation=relation_of(meta),
     )
 
 

@@ -1,4 +1,4 @@
-"""Compares texts: English normalisation, word error rate, and whether an answer is in a reply."""
+"""Compares texts: English normalisation, word error rate, and whether a reply has the answer about the right thing."""
 
 from __future__ import annotations
 
@@ -76,10 +76,47 @@ def answer_match(prediction: str, golds: str | Sequence[str]) -> bool:
         prediction: the reply.
         golds: one accepted answer, or several.
     """
-    reply = _tokens(prediction)
-    for gold in [golds] if isinstance(golds, str) else golds:
-        wanted = _tokens(gold)
-        size = len(wanted)
-        if size and any(reply[start : start + size] == wanted for start in range(len(reply) - size + 1)):
-            return True
-    return False
+    return bool(_spans(prediction, golds))
+
+
+def _spans(reply: str, forms: str | Sequence[str]) -> list[range]:
+    """Where the tokens of any of the forms stand in the reply's tokens."""
+    tokens, found = _tokens(reply), []
+    for form in [forms] if isinstance(forms, str) else forms:
+        wanted = _tokens(form)
+        starts = range(len(tokens) - len(wanted) + 1) if wanted else ()
+        found += [range(at, at + len(wanted)) for at in starts if tokens[at : at + len(wanted)] == wanted]
+    return found
+
+
+def strict_match(reply: str, golds: str | Sequence[str], entity: str | Sequence[str] = ()) -> bool:
+    """Whether a reply names an accepted answer and, in other words of it, what the question is about.
+
+    "Zimbabwe is in Africa" is no answer to a question about Ghana, and in "It is Guatemala City" no country is named.
+
+    Args:
+        reply: what was written or heard.
+        golds: accepted answers, see `answer_match`.
+        entity: accepted forms of what the question is about; without any, the answer alone counts.
+    """
+    answers = _spans(reply, golds)
+    if not entity:
+        return bool(answers)
+    named = _spans(reply, entity)
+    return any(set(answer).isdisjoint(name) for answer in answers for name in named)
+
+
+def strictly_said(heard: str, text: str, golds: str | Sequence[str], entity: str | Sequence[str] = ()) -> bool:
+    """Whether speech counts strictly right: what was heard does, or is all of a text that does.
+
+    The recogniser spells as it likes; where its transcript and the text are the same once normalised, nothing was lost
+    in speaking, and the text decides.
+
+    Args:
+        heard: transcript of the speech.
+        text: what was to be said.
+        golds, entity: see `strict_match`.
+    """
+    if strict_match(heard, golds, entity):
+        return True
+    return strict_match(text, golds, entity) and normalize(heard) == normalize(text)

@@ -235,6 +235,10 @@ class Joined(NamedTuple):
         """What stands one position before each target, in the targets' layout."""
         return self.rows.gather(values, self.before, self.targets)
 
+    def at_targets(self, values: Tensor) -> Tensor:
+        """What stands at each target itself, in the targets' layout; not where the end is open."""
+        return self.rows.gather(values, self.before + 1, self.targets)
+
 
 def join(blocks: Sequence[Tensor], masks: Sequence[Tensor], layout: Layout, *, open_end: bool = False) -> Joined:
     """Lay blocks `[N, S_i, h]` end to end, without the padding between them. One host sync, for the size of the result.

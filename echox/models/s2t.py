@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -36,15 +36,29 @@ class ResponseStates(NamedTuple):
         hidden: the states.
         response: their layout.
         rows: layout of the whole rows they were computed in.
+        at_tokens: the states at the tokens themselves, where they were asked for.
     """
 
     hidden: Tensor
     response: Rows
     rows: Rows
+    at_tokens: Tensor | None = None
+
+
+Choose = Callable[[Tensor, int], Tensor]
+"""Logits `[B, V]`, and how many tokens stand before them: the next token `[B]` of each row."""
+
+
+def most_probable(logits_BV: Tensor, place: int) -> Tensor:
+    """The greedy choice of the next token."""
+    return logits_BV.argmax(-1)
 
 
 class Generated(NamedTuple):
-    """Greedy text: token ids `[B, R]` padded with the end token, their mask without the end, and predicting states."""
+    """Generated text: token ids `[B, R]` padded with the end token, mask without the end, and a state for each.
+
+    The states are those that predict the tokens, or those at the tokens where they were asked for.
+    """
 
     tokens_BR: Tensor
     mask_BR: Tensor
@@ -102,24 +116,53 @@ class S2TModel(nn.Module):
         expected_BVh = kept_BVC[..., 1:].to(table_Ch.dtype) @ table_Ch
         return speech._replace(speech=speech.speech + expected_BVh)
 
-    def prompt(self, speech: SpeechOutput, before_BP: Tensor, after_BQ: Tensor, after_mask_BQ: Tensor) -> list[Any]:
-        """Blocks and masks of the prompt: template, speech vectors, template."""
-        before = self.embed(before_BP)
-        speech_BVh, mask_BV = speech.padded()
-        blocks = [before, speech_BVh.to(before.dtype), self.embed(after_BQ)]
-        return [blocks, [torch.ones_like(before_BP, dtype=torch.bool), mask_BV, after_mask_BQ]]
+    def prompt(self, speech: SpeechOutput, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Blocks and masks of the prompt: template with what was said before, speech vectors, template.
 
-    def forward(self, batch: Any) -> S2TOutput:
-        """Teacher-forced pass over a `SpeechBatch`."""
+        Between two pieces of what was said before stand the speech vectors of an earlier turn that is heard.
+        """
+        before = self.embed(batch.before_BP)
+        sizes = list(batch.before_sizes or before.shape[1:2])
+        speech_AVh, mask_AV = speech.padded()
+        speech_AVh, rows = speech_AVh.to(before.dtype), len(before)
+        blocks, masks = list(before.split(sizes, dim=1)), list(_before_mask(batch).split(sizes, dim=1))
+        for place in reversed(range(len(sizes) - 1)):
+            number_B = batch.history_BK[:, place]
+            clip_B = (rows + number_B).masked_fill(number_B < 0, 0)
+            blocks.insert(place + 1, speech_AVh[clip_B])
+            masks.insert(place + 1, mask_AV[clip_B] & (number_B >= 0)[:, None])
+        blocks += [speech_AVh[:rows], self.embed(batch.after_BQ)]
+        return blocks, [*masks, mask_AV[:rows], batch.after_mask_BQ]
+
+    def forward(self, batch: Any, *, at_tokens: bool = False) -> S2TOutput:
+        """Teacher-forced pass over a `SpeechBatch`; `at_tokens`: also the states at the tokens."""
         speech = self.encode_speech(batch)
-        states = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR)
+        states = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR, at_tokens=at_tokens)
         return S2TOutput(states, self.head(states.hidden), speech)
 
-    def response_states(self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor) -> ResponseStates:
-        """States that predict each of the right-padded `tokens_BR` after the spoken prompt."""
-        blocks, masks = self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ)
+    def response_states(
+        self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor, *, at_tokens: bool = False
+    ) -> ResponseStates:
+        """States that predict each of the right-padded `tokens_BR` after the spoken prompt; or also those at them."""
+        blocks, masks = self.prompt(speech, batch)
         row = join([*blocks, self.embed(tokens_BR)], [*masks, mask_BR], self.layout)
         hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
+        own = row.at_targets(hidden) if at_tokens else None
+        return ResponseStates(row.predicting(hidden), row.targets, row.rows, own)
+
+    def text_states(self, batch: Any, question_mask_BC: Tensor, tokens_BR: Tensor, mask_BR: Tensor) -> ResponseStates:
+        """States of the LLM without LoRA that predict each of `tokens_BR` after the written question.
+
+        Args:
+            batch: a `SpeechBatch`; of the question its transcript is read, and nothing is heard.
+            question_mask_BC: real tokens of the transcript.
+            tokens_BR, mask_BR: right-padded text.
+        """
+        blocks = [batch.before_BP, batch.transcript_BC, batch.after_BQ, tokens_BR]
+        masks = [_before_mask(batch), question_mask_BC, batch.after_mask_BQ, mask_BR]
+        row = join([self.embed(block) for block in blocks], masks, self.layout)
+        with _without_lora(self.llm):
+            hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
         return ResponseStates(row.predicting(hidden), row.targets, row.rows)
 
     @torch.no_grad()
@@ -129,52 +172,83 @@ class S2TModel(nn.Module):
         end_token: int,
         max_new: int,
         *,
-        early_stop: bool = True,
+        early_stop: bool | Callable[[Tensor], bool] = True,
         speech: SpeechOutput | None = None,
+        choose: Choose = most_probable,
+        at_tokens: bool = False,
     ) -> Generated:
-        """Greedy, KV-cached, batched decoding of the spoken prompt, without dropout, also while the model trains.
+        """KV-cached, batched decoding of the spoken prompt, without dropout, also while the model trains.
 
         Args:
             batch: a `SpeechBatch`; its response is not read.
             end_token: id that ends a row.
             max_new: most tokens a row may get.
-            early_stop: stop when all rows ended; off where every rank must make the same number of calls.
+            early_stop: stop when all rows ended; off where every rank must make the same number of calls. A function
+                is asked after every token whether to stop, given which rows have ended `[B]`.
             speech: of the batch, where it was encoded already.
+            choose: picks the next token of every row; the most probable one where nothing else is said.
+            at_tokens: return the states at the tokens, known a step later than those that predict them.
         """
         if speech is None:
             speech = self.encode_speech(batch)
         with _evaluating(self.llm):  # under activation checkpointing a model in training mode has no cache
-            return self._decode_greedily(speech, batch, end_token, max_new, early_stop=early_stop)
+            return self._decode(
+                speech, batch, end_token, max_new, early_stop=early_stop, choose=choose, at_tokens=at_tokens
+            )
 
-    def _decode_greedily(
-        self, speech: SpeechOutput, batch: Any, end_token: int, max_new: int, *, early_stop: bool
+    def _decode(
+        self,
+        speech: SpeechOutput,
+        batch: Any,
+        end_token: int,
+        max_new: int,
+        *,
+        early_stop: bool | Callable[[Tensor], bool],
+        choose: Choose,
+        at_tokens: bool,
     ) -> Generated:
         from transformers import DynamicCache
 
-        row = join_rows(*self.prompt(speech, batch.before_BP, batch.after_BQ, batch.after_mask_BQ), pad_left=True)
+        row = join_rows(*self.prompt(speech, batch), pad_left=True)
         cache = DynamicCache(config=self.causal_lm.config)
         inputs, mask, positions = row.values_BLh, row.mask_BL, position_ids(row.mask_BL)
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         tokens, states = [], []
-        for _ in range(max_new):
-            hidden = self.decoder(
+
+        def last_state() -> Tensor:
+            out = self.decoder(
                 inputs_embeds=inputs,
                 attention_mask=mask.long(),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-            ).last_hidden_state[:, -1]
-            token = self.head(hidden).argmax(-1).masked_fill(finished, end_token)
+            )
+            hidden: Tensor = out.last_hidden_state[:, -1]
+            return hidden
+
+        for place in range(max_new):
+            hidden = last_state()
+            token = choose(self.head(hidden), place).masked_fill(finished, end_token)
             tokens.append(token)
             states.append(hidden)
             finished = finished | (token == end_token)
-            if early_stop and bool(finished.all()):  # host sync
+            if early_stop(finished) if callable(early_stop) else early_stop and bool(finished.all()):  # host sync
                 break
             inputs = self.embed(token[:, None])
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = positions[:, -1:] + 1
+        else:
+            if at_tokens:
+                states.append(last_state())
+        if at_tokens:  # the state at a token predicts the next one; at an end token, any will do
+            states = [*states[1:], states[-1]][: len(tokens)]
         tokens_BR = torch.stack(tokens, dim=1)
         return Generated(tokens_BR, (tokens_BR != end_token).cumprod(1).bool(), torch.stack(states, dim=1))
+
+
+def _before_mask(batch: Any) -> Tensor:
+    real_BP: Tensor | None = batch.before_mask_BP
+    return torch.ones_like(batch.before_BP, dtype=torch.bool) if real_BP is None else real_BP
 
 
 @contextmanager
@@ -186,3 +260,20 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+@contextmanager
+def _without_lora(llm: nn.Module) -> Iterator[None]:
+    """Switch LoRA off, and on again.
+
+    PEFT's own switch also sets which parameters need gradients, which ZeRO-3 must not meet in the midst of a run.
+    """
+    layers: list[Any] = [module for module in llm.modules() if hasattr(module, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled

@@ -7,6 +7,7 @@ Adapter's output (paper section 2, Eq. 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,16 @@ from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, posit
 
 
 class TextPart(NamedTuple):
-    """What comes before the units: blocks `[N, S_i, h]` and masks of their real positions, still to be joined."""
+    """What comes before the units: blocks `[N, S_i, h]` and masks of their real positions, still to be joined.
+
+    Attributes:
+        blocks, masks: in order.
+        starts_NS: characters before each position of the joined row, for a decoder that places its text by them.
+    """
 
     blocks: list[Tensor]
     masks: list[Tensor]
+    starts_NS: Tensor | None = None
 
     def left_padded(self) -> JoinedRows:
         """Joined so that the first unit of every row stands in the same column, as decoding needs it."""
@@ -56,6 +63,12 @@ class T2CDecoder(nn.Module):
         text_stride: None counts positions on from the text to its words. A number sets text token i at position
             `i * text_stride` and word m at position m: about that many words are spoken a token, so a word finds its
             text at a steady distance, which small data alone does not teach.
+        units_per_character: the same on a finer scale, whatever the lengths of tokens and words: a text token's
+            position is `units_per_character * characters before it`, a word's the number of units up to its end. Text
+            parts must then have `starts_NS`.
+        word_units: units of each word of the unit language, for `units_per_character`.
+        history_dropout: share of the words before a word that are hidden from it while training, so that it is read
+            from the text rather than guessed from what was said.
         layout: of teacher-forced rows.
     """
 
@@ -72,6 +85,9 @@ class T2CDecoder(nn.Module):
         dropout: float = 0.0,
         text_classes: int = 0,
         text_stride: float | None = None,
+        units_per_character: float | None = None,
+        word_units: Sequence[int] = (),
+        history_dropout: float = 0.0,
         layout: Layout = "packed",
     ) -> None:
         from transformers import LlamaConfig, LlamaModel
@@ -82,8 +98,14 @@ class T2CDecoder(nn.Module):
         self.pad = words + 1
         self.text_classes = text_classes
         self.text_stride = text_stride
+        self.units_per_character = units_per_character
+        self.history_dropout = history_dropout
         self.layout: Layout = layout
         self.max_positions = max_positions
+        units_U = None
+        if units_per_character is not None:
+            units_U = torch.tensor([*word_units, 0, 0] if word_units else [1] * (words + 2), dtype=torch.float32)
+        self.register_buffer("word_units_U", units_U, persistent=False)
         self.unit_embedding = nn.Embedding(words + 2, text_width)
         nn.init.normal_(self.unit_embedding.weight, std=0.02)
         self.projection = nn.Linear(text_width, width)
@@ -105,6 +127,8 @@ class T2CDecoder(nn.Module):
         if layout == "packed":
             use_packed_attention(self.body)
         self.head = nn.Linear(width, text_classes + words + 2, bias=False)
+
+    word_units_U: Tensor | None
 
     def scale_units(self, rms: float) -> None:
         """Give the unit table the root mean square of the text table, so that both inputs weigh the same at first."""
@@ -137,39 +161,59 @@ class T2CDecoder(nn.Module):
     def _predict(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
         """Logits of words and end tokens alone, their layout, and the layout of the whole rows."""
         units = self.unit_embedding(words_NM).to(text.blocks[0].dtype)
+        if self.training and self.history_dropout:
+            units = units * (torch.rand_like(mask_NM, dtype=units.dtype) >= self.history_dropout)[..., None]
         row = join([*text.blocks, units], [*text.masks, mask_NM], self.layout, open_end=True)
         where = row.rows.causal()
-        if self.text_stride is not None:
-            text_length = row.rows.broadcast(row.rows.lengths_N - mask_NM.sum(1))
-            position = row.rows.positions
-            stretched, from_text = position * self.text_stride, (position - text_length).float()
-            where["position_ids"] = torch.where(position < text_length, stretched, from_text)
+        if self._places_text:
+            text_N1 = (row.rows.lengths_N - mask_NM.sum(1))[:, None]
+            places_NS = self._places(text_N1, row.rows.size, text.starts_NS, words_NM)
+            where["position_ids"] = row.rows.from_padded(places_NS)
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
         return self.head(row.predicting(hidden)).float(), row.targets, row.rows
 
-    def _positions(self, mask_NL: Tensor, text_columns: int) -> Tensor:
-        """Rotary positions `[N, L]` of a left-padded text part and the words after it."""
-        if self.text_stride is None:
-            return position_ids(mask_NL)
-        text = position_ids(mask_NL[:, :text_columns]) * self.text_stride
-        words = torch.arange(mask_NL.shape[1] - text_columns, device=mask_NL.device, dtype=text.dtype)
-        return torch.cat([text, words.expand(len(mask_NL), -1)], dim=1)
+    @property
+    def _places_text(self) -> bool:
+        """Whether a text token's rotary position is where its speech is expected, counted in words."""
+        return self.text_stride is not None or self.units_per_character is not None
+
+    def _places(self, text_N1: Tensor, size: int, starts_NS: Tensor | None, words_NM: Tensor) -> Tensor:
+        """Rotary positions `[N, size]` of rows of `text_N1` text positions and words after them."""
+        columns_S = torch.arange(size, device=words_NM.device)
+        word_NS = columns_S - text_N1
+        if self.units_per_character is None:
+            return torch.where(word_NS < 0, columns_S * float(self.text_stride or 1), word_NS)
+        assert starts_NS is not None and self.word_units_U is not None
+        text_NS = starts_NS.gather(1, columns_S.clamp(max=starts_NS.shape[1] - 1).expand(len(words_NM), -1))
+        said_NM = self.word_units_U[words_NM].cumsum(1)
+        said_NS = said_NM.gather(1, word_NS.clamp(0, max(words_NM.shape[1] - 1, 0)))
+        return torch.where(word_NS < 0, text_NS * self.units_per_character, said_NS)
+
+    def _positions(self, mask_NL: Tensor, starts_NS: Tensor | None) -> Tensor:
+        """Rotary positions `[N, L]` of left-padded text parts."""
+        columns_NL = position_ids(mask_NL)
+        if self.units_per_character is not None:
+            assert starts_NS is not None
+            return starts_NS.gather(1, columns_NL) * self.units_per_character
+        return columns_NL if self.text_stride is None else columns_NL * self.text_stride
 
     @torch.no_grad()
-    def greedy(self, text: JoinedRows, limit_N: Tensor) -> DecodedUnits:
+    def greedy(self, text: JoinedRows, limit_N: Tensor, starts_NS: Tensor | None = None) -> DecodedUnits:
         """Greedy, KV-cached decoding of all rows at once.
 
         Args:
             text: text part, left-padded.
             limit_N: most words each row may have before it counts as runaway (U20).
+            starts_NS: of the text part.
         """
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.body.config)
-        inputs, mask, positions = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, text.mask_BL.shape[1])
-        next_place = self._positions(F.pad(mask, (0, 1), value=True), mask.shape[1])[:, -1:]
+        inputs, mask, positions = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, starts_NS)
+        # Words count from 0 where the text is placed by them, else on from the text.
+        place_N1 = torch.zeros_like(positions[:, :1]) if self._places_text else positions[:, -1:] + 1
         limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1]).clamp(min=0)  # too long a text never ends
         longest = int(limit_N.max())  # host sync
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
@@ -193,7 +237,10 @@ class T2CDecoder(nn.Module):
                 break
             inputs = self.unit_embedding(word[:, None]).to(text.values_BLh.dtype)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = next_place + step
+            if self.word_units_U is None:
+                positions = place_N1 + step
+            else:
+                place_N1 = positions = place_N1 + self.word_units_U[word][:, None]
         words_NM = torch.stack(words, dim=1)
         mask_NM = words_NM != self.pad
         longest = max(int(mask_NM.sum(1).max()), 1)  # host sync
@@ -211,18 +258,33 @@ class Teacher(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor) -> DecodedUnits:
+    def forward(
+        self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor, starts_BS: Tensor | None = None
+    ) -> DecodedUnits:
         """Pseudo units of left-padded text parts, without gradient."""
-        return self.decoder.greedy(JoinedRows(text_BLh, mask_BL, []), limit_N)
+        return self.decoder.greedy(JoinedRows(text_BLh, mask_BL, []), limit_N, starts_BS)
 
 
-def text_part(prefix_Ph: Tensor, words_NTh: Tensor, mask_NT: Tensor, header_Qh: Tensor) -> TextPart:
-    """`[prefix ; words ; unit header]` of each row."""
+def text_part(
+    prefix_Ph: Tensor,
+    words_NTh: Tensor,
+    mask_NT: Tensor,
+    header_Qh: Tensor,
+    characters_NT: Tensor | None = None,
+) -> TextPart:
+    """`[prefix ; words ; unit header]` of each row; `characters_NT` are those of each text token, which come first."""
     rows = len(words_NTh)
     prefix = prefix_Ph.expand(rows, -1, -1).to(words_NTh.dtype)
     header = header_Qh.expand(rows, -1, -1).to(words_NTh.dtype)
     real = mask_NT.new_ones(rows, prefix.shape[1]), mask_NT.new_ones(rows, header.shape[1])
-    return TextPart([prefix, words_NTh, header], [real[0], mask_NT, real[1]])
+    starts_NS = None
+    if characters_NT is not None:
+        spoken_NT = (characters_NT * mask_NT).float()
+        before_NT = (spoken_NT.cumsum(1) - spoken_NT) * mask_NT
+        # The template stands where speech begins: after the header, the first word is to be found in the first token.
+        template = [spoken_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
+        starts_NS = torch.cat([template[0], before_NT, template[1]], dim=1)
+    return TextPart([prefix, words_NTh, header], [real[0], mask_NT, real[1]], starts_NS)
 
 
 def repeats(words_NM: Tensor, mask_NM: Tensor, *, longest_period: int = 4, times: int = 8) -> Tensor:

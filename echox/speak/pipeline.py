@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from echox.audio.io import SAMPLE_RATE
 from echox.builders.setup import TextTools, build_speech_collate, build_stage, load_tensors
@@ -17,17 +19,23 @@ from echox.builders.unit_sets import check_language, with_own_language
 from echox.config.schema import InitConfig, Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import MANIFEST
-from echox.errors import CheckpointError
-from echox.models.echo import segment_rows
+from echox.errors import CheckpointError, DataError
+from echox.models.echo import Segments, segment_rows
+from echox.models.ragged import lengths_to_mask
 from echox.models.s2t import Generated
-from echox.models.t2c import text_part
+from echox.models.t2c import T2CDecoder
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stream.batch import SpeechBatch
+from echox.stream.dialogue import Turn, parse_turns
 from echox.units.identity import UnitPart
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+Dialogues = Sequence[Sequence[Turn | Mapping[str, Any]]]
+"""The turns before each question, oldest first."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,12 @@ class SpokenAnswer:
     Attributes:
         text: its own text.
         units: speech units that the Echo decoder made of its hidden states, uint16.
+        cascade: those that the frozen T2C teacher made of the same tokens in the same segments, where asked for.
     """
 
     text: str
     units: NDArray[np.uint16]
+    cascade: NDArray[np.uint16] | None = None
 
 
 class SpeechToSpeech:
@@ -89,10 +99,16 @@ class SpeechToSpeech:
         assert isinstance(stage, S2TStage | EchoStage)
         return cls(recipe, stage.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), text)
 
-    def _batch(self, clips: Sequence[NDArray[np.float32]], task: str) -> SpeechBatch:
+    def _batch(self, clips: Sequence[NDArray[np.float32]], task: str, turns: Dialogues | None = None) -> SpeechBatch:
         count = len(clips)
         batch = self._collate.from_audio(
-            clips, [task] * count, [""] * count, [""] * count, ids=[""] * count, weights=[1.0] * count
+            clips,
+            [task] * count,
+            [""] * count,
+            [""] * count,
+            ids=[""] * count,
+            weights=[1.0] * count,
+            turns=None if turns is None else _parsed(turns),
         )
         return batch.to(self._device)
 
@@ -107,40 +123,105 @@ class SpeechToSpeech:
         """What is heard of a clip, seconds; the rest is cut off."""
         return self._collate.max_samples / SAMPLE_RATE
 
-    def generate(self, clips: Sequence[NDArray[np.float32]], task: str = "sqa") -> Generated:
-        """Greedy text and its hidden states for 16 kHz mono clips."""
-        return self.stage.s2t.generate(self._batch(clips, task), self._text.prompt.end, self.max_new)
+    @property
+    def reads_history(self) -> bool:
+        """Whether turns before a question enter its prompt, as the run was trained (`data.history_tokens`)."""
+        return self._collate.history is not None
 
-    def write(self, clips: Sequence[NDArray[np.float32]], task: str = "sqa") -> list[str]:
-        """Text answers (`sqa`) or transcripts (`asr`)."""
-        return self._decode(self.generate(clips, task))
+    def generate(
+        self, clips: Sequence[NDArray[np.float32]], task: str = "sqa", turns: Dialogues | None = None
+    ) -> Generated:
+        """Greedy text and its hidden states for 16 kHz mono clips.
+
+        Args:
+            clips: the questions.
+            task: `sqa`, or `asr`, which has no turns before it.
+            turns: the dialogue before each question: `Turn`s, or objects with `role` and `text`. Those with a clip are
+                heard where the run was trained so (`data.history: speech`), the others read.
+
+        Raises:
+            DataError: they are no turns.
+        """
+        stage = self.stage
+        at_tokens = isinstance(stage, EchoStage) and stage.config.state == "own"
+        batch = self._batch(clips, task, turns)
+        return stage.s2t.generate(batch, self._text.prompt.end, self.max_new, at_tokens=at_tokens)
+
+    def write(
+        self, clips: Sequence[NDArray[np.float32]], task: str = "sqa", turns: Dialogues | None = None
+    ) -> list[str]:
+        """Text answers (`sqa`) or transcripts (`asr`), see `generate`."""
+        return self._decode(self.generate(clips, task, turns))
 
     @torch.no_grad()
-    def answer(self, clips: Sequence[NDArray[np.float32]]) -> list[SpokenAnswer]:
+    def answer(
+        self, clips: Sequence[NDArray[np.float32]], turns: Dialogues | None = None, *, cascade: bool = False
+    ) -> list[SpokenAnswer]:
         """Text and units: the Echo decoder reads the hidden states of the text, segment by segment.
+
+        Args:
+            clips: the questions.
+            turns: see `generate`.
+            cascade: let the frozen T2C teacher speak the same text as well.
+
+        Raises:
+            CheckpointError: the run is an S2T run, which does not speak.
+            DataError: `turns` are none.
+        """
+        stage = self._speaking()
+        own = self.generate(clips, turns=turns)
+        rows = segment_rows(stage.segments(own.hidden_BRh, own.mask_BR), own.mask_BR)
+        units = self._units(stage.echo, stage.denoising(own.hidden_BRh), own.tokens_BR, rows)
+        taught: Sequence[NDArray[np.uint16] | None] = [None] * len(clips)
+        if cascade:
+            taught = self._units(stage.teacher.decoder, stage.embed_text(own.tokens_BR), own.tokens_BR, rows)
+        return [SpokenAnswer(*each) for each in zip(self._decode(own), units, taught, strict=True)]
+
+    @torch.no_grad()
+    def say(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
+        """Units that the frozen T2C teacher makes of texts, each as one segment, as in its training.
 
         Raises:
             CheckpointError: the run is an S2T run, which does not speak.
         """
-        stage, language = self.stage, self._text.language
-        if not isinstance(stage, EchoStage) or language is None:
+        stage = self._speaking()
+        ids = [self._collate.tokenize(text) for text in texts]
+        # A text without a token takes a column that its mask leaves out.
+        tokens_BR = pad_sequence([torch.tensor(row or [0]) for row in ids], batch_first=True).to(self._device)
+        lengths_B = torch.tensor([len(row) for row in ids], device=self._device)
+        rows = segment_rows(torch.zeros_like(tokens_BR), lengths_to_mask(lengths_B, tokens_BR.shape[1]))
+        return self._units(stage.teacher.decoder, stage.embed_text(tokens_BR), tokens_BR, rows)
+
+    def _speaking(self) -> EchoStage:
+        if not isinstance(self.stage, EchoStage) or self._text.language is None:
             raise CheckpointError("an s2t run does not speak", fix="name a run of the echo stage")
-        own = self.generate(clips)
-        rows = segment_rows(stage.segments(own.hidden_BRh, own.mask_BR), own.mask_BR)
-        prefix, header = stage.s2t.embed(stage.prefix_P), stage.s2t.embed(stage.header_Q)
-        adapted = rows.scatter(stage.denoising(own.hidden_BRh))
-        text = text_part(prefix, adapted, rows.mask_NT, header).left_padded()
-        decoded = stage.echo.greedy(text, stage.most_words(rows.mask_NT.sum(1)))
-        # Where no clip has an answer, one row without a token stands for them all; it says nothing.
+        return self.stage
+
+    def _units(
+        self, decoder: T2CDecoder, text_BRh: Tensor, tokens_BR: Tensor, rows: Segments
+    ) -> list[NDArray[np.uint16]]:
+        """Units of each text, decoded segment by segment from its embeddings or from what stands for them."""
+        stage, language = self._speaking(), self._text.language
+        assert language is not None
+        prefix, header = stage.embed_text(stage.prefix_P), stage.embed_text(stage.header_Q)
+        text = stage.text_part(prefix, text_BRh, header, tokens_BR, rows)
+        decoded = decoder.greedy(text.left_padded(), stage.most_words(rows.mask_NT.sum(1)), text.starts_NS)
+        # Where no text has a token, one row without a token stands for them all; it says nothing.
         said_NM = decoded.mask_NM & rows.mask_NT.any(1, keepdim=True)
-        pieces: list[list[NDArray[np.uint16]]] = [[] for _ in clips]
+        pieces: list[list[NDArray[np.uint16]]] = [[] for _ in tokens_BR]
         for owner, words, mask in zip(
             rows.owner_N.tolist(), decoded.words_NM.cpu().numpy(), said_NM.cpu().numpy(), strict=True
         ):
             pieces[owner].append(np.asarray(language.decode(words[mask]), dtype=np.uint16))
-        units = [np.concatenate(piece) if piece else np.zeros(0, np.uint16) for piece in pieces]
-        return [SpokenAnswer(text, row) for text, row in zip(self._decode(own), units, strict=True)]
+        return [np.concatenate(piece) if piece else np.zeros(0, np.uint16) for piece in pieces]
 
     def _decode(self, own: Generated) -> list[str]:
         rows = [tokens[mask].tolist() for tokens, mask in zip(own.tokens_BR, own.mask_BR, strict=True)]
         return [self._text.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def _parsed(dialogues: Dialogues) -> list[list[Turn]]:
+    try:
+        return [parse_turns(turns) for turns in dialogues]
+    except ValueError as error:
+        raise DataError(f"the turns before a question cannot be read: {error}", fix="correct them") from error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
-from echox.models.ragged import padding_share
+from echox.models.ragged import lengths_to_mask, padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
-from echox.models.t2c import DecodedUnits, T2CDecoder, Teacher, repeats, text_part
-from echox.stages.losses import LossTerm, denoising_loss
-from echox.stages.s2t import response_loss, speech_parameter_groups
+from echox.models.t2c import DecodedUnits, T2CDecoder, Teacher, TextPart, repeats, text_part
+from echox.models.t2c_text import T2CText
+from echox.stages.labels import LabelStore, annotated_units, stored_units, token_rows
+from echox.stages.losses import LossTerm, denoising_loss, text_loss
+from echox.stages.s2t import response_loss, speech_parameter_groups, transcript_loss
 from echox.stream.batch import SpeechBatch
 
 
@@ -27,11 +31,15 @@ class PseudoText:
 
 @dataclass(frozen=True)
 class PseudoTargets:
-    """What one micro-batch is to learn: X', how it is cut into segments, and Y', the teacher's units for them."""
+    """What one micro-batch is to learn: X', how it is cut into segments, and Y', their units.
+
+    `known_N`: segments whose units were kept from before, where they are.
+    """
 
     text: PseudoText
     rows: Segments
     units: DecodedUnits
+    known_N: Tensor | None = None
 
 
 class EchoStage(nn.Module):
@@ -46,6 +54,10 @@ class EchoStage(nn.Module):
         prefix_P, header_Q: T2C template tokens.
         stop_row_h: LM-head row of the full stop, the streaming trigger.
         end_token: id that ends a response; it is never spoken.
+        t2c_text: how the decoders are given their text; None gives them the embeddings as they are.
+
+    Attributes:
+        label_store: keeps the teacher's labels where the recipe has them cached; set after construction.
     """
 
     prefix_P: Tensor
@@ -64,6 +76,7 @@ class EchoStage(nn.Module):
         header_Q: Tensor,
         stop_row_h: Tensor,
         end_token: int,
+        t2c_text: T2CText | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -71,12 +84,16 @@ class EchoStage(nn.Module):
         self.teacher = Teacher(teacher).requires_grad_(False)
         self.echo = echo
         self.denoising = denoising
+        self.t2c_text = t2c_text or T2CText()
         self.register_buffer("prefix_P", prefix_P, persistent=False)
         self.register_buffer("header_Q", header_Q, persistent=False)
         self.register_buffer("stop_row_h", stop_row_h.float(), persistent=False)
         self.end_token = end_token
-        self._adapters_train = any(p.requires_grad for p in s2t.front_end.parameters())
+        adapters = (s2t.front_end.alignment, s2t.front_end.shrink)
+        self._adapters_train = any(p.requires_grad for adapter in adapters for p in adapter.parameters())
+        self.label_store: LabelStore | None = None
         self._last: dict[str, Tensor] = {}
+        self._said: tuple[SpeechBatch, PseudoText] | None = None
 
     def train(self, mode: bool = True) -> EchoStage:
         """Switch the mode; teacher, encoder and frozen speech adapters stay in eval."""
@@ -90,16 +107,26 @@ class EchoStage(nn.Module):
         """Modules that ZeRO-3 gathers whole before their forward."""
         return [self.teacher]
 
-    def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
-        """Named losses of one micro-batch: `s2t`, `echo`, `denoising`; the last alone while it is aligned.
+    def reused_modules(self) -> list[nn.Module]:
+        """The LLM, where it reads both the reference and its own answer before a backward."""
+        return [self.s2t.llm] if self.config.pseudo_text in ("generated", "free_run") else []
+
+    def forward(self, batch: SpeechBatch, job: Callable[[SpeechBatch], Any] | None = None) -> Any:
+        """Losses of one micro-batch: `s2t`, `echo`, `denoising`, `ctc` if it has a weight; `denoising` alone at first.
 
         Without dropout (in eval mode) what was found, X' and Y', stays on the batch, and a forward of the same batch in
         training takes it from there: so a step's token counts are known before its first backward.
+
+        With a `job`, its result instead: under ZeRO-3, parts may be called only within a forward of the whole.
         """
+        if job is not None:
+            return job(batch)
         if self._aligns(batch.step):
             return self._align(batch)
-        out = self.s2t(batch)
+        out = self.s2t(batch, at_tokens=self._at_tokens)
         terms = {"s2t": response_loss(out, batch)}
+        if self.config.ctc_weight:
+            terms["ctc"] = transcript_loss(self.s2t, out.speech.ctc_logits, out.speech.frames, batch)
 
         found: PseudoTargets | None = batch.targets
         text = self.pseudo_text(batch, out) if found is None else found.text
@@ -108,40 +135,79 @@ class EchoStage(nn.Module):
         if found is None:
             hidden_BRh = states.response.to_padded(states.hidden)
             rows = segment_rows(self.segments(hidden_BRh, text.spoken_BR), text.spoken_BR)
-            teacher_input = text_part(prefix, rows.scatter(text_BRh), rows.mask_NT, header).left_padded()
-            units = self.teacher(teacher_input.values_BLh, teacher_input.mask_BL, self.most_words(rows.mask_NT.sum(1)))
-            found = PseudoTargets(text, rows, units)
+            teacher_text = self.text_part(prefix, text_BRh, header, text.tokens_BR, rows)
+            found = PseudoTargets(text, rows, *self._labels(batch, text, rows, teacher_text))
             self._keep(batch, found)
         rows, units = found.rows, found.units
         weight_N = batch.weight_B[rows.owner_N] * rows.mask_NT.any(1)
-        usable_N = units.ended_N & units.mask_NM.any(1) & ~repeats(units.words_NM, units.mask_NM)
+        usable_N = units.ended_N & units.mask_NM.any(1)
+        if self.config.labels != "annotated":
+            usable_N = usable_N & ~repeats(units.words_NM, units.mask_NM)
 
         adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
-        student_input = text_part(prefix, rows.scatter(adapted_BRh), rows.mask_NT, header)
+        student_input = self.text_part(prefix, adapted_BRh, header, text.tokens_BR, rows)
         loss = self.echo.loss(student_input, units.words_NM, units.mask_NM, weight_N * usable_N)
         terms["echo"] = LossTerm(loss.total, loss.tokens)
         terms["denoising"] = self._denoising_loss(adapted_BRh, text_BRh, text, batch)
+        self._said = (batch, text)
         self._last = {
+            **self._answers_rejected(batch),
             "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
             "teacher/words_per_segment": (units.mask_NM.sum(1) * weight_N).sum() / weight_N.sum().clamp(min=1),
             "teacher/segments_per_sample": weight_N.sum() / batch.weight_B.sum().clamp(min=1),
             "pseudo_text/differs_share": _differing(text, batch),
             "perf/padding_share": padding_share(out.speech.frames, states.rows, loss.rows),
         }
+        if found.known_N is not None:
+            known = (found.known_N * weight_N).sum() / weight_N.sum().clamp(min=1)
+            self._last["teacher/cached_share"] = known
         return terms
+
+    @property
+    def _at_tokens(self) -> bool:
+        return self.config.state == "own"
+
+    def _labels(
+        self, batch: SpeechBatch, text: PseudoText, rows: Segments, teacher_text: TextPart
+    ) -> tuple[DecodedUnits, Tensor | None]:
+        """Y' of each segment, and which of them were decoded before, where they are kept.
+
+        Raises:
+            ValueError: annotated labels are wanted, and the batch has none; or cached ones, and nothing keeps them.
+        """
+        limit_N = self.most_words(rows.mask_NT.sum(1))
+        if self.config.labels == "annotated":
+            if batch.labels_BM is None or batch.labels_mask_BM is None:
+                raise ValueError("model.echo.labels=annotated, but the batch has no units")
+            most = self.echo.max_positions
+            return annotated_units(batch.labels_BM, batch.labels_mask_BM, rows, teacher_text, most), None
+        if self.config.labels == "teacher":
+            return self._decode(teacher_text, limit_N), None
+        if self.label_store is None:
+            raise ValueError("model.echo.labels=cached, but the stage was given no store of labels")
+        segments = token_rows(rows.scatter(text.tokens_BR), rows.mask_NT)
+        padding = self.teacher.decoder.pad
+        return stored_units(self._decode, teacher_text, limit_N, segments, self.label_store, padding)
+
+    def _decode(self, text: TextPart, limit_N: Tensor) -> DecodedUnits:
+        """What the frozen teacher says."""
+        asked = text.left_padded()
+        units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS)
+        return units
 
     def _aligns(self, step: int) -> bool:
         return 0 <= step < self.config.denoising.align_steps
 
     def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         with torch.no_grad():
-            out = self.s2t(batch)
+            out = self.s2t(batch, at_tokens=self._at_tokens)
             text: PseudoText = self.pseudo_text(batch, out) if batch.targets is None else batch.targets
             states = self._states(batch, out, text)
-            text_BRh = self.s2t.embed(text.tokens_BR)
+            text_BRh = self.embed_text(text.tokens_BR)
         self._keep(batch, text)
         adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
-        self._last = {}
+        self._said = None
+        self._last = self._answers_rejected(batch)
         return {"denoising": self._denoising_loss(adapted_BRh, text_BRh, text, batch)}
 
     def _keep(self, batch: SpeechBatch, found: PseudoTargets | PseudoText) -> None:
@@ -152,9 +218,25 @@ class EchoStage(nn.Module):
     def _denoising_loss(adapted_BRh: Tensor, text_BRh: Tensor, text: PseudoText, batch: SpeechBatch) -> LossTerm:
         return denoising_loss(adapted_BRh, text_BRh, text.spoken_BR & (batch.weight_B[:, None] > 0))
 
+    def _answers_rejected(self, batch: SpeechBatch) -> dict[str, Tensor]:
+        """Share of the samples whose own answer, made beforehand, is of no use."""
+        if self.config.pseudo_text != "generated" or batch.own_mask_BR is None:
+            return {}
+        counted_B = batch.weight_B > 0
+        rejected_B = counted_B & ~batch.own_mask_BR.any(1)
+        return {"pseudo_text/rejected_share": rejected_B.sum() / counted_B.sum().clamp(min=1)}
+
     @torch.no_grad()
     def pseudo_text(self, batch: SpeechBatch, out: S2TOutput) -> PseudoText:
-        """X' and the mask of its spoken positions, those before the end token."""
+        """X' and the mask of its spoken positions, those before the end token.
+
+        Raises:
+            ValueError: answers made beforehand are wanted, and the batch has none.
+        """
+        if self.config.pseudo_text == "generated":
+            if batch.own_BR is None or batch.own_mask_BR is None:
+                raise ValueError("model.echo.pseudo_text=generated, but no answers were attached to the batch")
+            return PseudoText(batch.own_BR, batch.own_mask_BR)
         if self.config.pseudo_text == "free_run":
             own = self.s2t.generate(
                 batch, self.end_token, self.config.free_run_tokens, early_stop=False, speech=out.speech
@@ -166,10 +248,11 @@ class EchoStage(nn.Module):
         return PseudoText(text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool())
 
     def _states(self, batch: SpeechBatch, out: S2TOutput, text: PseudoText) -> ResponseStates:
-        """H: one state for each token of X', the one that predicts it."""
-        if self.config.pseudo_text == "free_run":
-            return self.s2t.response_states(out.speech, batch, text.tokens_BR, text.spoken_BR)
-        return out.states
+        """H: one state for each token of X', the one that predicts it, or the one at it."""
+        states, own = out.states, self._at_tokens
+        if self.config.pseudo_text in ("generated", "free_run"):
+            states = self.s2t.response_states(out.speech, batch, text.tokens_BR, text.spoken_BR, at_tokens=own)
+        return states._replace(hidden=states.at_tokens) if states.at_tokens is not None else states
 
     @torch.no_grad()
     def segments(self, hidden_BRh: Tensor, spoken_BR: Tensor) -> Tensor:
@@ -189,26 +272,44 @@ class EchoStage(nn.Module):
     def _embeddings(self, text_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix, header and text from the frozen table in one look-up: under ZeRO-3 each call gathers the table."""
         ids = torch.cat([self.prefix_P, self.header_Q, text_BR.flatten()])
-        prefix, header, text = self.s2t.embed(ids).split([len(self.prefix_P), len(self.header_Q), text_BR.numel()])
+        prefix, header, text = self.embed_text(ids).split([len(self.prefix_P), len(self.header_Q), text_BR.numel()])
         return prefix, header, text.view(*text_BR.shape, -1)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Text embeddings as the T2C decoders get them, and as the Denoising Adapter is to give them."""
+        embedded: Tensor = self.t2c_text(self.s2t.embed(tokens))
+        return embedded
+
+    def text_part(
+        self, prefix_Ph: Tensor, text_BRh: Tensor, header_Qh: Tensor, tokens_BR: Tensor, rows: Segments
+    ) -> TextPart:
+        """What a decoder reads of each segment: embeddings, or what the adapter made of H, of the tokens of X'."""
+        characters_BR = self.t2c_text.characters(tokens_BR)
+        characters_NT = None if characters_BR is None else rows.scatter(characters_BR)
+        return text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""
         if self._aligns(step):
             return {"denoising": 1.0}
-        s2t_weight, denoising = self.config.s2t_weight, self.config.denoising
+        denoising, weights = self.config.denoising, {"s2t": self.config.s2t_weight, "echo": 1.0}
+        if self.config.ctc_weight:
+            weights["ctc"] = self.config.ctc_weight
         if denoising.weighting == "fixed":
-            return {"s2t": s2t_weight, "echo": 1.0, "denoising": denoising.weight}
+            return {**weights, "denoising": denoising.weight}
         ceiling = denoising.cap * means["echo"]
         scaled = ceiling / means["denoising"].clamp(min=1e-8)
         capped = torch.where(means["denoising"] > ceiling, scaled, torch.ones_like(scaled))
-        return {"s2t": s2t_weight, "echo": 1.0, "denoising": capped}
+        return {**weights, "denoising": capped}
 
     def known_counts(self, batch: SpeechBatch) -> dict[str, int]:
-        """Only the text loss: how much is spoken is known after the teacher decoded."""
+        """Only the losses on given text: how much is spoken is known after the teacher decoded."""
         if self._aligns(batch.step):
             return {}
-        return {"s2t": int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())}
+        counts = {"s2t": int((batch.response_mask_BR & (batch.weight_B[:, None] > 0)).sum())}
+        if self.config.ctc_weight:
+            counts["ctc"] = int((batch.transcript_lengths_B * batch.weight_B).sum())
+        return counts
 
     def needs_survey(self, batch: SpeechBatch) -> bool:
         """Always: what is spoken, what of it is usable, and lambda depend on the forwards of all micro-batches."""
@@ -224,6 +325,26 @@ class EchoStage(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """Teacher statistics of the last forward."""
         return self._last
+
+    @torch.no_grad()
+    def probe(self, batch: SpeechBatch | None = None) -> dict[str, LossTerm]:
+        """What is measured with a forward of its own, where metrics are read: `pseudo_text/nats_per_token`.
+
+        It is the negative log-likelihood of X' of the last forward under the LLM without LoRA, which reads the question
+        as text (prompt, transcript, prompt, then X'): a mean over the spoken tokens, each given those before it, the
+        end token left out. Samples without a transcript (that of a cut question is left out), without weight, or whose
+        X' is empty do not count. A text that nobody would say has many nats a token. Nothing during the alignment.
+        """
+        if self._said is None:
+            return {}
+        heard, text = self._said
+        asked_B = (heard.weight_B > 0) & (heard.transcript_lengths_B > 0)
+        question_mask_BC = lengths_to_mask(heard.transcript_lengths_B, heard.transcript_BC.shape[1])
+        states = self.s2t.text_states(heard, question_mask_BC, text.tokens_BR, text.spoken_BR)
+        response = states.response
+        counted = response.real & response.broadcast(asked_B)
+        loss = text_loss(self.s2t.head(states.hidden), response.from_padded(text.tokens_BR), counted)
+        return {"pseudo_text/nats_per_token": loss}
 
 
 def _differing(text: PseudoText, batch: SpeechBatch) -> Tensor:

@@ -36,20 +36,16 @@ class S2TStage(nn.Module):
         if self._aligns(batch.step):
             _, logits, frames = self.s2t.front_end.align(*batch.audio)
             self._last = {"perf/padding_share": padding_share(frames)}
-            return {"ctc": self._ctc(logits, frames, batch)}
+            return {"ctc": transcript_loss(self.s2t, logits, frames, batch)}
         out = self.s2t(batch)
         self._last = {"perf/padding_share": padding_share(out.speech.frames, out.states.rows)}
         return {
             "s2t": response_loss(out, batch),
-            "ctc": self._ctc(out.speech.ctc_logits, out.speech.frames, batch),
+            "ctc": transcript_loss(self.s2t, out.speech.ctc_logits, out.speech.frames, batch),
         }
 
     def _aligns(self, step: int) -> bool:
         return 0 <= step < self.config.align_steps
-
-    def _ctc(self, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
-        classes = self.s2t.front_end.ctc_head.classes(batch.transcript_BC)
-        return ctc_loss(frames.to_padded(logits), frames.lengths_N, classes, batch.transcript_lengths_B, batch.weight_B)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """CTC counts in full while it is the only loss."""
@@ -76,6 +72,18 @@ def response_loss(out: S2TOutput, batch: SpeechBatch) -> LossTerm:
     response = out.states.response
     counted = response.real & response.broadcast(batch.weight_B > 0)
     return text_loss(out.logits, response.from_padded(batch.response_BR), counted)
+
+
+def transcript_loss(s2t: S2TModel, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
+    """CTC of the questions against their transcripts, from logits in the layout `frames`; no earlier clip counts."""
+    rows = len(batch.weight_B)
+    return ctc_loss(
+        frames.to_padded(logits)[:rows],
+        frames.lengths_N[:rows],
+        s2t.front_end.ctc_head.classes(batch.transcript_BC),
+        batch.transcript_lengths_B,
+        batch.weight_B,
+    )
 
 
 def speech_parameter_groups(stage: nn.Module) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from echox.models.ragged import padding_share
 from echox.models.t2c import T2CDecoder, TextPart, text_part
+from echox.models.t2c_text import T2CText
 from echox.stages.losses import LossTerm
 from echox.stream.batch import UnitBatch
 
@@ -18,14 +19,23 @@ class T2CStage(nn.Module):
         t2c: the decoder.
         text_table: the LLM's input embeddings, frozen.
         prefix_P, header_Q: template tokens before the text and between text and units.
+        t2c_text: how the decoder is given its text; None gives it the embeddings as they are.
     """
 
     prefix_P: Tensor
     header_Q: Tensor
 
-    def __init__(self, t2c: T2CDecoder, text_table: nn.Embedding, prefix_P: Tensor, header_Q: Tensor) -> None:
+    def __init__(
+        self,
+        t2c: T2CDecoder,
+        text_table: nn.Embedding,
+        prefix_P: Tensor,
+        header_Q: Tensor,
+        t2c_text: T2CText | None = None,
+    ) -> None:
         super().__init__()
         self.t2c = t2c
+        self.t2c_text = t2c_text or T2CText()
         self.text_table = text_table
         self.register_buffer("prefix_P", prefix_P, persistent=False)
         self.register_buffer("header_Q", header_Q, persistent=False)
@@ -35,8 +45,10 @@ class T2CStage(nn.Module):
         """Text part of the sequence."""
         # One look-up for all three: under ZeRO-3 each call of the table gathers it.
         ids = torch.cat([self.prefix_P, self.header_Q, text_BT.flatten()])
-        prefix, header, words = self.text_table(ids).split([len(self.prefix_P), len(self.header_Q), text_BT.numel()])
-        return text_part(prefix, words.view(*text_BT.shape, -1), mask_BT, header)
+        sizes = [len(self.prefix_P), len(self.header_Q), text_BT.numel()]
+        prefix, header, words = self.t2c_text(self.text_table(ids)).split(sizes)
+        characters_BT = self.t2c_text.characters(text_BT)
+        return text_part(prefix, words.view(*text_BT.shape, -1), mask_BT, header, characters_BT)
 
     def forward(self, batch: UnitBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `t2c`."""

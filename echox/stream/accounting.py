@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 KINDS = ("checksum", "truncated", "member", "decode", "schema", "empty", "other")
 """Classes of damage that are counted apart."""
-COLUMNS = ("samples", "seconds", "tokens", "length", "padded", "quarantined", "cut", "cut_s")
+COLUMNS = ("samples", "seconds", "tokens", "length", "padded", "quarantined", "cut", "cut_s", "turns_dropped")
 """Numbers kept of each source; `length` and `padded` are what the budget counts, without and with padding.
 
-`cut` and `cut_s` are the samples trained without the end of their audio, and the seconds that they lack of it.
+`cut` and `cut_s` are the samples trained without the end of their audio, and the seconds that they lack of it;
+`turns_dropped` are turns of the dialogues before their questions that had no room in the prompt.
 """
 _TRAINED, _DROPPED = slice(0, 3), slice(3, 6)
 _KINDS = slice(6, 6 + len(KINDS))
@@ -41,6 +42,7 @@ def micro_batch_account(
     dropped: Mapping[int, str],
     sources: int,
     cut_s_N: NDArray[np.float64] | None = None,
+    turns_dropped_N: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """The vector of one micro-batch; counts and hashes in it may be added up in float64 without loss.
 
@@ -51,6 +53,7 @@ def micro_batch_account(
         dropped: places of the samples that were not usable, and the kind of their damage.
         sources: of the run.
         cut_s_N: seconds of audio that each sample in the batch lacks; None where all is there.
+        turns_dropped_N: the same of turns before the question.
     """
     vector = np.zeros(_FIXED + sources * len(COLUMNS))
     table = vector[_FIXED:].reshape(sources, len(COLUMNS))
@@ -73,6 +76,8 @@ def micro_batch_account(
     if cut_s_N is not None:
         for column, values in ((6, cut_s_N > 0), (7, cut_s_N)):
             table[:, column] = np.bincount(window.source_N[trained], weights=values, minlength=sources)
+    if turns_dropped_N is not None:
+        table[:, 8] = np.bincount(window.source_N[trained], weights=turns_dropped_N, minlength=sources)
     return vector
 
 
@@ -119,6 +124,11 @@ class Accounts:
         return int(self.table[:, 0].sum()) + self.quarantined + self.passed_over
 
     @property
+    def planned(self) -> int:
+        """Samples whose turn has come, those of steps included that were trained and not checked yet."""
+        return self.seen + self._planned_samples
+
+    @property
     def quarantined(self) -> int:
         """Samples that were dropped."""
         return int(self.table[:, 5].sum())
@@ -163,6 +173,8 @@ class Accounts:
             metrics["data/passed_over"] = float(self.passed_over)
         cut, cut_s = self.table[:, 6:8].sum(0).tolist()
         metrics |= {"data/cut": cut, "data/cut_s": cut_s}
+        if dropped := float(self.table[:, 8].sum()):
+            metrics["data/turns_dropped"] = dropped
         metrics |= {f"data/quarantined/{kind}": float(count) for kind, count in self.kinds.items() if count}
         for name, row, now in zip(self.names, self.table, recent, strict=True):
             for column in ("samples", "seconds", "tokens", "quarantined"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on `device`."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
         moved: dict[str, Any] = {
             name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, Tensor)
         }
@@ -39,16 +40,26 @@ class Batch:
 class SpeechBatch(Batch):
     """Spoken turns for the S2T and Echo stages.
 
+    Where earlier turns of a dialogue are heard too, their clips are H further rows of `mel_BMT`, `frames_B` and
+    `frames_on_host_B`, behind those of the B questions; all clips go through the speech front end at once.
+
     Attributes:
         mel_BMT, frames_B: log-mel and its real frames (margin included); the log-mel has no column where the encoder's
             output was precomputed.
         features_BTd: the precomputed output, two mel frames a column.
         frames_on_host_B: `frames_B` on the CPU once the batch is on a device, which need not be asked for it then.
-        before_BP: prompt tokens before the audio, the same for every row.
+        before_BP, before_mask_BP: prompt tokens before the audio, with the dialogue before it; no mask: all are real.
+        before_sizes: columns of `before_BP` before the first earlier clip, from there to the next one, and so on up to
+            the question's audio; empty where no row has an earlier clip.
+        history_BK: which of the H earlier clips stands at each of those places of a row, -1 for none; None without any.
         after_BQ, after_mask_BQ: prompt tokens after the audio.
         response_BR, response_mask_BR: target text with its end token.
         transcript_BC, transcript_lengths_B: what the audio says, for CTC; of length 0 where there is no target.
         targets: what the stage found in a forward without dropout, for the next forward of the same batch.
+        addresses: where each sample lies: key of its source, and number in it; none for a row that fills the batch.
+        labels_BM, labels_mask_BM: unit-language words of the recorded answers, where they are the labels of Stage III.
+        own_BR, own_mask_BR: the model's own answers without end token, where they were made beforehand; a row without a
+            real position has none that can be used.
     """
 
     mel_BMT: Tensor
@@ -60,9 +71,17 @@ class SpeechBatch(Batch):
     response_mask_BR: Tensor
     transcript_BC: Tensor
     transcript_lengths_B: Tensor
+    before_mask_BP: Tensor | None = None
+    before_sizes: tuple[int, ...] = ()
+    history_BK: Tensor | None = None
     features_BTd: Tensor | None = None
     frames_on_host_B: Tensor | None = None
     targets: Any = None
+    addresses: list[tuple[int, int]] = field(default_factory=list)
+    labels_BM: Tensor | None = None
+    labels_mask_BM: Tensor | None = None
+    own_BR: Tensor | None = None
+    own_mask_BR: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with its tensors on `device`, and the number of frames here too."""
@@ -76,7 +95,8 @@ class SpeechBatch(Batch):
 
     def stats(self) -> dict[str, float]:
         """Real and padded mel frames, and seconds of audio (100 mel frames a second)."""
-        frames = float((self.frames_B * self.weight_B).sum())
+        heard = len(self.frames_B) - len(self.weight_B)
+        frames = float((self.frames_B * F.pad(self.weight_B, (0, heard), value=1.0)).sum())
         columns = self.mel_BMT.shape[2] if self.features_BTd is None else 2 * self.features_BTd.shape[1]
         return {
             "tokens": frames,

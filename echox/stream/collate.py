@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from echox.audio.features import LogMel
 from echox.audio.io import SAMPLE_RATE, read_audio
-from echox.errors import CorruptSampleError, DataError
+from echox.errors import CorruptSampleError, DataError, EchoXError
 from echox.stream.batch import SpeechBatch, UnitBatch
+from echox.stream.dialogue import History, Turn, hear, newest, spoken_tokens, turns_of, vectors
 from echox.stream.format.encoded_features import MEMBER, pad_features, unpack
-from echox.stream.format.scan import UNITS
+from echox.stream.format.scan import TURN_MEMBERS, UNITS
 from echox.stream.storage.store import Sample
 
 AUDIO = "question.flac"
@@ -25,11 +27,12 @@ ValueT = TypeVar("ValueT")
 
 @dataclass(frozen=True)
 class Item:
-    """One sample in memory, what it is used for, and whether it counts."""
+    """One sample in memory, what it is used for, whether it counts, and the key of its source (`Source.key`)."""
 
     sample: Sample
     task: str
     weight: float = 1.0
+    source: int = 0
 
 
 RowT = TypeVar("RowT")
@@ -45,7 +48,9 @@ class Collate(Protocol[RowT, BatchT]):
         ...
 
     def decode(self, item: Item) -> RowT:
-        """One row to be. Its attribute `cut_s`, if it has one, is the seconds of audio left out, which are counted.
+        """One row to be. Its attributes `cut_s` and `turns_dropped`, if it has them, are counted.
+
+        They are the seconds of audio, and the turns of the dialogue before it, that are left out.
 
         Raises:
             CorruptSampleError: the sample cannot be used.
@@ -77,6 +82,21 @@ class PromptTokens:
     end: int
 
 
+@dataclass(frozen=True)
+class RowPrompt:
+    """The prompt of one row.
+
+    Attributes:
+        before: token ids before the first clip, between it and the next one, and so on, up to the question's audio.
+        after: token ids after the question's audio.
+        clips: earlier turns that are heard, 16 kHz mono; one fewer than pieces of `before`.
+    """
+
+    before: list[list[int]]
+    after: list[int]
+    clips: list[np.ndarray] = field(default_factory=list)
+
+
 class SpeechFeatures(NamedTuple):
     """Audio as the speech front end takes it, see `SpeechBatch`."""
 
@@ -94,6 +114,24 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int = 0) -> tuple[Tensor, Ten
         values[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
         mask[index, : len(row)] = True
     return values, mask
+
+
+def _pad_pieces(rows: Sequence[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Pieces of each row side by side, each padded by itself: `[B, P]`, their mask, and the columns of each piece."""
+    pieces = max(len(row) for row in rows)
+    padded = [pad_rows([row[piece] if piece < len(row) else [] for row in rows]) for piece in range(pieces)]
+    sizes = tuple(values.shape[1] for values, _ in padded)
+    return torch.cat([values for values, _ in padded], 1), torch.cat([mask for _, mask in padded], 1), sizes
+
+
+def _clip_numbers(counts: Sequence[int]) -> Tensor:
+    """Which of the clips behind the questions each row hears, in order: `[B, most]`, -1 for none."""
+    numbers = torch.full((len(counts), max(counts)), -1, dtype=torch.long)
+    first = 0
+    for row, count in zip(numbers, counts, strict=True):
+        row[:count] = torch.arange(first, first + count)
+        first += count
+    return numbers
 
 
 def pad_audio(clips: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -114,6 +152,10 @@ class SpeechRow:
         speech: 16 kHz mono samples, or the encoder's output `[frames, width]` where the shards hold it.
         question, answer: what is said, and what to answer.
         cut_s: seconds of audio left out at the end, where it was longer than the encoder is given.
+        address: key of its source, and number in it.
+        prompt: with the dialogue before the question; None for that of the task alone.
+        turns_dropped: turns of that dialogue for which there was no room.
+        units: of the recorded answer, where they are read.
     """
 
     id: str
@@ -123,6 +165,10 @@ class SpeechRow:
     question: str
     answer: str
     cut_s: float = 0.0
+    address: tuple[int, int] = (0, -1)
+    prompt: RowPrompt | None = None
+    turns_dropped: int = 0
+    units: np.ndarray | None = None
 
 
 class SpeechCollate:
@@ -139,6 +185,9 @@ class SpeechCollate:
         max_samples: longest audio, in samples of 16 kHz.
         precomputed: width of the encoder's output that the shards hold, so that audio is not decoded; None decodes it.
         needs_transcript: whether a loss reads the transcript, so that a sample without one cannot be used.
+        history: how the dialogue before a question enters its prompt; None leaves it out. A transcript has none.
+        labels: language of the units of recorded answers, which then are in the batch; None leaves them out. A
+            transcript has none.
     """
 
     def __init__(
@@ -150,6 +199,8 @@ class SpeechCollate:
         *,
         precomputed: int | None = None,
         needs_transcript: bool = False,
+        history: History | None = None,
+        labels: UnitWords | None = None,
     ) -> None:
         self.tokenize = tokenize
         self.prompt = prompt
@@ -157,18 +208,23 @@ class SpeechCollate:
         self.max_samples = max_samples
         self.precomputed = precomputed
         self.needs_transcript = needs_transcript
+        self.history = history
+        self.labels = labels
 
     @property
     def members(self) -> frozenset[str]:
-        """The question, as audio or encoded."""
-        return frozenset({AUDIO if self.precomputed is None else MEMBER})
+        """The question, as audio or encoded, earlier turns where they are heard, and units where they are labels."""
+        earlier = TURN_MEMBERS if self.history is not None and self.history.spoken else ()
+        units = () if self.labels is None else (UNITS,)
+        return frozenset({AUDIO if self.precomputed is None else MEMBER, *earlier, *units})
 
     def decode(self, item: Item) -> SpeechRow:
         """Decode the audio, or take what it was encoded to.
 
         Raises:
             CorruptSampleError: no such member, one that cannot be decoded, or a text without which the sample would
-                teach silence: any answer, and the transcript where it is needed (kind "empty").
+                teach silence: any answer, and the transcript where it is needed (kind "empty"); or turns before the
+                question that are none, or that the chat template refuses (kind "schema").
         """
         sample = item.sample
         speech, cut_s = self._audio(sample) if self.precomputed is None else self._features(sample)
@@ -176,21 +232,30 @@ class SpeechCollate:
         _need(sample, "answer_text", answer, "the end token would be all that it teaches to say")
         if self.needs_transcript:
             _need(sample, "question_text", question, "CTC would learn that nothing is said in it")
-        return SpeechRow(id_of(sample), item.task, item.weight, speech, question, answer, cut_s)
+        address = (item.source, sample.number)
+        units = None
+        if self.labels is not None and item.task == "sqa":
+            units = decoded(sample, UNITS, partial(_known_units, self.labels))
+        prompt, dropped = self._dialogue(sample) if self.history is not None and item.task == "sqa" else (None, 0)
+        return SpeechRow(
+            id_of(sample), item.task, item.weight, speech, question, answer, cut_s, address, prompt, dropped, units
+        )
 
     def join(self, rows: Sequence[SpeechRow], step: int) -> SpeechBatch:
-        """Featurise, tokenise and pad."""
+        """Featurise, tokenise and pad; earlier turns that are heard are further clips behind the questions."""
+        prompts = [row.prompt or self._plain(row.task) for row in rows]
+        earlier = [clip for prompt in prompts for clip in prompt.clips]
         clips = [row.speech for row in rows if isinstance(row.speech, np.ndarray)]
         if clips:
-            speech = SpeechFeatures(*self.log_mel(*pad_audio(clips)))
+            speech = SpeechFeatures(*self.log_mel(*pad_audio([*clips, *earlier])))
         else:
             features_BTd, frames_B = pad_features([row.speech for row in rows if isinstance(row.speech, Tensor)])
             speech = SpeechFeatures(torch.zeros(len(rows), self.log_mel.n_mels, 0), 2 * frames_B, features_BTd)
-        after, after_mask = pad_rows(
-            [self.prompt.after_asr if row.task == "asr" else self.prompt.after for row in rows]
-        )
+        before, before_mask, sizes = _pad_pieces([prompt.before for prompt in prompts])
+        after, after_mask = pad_rows([prompt.after for prompt in prompts])
         response, response_mask = pad_rows([[*self.tokenize(row.answer), self.prompt.end] for row in rows])
         spoken, spoken_mask = pad_rows([[] if row.cut_s else self.tokenize(row.question) for row in rows])
+        labels, labels_mask = self._labels_of(rows)
         return SpeechBatch(
             ids=[row.id for row in rows],
             step=step,
@@ -198,13 +263,19 @@ class SpeechCollate:
             mel_BMT=speech.mel_BMT,
             frames_B=speech.frames_B,
             features_BTd=speech.features_BTd,
-            before_BP=torch.tensor([self.prompt.before] * len(rows), dtype=torch.long),
+            before_BP=before,
+            before_mask_BP=before_mask,
+            before_sizes=sizes,
+            history_BK=_clip_numbers([len(prompt.clips) for prompt in prompts]) if earlier else None,
             after_BQ=after,
             after_mask_BQ=after_mask,
             response_BR=response,
             response_mask_BR=response_mask,
             transcript_BC=spoken,
             transcript_lengths_B=spoken_mask.sum(1),
+            addresses=[row.address for row in rows],
+            labels_BM=labels,
+            labels_mask_BM=labels_mask,
         )
 
     def blank(self, step: int) -> SpeechBatch:
@@ -213,11 +284,64 @@ class SpeechCollate:
             speech: np.ndarray | Tensor = np.zeros(SAMPLE_RATE // 10, dtype=np.float32)
         else:
             speech = torch.zeros(_BLANK_FRAMES, self.precomputed)
-        return replace(self.join([SpeechRow("", "sqa", 0.0, speech, "", "")], step), ids=[])
+        return replace(self.join([SpeechRow("", "sqa", 0.0, speech, "", "")], step), ids=[], addresses=[])
 
     def __call__(self, items: Sequence[Item], step: int) -> SpeechBatch:
         """Decode and join."""
         return self.join([self.decode(item) for item in items], step)
+
+    def _labels_of(self, rows: Sequence[SpeechRow]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Unit-language words of each answer and their mask, none for rows without units."""
+        if self.labels is None:
+            return None, None
+        none = np.zeros(0, dtype=np.uint16)
+        words = self.labels.encode_batch([none if row.units is None else row.units for row in rows])
+        return pad_rows([row.tolist() for row in words])
+
+    def _plain(self, task: str) -> RowPrompt:
+        return RowPrompt([self.prompt.before], self.prompt.after_asr if task == "asr" else self.prompt.after)
+
+    def _dialogue(self, sample: Sample) -> tuple[RowPrompt | None, int]:
+        """The prompt with the turns before the question, None where there are none; and how many have no room."""
+        assert self.history is not None
+        turns, spoken = turns_of(sample), self.history.spoken
+
+        def cost(turn: Turn) -> int:
+            if spoken and turn.audio is not None:
+                return spoken_tokens(sample, turn, self.max_samples)
+            return len(self.tokenize(turn.text))
+
+        kept = newest(turns, self.history.tokens, cost)
+        heard = [hear(sample, turn) if spoken and turn.audio is not None else turn for turn in kept]
+        try:
+            return self._with_turns(heard), len(turns) - len(kept)
+        except EchoXError as error:
+            raise CorruptSampleError(
+                f"sample {sample.key}: {error.what}", kind="schema", fix="build the shard again"
+            ) from error
+
+    def _with_turns(self, turns: Sequence[Turn]) -> RowPrompt | None:
+        """The prompt after these turns; those with a clip are heard."""
+        assert self.history is not None
+        if not turns:
+            return None
+        before, after = self.history.render(turns)
+        clips = [turn.clip[: self.max_samples] for turn in turns if turn.clip is not None]
+        return RowPrompt([self.tokenize(piece) for piece in before], self.tokenize(after), clips)
+
+    def _asked_after(self, turns: Sequence[Turn]) -> RowPrompt | None:
+        """The same for turns in memory, with those left out that have no room."""
+        if self.history is None:
+            return None
+        spoken = self.history.spoken
+        turns = [turn if spoken else replace(turn, clip=None) for turn in turns]
+
+        def cost(turn: Turn) -> int:
+            if turn.clip is not None:
+                return vectors(min(len(turn.clip), self.max_samples) / SAMPLE_RATE)
+            return len(self.tokenize(turn.text))
+
+        return self._with_turns(newest(turns, self.history.tokens, cost))
 
     def _audio(self, sample: Sample) -> tuple[np.ndarray, float]:
         return self._cut(decoded(sample, AUDIO, read_audio))
@@ -246,12 +370,20 @@ class SpeechCollate:
         ids: Sequence[str],
         weights: Sequence[float],
         step: int = -1,
+        turns: Sequence[Sequence[Turn]] | None = None,
     ) -> SpeechBatch:
-        """The same for audio in memory; serving passes empty transcripts and answers."""
+        """The same for audio in memory; serving passes empty transcripts and answers.
+
+        `turns`: before each question; of those with a clip the sound is heard where the history is spoken.
+        """
+        prompts = [
+            self._asked_after(before) if task == "sqa" else None
+            for task, before in zip(tasks, turns or [()] * len(tasks), strict=True)
+        ]
         rows = [
-            SpeechRow(name, task, weight, clip, question, answer, cut_s)
-            for (clip, cut_s), task, question, answer, name, weight in zip(
-                map(self._cut, audio), tasks, transcripts, answers, ids, weights, strict=True
+            SpeechRow(name, task, weight, clip, question, answer, cut_s, prompt=prompt)
+            for (clip, cut_s), task, question, answer, name, weight, prompt in zip(
+                map(self._cut, audio), tasks, transcripts, answers, ids, weights, prompts, strict=True
             )
         ]
         return self.join(rows, step)
@@ -302,15 +434,10 @@ class UnitCollate:
         Raises:
             CorruptSampleError: no units, or not a whole number of them, or unknown ones, or no text.
         """
-        units = decoded(item.sample, UNITS, self._known)
+        units = decoded(item.sample, UNITS, partial(_known_units, self.language))
         text = text_of(item.sample, "answer_text")
         _need(item.sample, "answer_text", text, "its units would stand for no words")
         return UnitRow(id_of(item.sample), item.weight, self.tokenize(text), units)
-
-    def _known(self, data: bytes) -> np.ndarray:
-        units = np.frombuffer(data, dtype="<u2")
-        self.language.check(units)
-        return units
 
     def join(self, rows: Sequence[UnitRow], step: int) -> UnitBatch:
         """Encode the units of all rows into words at once, and pad."""
@@ -333,6 +460,12 @@ class UnitCollate:
     def __call__(self, items: Sequence[Item], step: int) -> UnitBatch:
         """Decode and join."""
         return self.join([self.decode(item) for item in items], step)
+
+
+def _known_units(language: UnitWords, data: bytes) -> np.ndarray:
+    units = np.frombuffer(data, dtype="<u2")
+    language.check(units)
+    return units
 
 
 def decoded(sample: Sample, member: str, decode: Callable[[bytes], ValueT]) -> ValueT:

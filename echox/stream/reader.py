@@ -160,6 +160,10 @@ class StreamReader:
         self._allowance.check(self.accounts.quarantined, self.accounts.seen, self._run_folder)
         return metrics
 
+    def passes(self) -> float:
+        """Epochs trained so far, those of a blend counted by its samples; the same on all ranks."""
+        return self.accounts.planned / self.plan.samples_per_epoch
+
     def record(self) -> cursor.StreamRecord:
         """Where the stream stands after the committed and checked steps; the same on all ranks; JSON types."""
         return cursor.record(self.plan, self._committed, self.accounts)
@@ -232,7 +236,8 @@ class StreamReader:
             source = int(window.source_N[index])
             try:
                 sample = self._stores[source].read(int(window.number_N[index]), self._collate.members)
-                rows.append(self._collate.decode(Item(sample, self.plan.sources[source].task)))
+                of = self.plan.sources[source]
+                rows.append(self._collate.decode(Item(sample, of.task, source=of.key)))
             except CorruptSampleError as error:
                 damaged[index] = error
                 continue
@@ -244,7 +249,8 @@ class StreamReader:
         hashes = visit_hash(keys, window.epoch_N[kept], window.turn_N[kept], np.array(numbers, dtype=np.int64))
         kinds = {index: error.kind for index, error in damaged.items()}
         cut_s = np.array([getattr(row, "cut_s", 0.0) for row in rows])
-        batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources), cut_s)
+        dropped = np.array([getattr(row, "turns_dropped", 0) for row in rows], dtype=np.float64)
+        batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources), cut_s, dropped)
         return _Read(batch, [self._entry(window, index, error, step) for index, error in damaged.items()])
 
     def _entry(self, window: Window, index: int, error: CorruptSampleError, step: int) -> Entry:

@@ -77,5 +77,5 @@ class ValidReader:
         from echox.stream.collate import Item
 
         read = (self._store.read(number, self._collate.members) for number in indices.tolist())
-        rows = [self._collate.decode(Item(sample, self._source.task)) for sample in read]
+        rows = [self._collate.decode(Item(sample, self._source.task, source=self._source.key)) for sample in read]
         return self._collate.join(rows, -1) if rows else self._collate.blank(-1)

@@ -110,6 +110,8 @@ def running_elsewhere() -> str | None:
 def start_head(*, cpus: int, dashboard_port: int | None = None, registry: Path | None = None) -> Head:
     """Start a head on this machine and wait until its job API answers (15 to 25 s, most of it the dashboard).
 
+    It ends with this process: by `stop_head`, or, if this process is killed, by `launch/client/head_guard.py`.
+
     Args:
         cpus: CPUs the head offers.
         dashboard_port: port of dashboard and job API; None takes 8265, or the next free one.
@@ -123,11 +125,12 @@ def start_head(*, cpus: int, dashboard_port: int | None = None, registry: Path |
             f"port {dashboard_port} is already in use, so Ray's dashboard cannot have it",
             fix="leave the port out to take a free one, or stop the program that listens there",
         )
+    path = (registry or registry_file()).absolute()
     for attempt in range(3):  # between finding a port free and Ray binding it, somebody else may take it
         port = dashboard_port or next_free(DASHBOARD_PORT)
         process, head, log = _spawn(cpus, port)
+        start_guard(head, path)
         if _wait_until_up(process, head.address):
-            path = registry or registry_file()
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(asdict(head)))
             return head
@@ -150,6 +153,17 @@ def stop_head(head: Head, registry: Path | None = None) -> None:
     with contextlib.suppress(OSError, ValueError):
         if json.loads(path.read_text()).get("mark") == head.mark:
             path.unlink()
+
+
+def start_guard(head: Head, registry: Path) -> None:
+    """Start the process that ends a head of ours when its starter is gone; it outlives its starter and its session."""
+    words = [sys.executable, "-m", "launch.client.head_guard", json.dumps(asdict(head)), str(registry)]
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    # Without the mark of a head that this process itself may belong to, which would end the guard with it.
+    environment = {key: value for key, value in os.environ.items() if key != MARK}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    quiet = subprocess.DEVNULL
+    subprocess.run(words, env=environment, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True, check=False)
 
 
 def processes_of(head: Head) -> list[psutil.Process]:

@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from echox.config.load import load_recipe
 from echox.config.paths import cache_dir
 from echox.engine.checkpoint.manifest import newest_manifest
 from echox.errors import EchoXError
+from echox.evaluate.columns import COLUMNS, METRICS, cell, note, percent
 from launch import paths
 from launch.client import local_head
 from launch.client.follow import follow
@@ -41,7 +42,11 @@ STAGES = ("s2t", "t2c", "echo")
 STOP_WAIT_S = 20
 LEAD_S = 60
 """Seconds before the end of a stage at which the next one is submitted: about what a start takes."""
-SCORES = ("text_llm_acc", "s2t_acc", "s2s_acc", "retention", "wer", "n")
+EVALUATED = (
+    *("sets", "resynthesis_wer", "original_wer"),
+    *("t2c_heldout_wer", "t2c_heldout_exact", "t2c_heldout_n"),
+)
+"""What `result.json` takes over from the evaluation."""
 
 
 @dataclass
@@ -189,6 +194,8 @@ class Demo:
             if state == "done":
                 with self.phases.phase(stage, f"stage {stage}"):
                     self.phases.reuse(stage, why)
+                if stage == "s2t":
+                    self._respond()
                 continue
             if state == "stale":
                 aside = run_state.set_aside(recipe)
@@ -200,9 +207,23 @@ class Demo:
                 folder, watch = Path(recipe.storage) / recipe.name, self._near_end(jobs, recipe)
                 follow(*self._open[stage], folder, title=stage, console=self.console, watch=watch)
                 del self._open[stage]
+            if stage == "s2t":
+                self._respond()
         if self._head is not None:
             with self.phases.phase("ray stop", "the Ray head that was started here"):
                 self.stop()
+
+    def _respond(self) -> None:
+        """Let the trained S2T model answer the questions of Stage III, unless that stage needs no such answers."""
+        from echox.respond import respond
+
+        recipe = self.recipe("echo")
+        if recipe.model.echo.pseudo_text != "generated":
+            return
+        with self.phases.phase("respond", "the model's own answers to the training questions"):
+            summary = respond(recipe, progress=self._every_ten_seconds())
+            if not any(dataset.new for dataset in summary.datasets):
+                self.phases.reuse("respond", "every question is answered by these weights")
 
     def _submit(self, jobs: Jobs, stage: str) -> None:
         job = jobs.submit(f"demo/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
@@ -240,14 +261,17 @@ class Demo:
 
         if self._head is not None:
             return Jobs(self._head.address)
-        elsewhere = local_head.running_elsewhere()
         known = local_head.remembered()
+        if known is not None and known.abandoned():
+            local_head.stop_head(known)
+            known = None
+        elsewhere = local_head.running_elsewhere()
         if elsewhere is not None and (known is None or known.address != elsewhere):
             self.console.print(f"using the Ray head at {elsewhere}, and leaving it running", highlight=False)
             return Jobs(elsewhere)
         with self.phases.phase("ray", "a Ray head on this machine"):
             if known is not None:
-                self._head, self._head_is_ours = known, known.abandoned()
+                self._head, self._head_is_ours = known, False
                 self.phases.reuse("ray", f"the head at {known.address} still runs")
             else:
                 self._head, self._head_is_ours = local_head.start_head(cpus=_head_cpus()), True
@@ -273,6 +297,7 @@ class Demo:
         scores_path, report_path = self.storage / "evaluation" / SAVED_SCORES, self.storage / "report.html"
         curves = {stage: read_metrics(self.storage / f"demo-{stage}") for stage in STAGES}
         self.result["final_losses"] = {stage: final_losses(rows) for stage, rows in curves.items()}
+        self.result |= teacher_facts(curves)
         wanted = {"evaluated": self.evaluated}
         samples: list[dict[str, Any]] | None = None
         with self.phases.phase("evaluation", "held-out questions, asked and answered aloud"):
@@ -285,7 +310,7 @@ class Demo:
                 evaluation = evaluate_demo(run, limit=self.evaluated, progress=self._every_ten_seconds())
                 scores, samples = evaluation.to_json(), evaluation.samples()
                 save_evaluation(scores_path.parent, {**wanted, **scores}, samples)
-        self.result |= {key: scores[key] for key in ("sets", "resynthesis_wer", "original_wer")}
+        self.result |= {key: scores[key] for key in EVALUATED}
         with self.phases.phase("report", "one page with curves, tables and players"):
             if samples is None:
                 self.phases.reuse("report", f"{report_path} shows these scores")
@@ -295,7 +320,7 @@ class Demo:
                     f"eval/{name}/{key}": value
                     for name, row in scores["sets"].items()
                     for key, value in row.items()
-                    if key in SCORES and isinstance(value, int | float)
+                    if key in METRICS and isinstance(value, int | float)
                 }
                 last = int(max((row["step"] for row in curves["echo"]), default=0))
                 record(run, metrics=metrics, artifacts={report_path: None, scores_path: "evaluation"}, step=last)
@@ -309,6 +334,8 @@ class Demo:
         if max(manifest.stat().st_mtime, _newest(cache_dir() / "data" / "demo" / "vocoder")) > made:
             return None
         earlier: dict[str, Any] = json.loads(scores.read_text())
+        if not set(EVALUATED) <= set(earlier):
+            return None
         return earlier if all(earlier.get(key) == value for key, value in wanted.items()) else None
 
     def _every_ten_seconds(self) -> Callable[[str, int, int], None]:
@@ -323,26 +350,28 @@ class Demo:
         return watch
 
     def show(self) -> None:
-        """One table and three lines."""
+        """One table, what its scores mean, and three lines."""
         from echox.tracking.run import uri_of
 
         table = Table(title="EchoX demo, held-out sets")
-        table.add_column("set")
-        for name in ("text model", "S2T", "S2S", "retention", "WER", "n"):
-            table.add_column(name, justify="right")
+        table.add_column("score", no_wrap=True)
         for name, row in self.result["sets"].items():
-            table.add_row(name, *(_shown(key, row.get(key)) for key in SCORES))
+            table.add_column("\n".join(filter(None, (name, note(row)))), justify="right")
+        for column in COLUMNS:
+            table.add_row(column.label, *(cell(column.key, row) for row in self.result["sets"].values()))
         losses = "  ".join(
             f"{stage} {values['loss/total']:.3f}"
             for stage, values in self.result["final_losses"].items()
             if "loss/total" in values
         )
         table.caption = (
-            f"final losses: {losses}; resynthesis WER {_shown('wer', self.result['resynthesis_wer'])} (original "
-            f"{_shown('wer', self.result['original_wer'])}); {sum(self.phases.seconds.values()):.0f} s, peak "
-            f"{self.result['peak_memory_gib']:.1f} GiB"
+            f"final losses: {losses}; WER of held-out sentences: teacher {percent(self.result['t2c_heldout_wer'])}, "
+            f"true units {percent(self.result['resynthesis_wer'])}, original {percent(self.result['original_wer'])}; "
+            f"{sum(self.phases.seconds.values()):.0f} s, peak {self.result['peak_memory_gib']:.1f} GiB"
         )
         self.console.print(table)
+        for column in COLUMNS:
+            self.console.print(f"{column.label}: {column.meaning}", highlight=False, soft_wrap=True, markup=False)
         programs = Path(sys.executable).parent
         uri = uri_of(self.storage / "demo-echo") or f"sqlite:///{self.storage / 'mlflow.db'}"
         for words in (
@@ -361,6 +390,25 @@ def final_losses(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return last
 
 
+def teacher_facts(curves: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, float | None]:
+    """What training measured of the T2C teacher and its text.
+
+    Returns:
+        `t2c_heldout_loss`, the last validation loss of the t2c run; `segments_per_sample` and
+        `pseudo_text_differs_share`, means over what the echo run logged. None where nothing was logged.
+    """
+
+    def mean(name: str) -> float | None:
+        values = [row[name] for row in curves.get("echo", ()) if name in row]
+        return sum(values) / len(values) if values else None
+
+    return {
+        "t2c_heldout_loss": final_losses(curves.get("t2c", ())).get("valid/loss/t2c"),
+        "segments_per_sample": mean("teacher/segments_per_sample"),
+        "pseudo_text_differs_share": mean("pseudo_text/differs_share"),
+    }
+
+
 def _head_cpus() -> int:
     """CPUs of a head started here."""
     return max(2, len(os.sched_getaffinity(0)))
@@ -373,12 +421,6 @@ def _snapshot(folder: Path) -> dict[str, int]:
 def _newest(folder: Path) -> float:
     """Time of the last change to a folder's files; 0 without any."""
     return max((path.stat().st_mtime for path in folder.rglob("*") if path.is_file()), default=0.0)
-
-
-def _shown(key: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    return str(value) if key == "n" else f"{value:.2f}" if key == "retention" else f"{100 * value:.1f} %"
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import soundfile
 from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
 from echox.errors import DataError, EchoXError
 from echox.files import sha256_file
+from echox.stream.format.scan import TURN_MEMBERS
 from shards.builder.records import digest, read_json, write_json
 from shards.corpus import Audio, Utterance
 
@@ -56,8 +57,15 @@ class Job:
         def relative(path: Path) -> str:
             return os.path.relpath(path, self.root)
 
-        described = json.dumps([[key, asdict(utterance)] for key, utterance in self.keyed], default=relative)
+        described = json.dumps([[key, _described(utterance)] for key, utterance in self.keyed], default=relative)
         return digest([_VERSION, self.number, self.longest_s, described])
+
+
+def _described(utterance: Utterance) -> dict[str, Any]:
+    fields = asdict(utterance)
+    if not utterance.turn_audio:
+        del fields["turn_audio"]  # as before there was any, so that finished shards are still known
+    return fields
 
 
 def tar_path(folder: Path, number: int) -> Path:
@@ -192,6 +200,11 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
         members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s)
     if utterance.units is not None:
         members["answer.units"] = np.asarray(utterance.units, dtype="<u2").tobytes()
+    turns = [dict(turn) for turn in utterance.turns]
+    for number, (name, audio) in enumerate(zip(TURN_MEMBERS, utterance.turn_audio, strict=False)):
+        if audio is not None:
+            members[name], _ = _flac(audio, f"turn {number}", longest_s)
+            turns[number]["audio"] = name
     members["json"] = {
         "id": utterance.id,
         "question_text": utterance.question_text,
@@ -201,7 +214,7 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
         "answer_s": answer_s,
         "source": utterance.source,
         "split": utterance.split,
-        "turns": [dict(turn) for turn in utterance.turns],
+        "turns": turns,
         **utterance.extra,
     }
     return members
@@ -246,7 +259,7 @@ def _is_cut(data: bytes) -> bool:
 
 
 def _files(utterance: Utterance) -> list[Path]:
-    return [audio.stands_in() for audio in (utterance.question, utterance.answer) if audio is not None]
+    return [audio.stands_in() for audio in utterance.sounds]
 
 
 def _stamp(path: Path) -> list[Any]:

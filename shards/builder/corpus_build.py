@@ -170,7 +170,12 @@ class _Run:
         def place(audio: Audio | None) -> Audio | None:
             return self._archives.locate(audio) if isinstance(audio, MemberAudio) else audio
 
-        return replace(utterance, question=place(utterance.question), answer=place(utterance.answer))
+        return replace(
+            utterance,
+            question=place(utterance.question),
+            answer=place(utterance.answer),
+            turn_audio=tuple(map(place, utterance.turn_audio)),
+        )
 
     def _collect(self, pool: Executor) -> None:
         done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
@@ -187,7 +192,7 @@ class _Run:
                 audio.path
                 for job, _, _ in self._pending.values()
                 for _, utterance in job.keyed
-                for audio in (utterance.question, utterance.answer)
+                for audio in utterance.sounds
                 if isinstance(audio, SpanAudio)
             }
         )

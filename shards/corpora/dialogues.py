@@ -90,6 +90,7 @@ def dialogue_utterances(
         if answer.role != "assistant" or wanted is None or wanted.audio is None:
             continue
         spoken = answer.audio if request.task == "tts" or request.answers else None
+        earlier = turns[: at - 1 if asked is not None else at]
         extra = {"question_wer": asked.wer if asked else None, "answer_wer": answer.wer}
         yield Utterance(
             id=name if not count else f"{name}-{count}",
@@ -100,15 +101,18 @@ def dialogue_utterances(
             question_text=asked.text if asked else None,
             answer=locate(spoken) if spoken else None,
             answer_text=answer.text,
-            turns=tuple(
-                {"role": turn.role, "text": turn.text or ""} for turn in turns[: at - 1 if asked is not None else at]
-            ),
+            turns=tuple({"role": turn.role, "text": turn.text or ""} for turn in earlier),
+            turn_audio=_heard(earlier, locate) if request.history and request.task == "sqa" else (),
             extra={key: value for key, value in extra.items() if value is not None},
         )
         count += 1
     if not count:
         missing = "spoken question with an answer" if request.task == "sqa" else "spoken answer"
         yield Utterance(id=name, task=request.task, source=source, split=split, problem=f"no {missing}")
+
+
+def _heard(turns: Sequence[Turn], locate: Callable[[str], Audio]) -> tuple[Audio | None, ...]:
+    return tuple(locate(turn.audio) if turn.audio and turn.role == "user" else None for turn in turns)
 
 
 def subset(corpus: str, names: set[str], title: str) -> Callable[[Path, Request], Iterator[Utterance]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -55,7 +55,12 @@ def _utterance(line: str, number: int, source: Path, request: Request) -> Uttera
         answer=_place(source, answer_audio) if task != "asr" else None,
         answer_text=text if task == "asr" else answer_text,
         turns=tuple({"role": str(turn["role"]), "text": clean(turn["text"]) or ""} for turn in turns),
+        turn_audio=_heard(source, turns) if request.history and task == "sqa" else (),
     )
+
+
+def _heard(source: Path, turns: Iterable[Mapping[str, Any]]) -> tuple[Audio | None, ...]:
+    return tuple(_place(source, clean(turn.get("audio"))) if turn["role"] == "user" else None for turn in turns)
 
 
 def _task(audio: str | None, answer_audio: str | None, answer_text: str | None) -> str:
@@ -87,8 +92,8 @@ CORPUS = Corpus(
 {"answer_audio": "voice/003.flac", "answer_text": "Paris is the capital of France."}
 Paths are relative to the file. The first line is speech to transcribe (asr), the second a question with its answer
 (sqa), the third an answer to learn to speak (tts). "answer_audio" may be added to a question; "id" (else the path),
-"split" and "turns" ({"role", "text"} of the dialogue before) are optional. With --task tts, "audio" and "text" are
-read as a spoken answer too.""",
+"split" and "turns" ({"role", "text"} of the dialogue before, with "audio" for --history-audio) are optional. With
+--task tts, "audio" and "text" are read as a spoken answer too.""",
     tasks=("", "asr", "sqa", "tts"),
     discover=discover,
     example="echox shards build manifest --source recordings.jsonl --out data/recordings",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 
 HELDOUT_PROMPTS = 60
+ASKED_IN_WRITING = ("sqa-heldout-phrasing", "sqa-heldout-knowledge")
+"""Test sets whose questions the text model is asked too: what it knows is the ceiling of what speech can keep."""
 _PROBES = 2
 """Phrasings of a question that the text model must both answer right for the fact to count as known."""
 
@@ -106,8 +108,9 @@ def item_samples(item: Item, waveforms: Sequence[NDArray[Any]], source: str) -> 
         }
         if item.answers:
             meta["answers"] = list(item.answers)
-        if item.fact is not None:
-            meta["fact"] = item.fact
+        if item.entity is not None:
+            meta["entity"] = [item.entity, item.entity.removeprefix("the ")]
+            meta["relation"] = item.relation
         member = "answer.flac" if item.task == "tts" else "question.flac"
         yield {"__key__": key, member: encode_flac(samples), "json": meta}
 
@@ -247,7 +250,7 @@ def build(
     asker = Asker(root / "knowledge.json", cache / ASSETS["smollm2"].folder, say)
     facts = known_facts(asker, COUNTRIES if limit is None else COUNTRIES[:: max(1, len(COUNTRIES) // (2 * limit))])
     plan = plan_corpus(facts, limit)
-    heldout = {name: items for name, items in plan.sets.items() if name.startswith("sqa-heldout")}
+    heldout = {name: plan.sets[name] for name in ASKED_IN_WRITING}
     accuracy = {name: _accuracy(asker, items) for name, items in heldout.items()}
     say(f"facts: the text model knows {len(facts)} of {len(COUNTRIES) * len(RELATIONS)}")
     lap("knowledge")

@@ -1,8 +1,8 @@
-"""Phrases the demo's sentences: questions and answers about facts, and carriers that name things but state no fact."""
+"""Phrases what the demo says: questions, answers, statements with any value, and carriers that state no fact."""
 
 from __future__ import annotations
 
-from shards.demo.facts import Country, Relation
+from shards.demo.facts import RELATIONS, Country, Relation
 
 TRAIN_QUESTIONS: dict[Relation, tuple[str, ...]] = {
     "capital": (
@@ -51,12 +51,56 @@ HELDOUT_QUESTIONS: dict[Relation, tuple[str, ...]] = {
 }
 """Questions never heard in training, by relation."""
 
+VALID_QUESTIONS: dict[Relation, str] = {
+    "capital": "I wonder what the capital of {country} is.",
+    "continent": "I wonder which continent {country} is on.",
+    "language": "I wonder what language people speak in {country}.",
+}
+"""Questions of the validation set, by relation: neither in training nor in the tests."""
+
 ANSWERS: dict[Relation, str] = {
     "capital": "The capital of {country} is {answer}.",
     "continent": "{country} is in {answer}.",
     "language": "The official language of {country} is {answer}.",
 }
 """The canonical answer sentence, by relation."""
+
+OPEN_TRAIN_QUESTIONS: tuple[str, ...] = (
+    "Tell me about {country}.",
+    "What do you know about {country}?",
+    "Can you tell me something about {country}?",
+    "Please describe {country}.",
+    "I would like to hear about {country}.",
+    "Say a few words about {country}.",
+)
+"""Open questions heard in training."""
+
+OPEN_HELDOUT_QUESTIONS: tuple[str, ...] = (
+    "What can you say about {country}?",
+    "Please tell me a little about {country}.",
+    "Do you know anything about {country}?",
+)
+"""Open questions never heard in training."""
+
+OPEN_ANSWERS: tuple[tuple[str, str], ...] = (
+    ("{country} is in {continent}.", "Its capital is {capital}."),
+    ("{country} is a country in {continent}.", "Its capital is {capital}."),
+    ("The capital of {country} is {capital}.", "People there speak {language}."),
+    ("{capital} is the capital of {country}.", "It is in {continent}."),
+)
+"""Answers to an open question: two sentences, one of which names the capital. Which of them is said is open."""
+
+STATEMENTS: tuple[tuple[Relation, str, int], ...] = (
+    ("capital", "The capital of {country} is {answer}.", 5),
+    ("continent", "{country} is in {answer}.", 3),
+    ("language", "The official language of {country} is {answer}.", 4),
+    ("capital", "{answer} is the capital of {country}.", 2),
+    ("continent", "{country} is a country in {answer}.", 2),
+    ("capital", "Its capital is {answer}.", 2),
+    ("language", "People there speak {answer}.", 1),
+    ("continent", "It is in {answer}.", 1),
+)
+"""Sentences that the answer voice says with any country and value: relation, pattern, how often."""
 
 ASR_COUNTRY_CARRIERS: tuple[str, ...] = (
     "My sister is flying to {country} next month.",
@@ -91,11 +135,18 @@ def question(template: str, country: Country) -> str:
     return sentence(template.format(country=country.name))
 
 
-def swapped_text(country: Country, relation: Relation, value: str) -> str:
-    """The answer sentence with any value, true or not: "The capital of France is Lima."."""
-    return sentence(ANSWERS[relation].format(country=country.name, answer=value))
+def statement(pattern: str, country: Country, value: str) -> str:
+    """A sentence about a country with any value, true or not: "The capital of France is Lima."."""
+    return sentence(pattern.format(country=country.name, answer=value))
 
 
 def answer_text(country: Country, relation: Relation) -> str:
     """The canonical answer sentence of a fact, such as "The capital of France is Paris."."""
-    return swapped_text(country, relation, country.answer(relation))
+    return statement(ANSWERS[relation], country, country.answer(relation))
+
+
+def open_answer_text(country: Country, form: int) -> str:
+    """An answer to an open question about a country, in one of the forms of `OPEN_ANSWERS`."""
+    said: dict[str, str] = {relation: country.answer(relation) for relation in RELATIONS}
+    said["country"] = country.name
+    return " ".join(sentence(part.format(**said)) for part in OPEN_ANSWERS[form])

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
+from shards.demo.compositions import compose
 from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import (
     ASR_COUNTRY_CARRIERS,
     HELDOUT_QUESTIONS,
+    OPEN_ANSWERS,
+    OPEN_HELDOUT_QUESTIONS,
+    OPEN_TRAIN_QUESTIONS,
     TRAIN_QUESTIONS,
+    VALID_QUESTIONS,
     answer_text,
+    open_answer_text,
     question,
     sentence,
-    swapped_text,
 )
 from shards.demo.speech import ANSWER_VOICE, HELDOUT_VOICES, TRAIN_RENDERINGS, Utterance, Voice
 
@@ -25,13 +31,19 @@ Task = Literal["sqa", "asr", "tts"]
 Fact = tuple[str, Relation]
 """Name of a country and what is asked about it."""
 
-HELDOUT_COUNTRIES = 12
-SQA_RENDERINGS = 500
-"""Questions Piper speaks for training; each is heard in two voices."""
-TTS_SWAPS = 600
-"""Answers with another country's value that are spoken for training."""
-HELDOUT_PHRASING = 60
-HELDOUT_ANSWERS = 60
+HELDOUT_COUNTRIES = 20
+"""Countries for *knowledge kept* at most; a third of those of which the text model knows most."""
+SQA_RENDERINGS = 400
+"""Questions about one fact that Piper speaks for training; each is heard in two voices."""
+OPEN_RENDERINGS = 2
+"""Open questions about each training country; each is heard in two voices."""
+TTS_STATEMENTS, TTS_LISTS = 1700, 1100
+"""What the answer voice says for training, see `shards.demo.compositions`."""
+TTS_VALID = TTS_HELDOUT = 60
+"""Compositions that the answer voice says for validation, and for the test of the T2C decoder alone."""
+SQA_VALID = 48
+TEST_QUESTIONS = 150
+"""Questions of each test set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +57,8 @@ class Item:
         question_text: the question or the transcript; None for tts.
         answer_text: the answer, the transcript, or the sentence to speak.
         answers: accepted short answers of a question.
-        fact: "country|relation" of a question or of its spoken answer.
+        entity: the country asked about, whose name a right answer must say.
+        relation: what is asked about it, "open" for an open question.
     """
 
     stem: str
@@ -54,7 +67,8 @@ class Item:
     question_text: str | None
     answer_text: str
     answers: tuple[str, ...] = ()
-    fact: str | None = None
+    entity: str | None = None
+    relation: str | None = None
 
     def keys(self) -> list[str]:
         """Keys of the samples, in the order of the voices."""
@@ -108,7 +122,22 @@ def _question(country: Country, relation: Relation, template: str, stem: str, vo
         question_text=text,
         answer_text=answer_text(country, relation),
         answers=tuple(accepted(country, relation)),
-        fact=f"{country.name}|{relation}",
+        entity=country.name,
+        relation=relation,
+    )
+
+
+def _open_question(country: Country, template: str, stem: str, voices: tuple[Voice, ...], form: int) -> Item:
+    text = question(template, country)
+    return Item(
+        stem=f"sqa-{slug(country.name)}-open-{stem}",
+        task="sqa",
+        utterance=Utterance(text=text, voices=voices),
+        question_text=text,
+        answer_text=open_answer_text(country, form),
+        answers=tuple(accepted(country, "capital")),
+        entity=country.name,
+        relation="open",
     )
 
 
@@ -122,14 +151,13 @@ def _transcript(stem: str, text: str, voices: tuple[Voice, ...]) -> Item:
     )
 
 
-def _spoken(stem: str, text: str, fact: str | None = None) -> Item:
+def _spoken(stem: str, text: str) -> Item:
     return Item(
         stem=f"tts-{stem}",
         task="tts",
         utterance=Utterance(text=text, voices=(ANSWER_VOICE,)),
         question_text=None,
         answer_text=text,
-        fact=fact,
     )
 
 
@@ -164,51 +192,67 @@ def _asr_train(countries: list[Country], heldout: Collection[str]) -> list[Item]
     return items
 
 
-def _deal(turns: Sequence[Country], relation: Relation) -> Iterator[str | None]:
-    """For each turn a value that is not that country's and that it has not had, if one is left; all come evenly."""
-    values = sorted({country.answer(relation) for country in turns})
-    unfit = {country.name: set(accepted(country, relation)) for country in turns}
-    shuffled = random.Random(f"swaps {relation}")
-    deck: list[str] = []
-    for country in turns:
-        fitting = [value for value in values if value not in unfit[country.name]]
-        if not fitting:
-            yield None
-            continue
-        while not (found := [card for card in deck if card in fitting]):
-            deck += shuffled.sample(values, len(values))
-        deck.remove(found[0])
-        unfit[country.name].add(found[0])
-        yield found[0]
-
-
-def _swapped_answers(facts: list[tuple[Country, Relation]], heldout: Collection[str]) -> tuple[list[Item], list[Item]]:
-    """(training, spare) answers with another country's value.
-
-    Among true answers alone a name always has the same neighbours, and a decoder learns them by heart; among these it
-    can only read its text. Held-out countries are in the training ones, so that their names are spoken somewhere.
-    """
-    train: list[Item] = []
-    spare: list[Item] = []
-    each = max(2, round(TTS_SWAPS / max(1, len(facts))))
-    for relation in RELATIONS:
-        countries = [country for country, asked in facts if asked == relation]
-        trained = len(countries) * each
-        turns = countries * each + [country for country in countries if country.name not in heldout]
-        for turn, (country, value) in enumerate(zip(turns, _deal(turns, relation), strict=True)):
-            if value is None:
-                continue
-            stem = f"{slug(country.name)}-{relation}-{slug(value)}"
-            item = _spoken(stem, swapped_text(country, relation, value))
-            (train if turn < trained else spare).append(item)
-    return train, spare
-
-
 def _spread(items: list[T], count: int) -> list[T]:
     """At most `count` items at even distances."""
     if len(items) <= count:
         return items
     return [items[index * len(items) // count] for index in range(count)]
+
+
+def _open_train(countries: list[Country]) -> list[Item]:
+    items = []
+    for number, country in enumerate(countries):
+        for turn in range(OPEN_RENDERINGS):
+            index = (number * OPEN_RENDERINGS + turn) % len(OPEN_TRAIN_QUESTIONS)
+            form = (number + turn) % len(OPEN_ANSWERS)
+            voices = _voices(number + turn, 2)
+            items.append(_open_question(country, OPEN_TRAIN_QUESTIONS[index], f"p{index}", voices, form))
+    return items
+
+
+def _phrasing_test(facts: list[tuple[Country, Relation]]) -> list[Item]:
+    """Known facts asked in phrasings and voices never heard."""
+    asked = [(*fact, template) for template in range(2) for fact in facts]
+    items = []
+    for number, (country, relation, template) in enumerate(_spread(asked, TEST_QUESTIONS)):
+        voice = HELDOUT_VOICES[number // 2 % 2]
+        items.append(_question(country, relation, HELDOUT_QUESTIONS[relation][template], f"h{template}", (voice,)))
+    return items
+
+
+def _knowledge_test(kept: list[tuple[Country, Relation]]) -> list[Item]:
+    """Facts that no training set states, each in several phrasings."""
+    phrasings = {
+        relation: [*enumerate(HELDOUT_QUESTIONS[relation], -2), *enumerate(TRAIN_QUESTIONS[relation])]
+        for relation in RELATIONS
+    }
+    each = min(len(phrasings["capital"]), math.ceil(TEST_QUESTIONS / max(1, len(kept))))
+    items = []
+    for number, (country, relation) in enumerate(kept):
+        for index, template in phrasings[relation][:each]:
+            stem = f"h{index + 2}" if index < 0 else f"p{index}"
+            items.append(_question(country, relation, template, stem, _voices(number + index + 2, 1)))
+    return items
+
+
+def _open_test(countries: list[Country]) -> list[Item]:
+    asked = [(index, country) for index in range(len(OPEN_HELDOUT_QUESTIONS)) for country in countries]
+    items = []
+    for number, (index, country) in enumerate(_spread(asked, TEST_QUESTIONS)):
+        voice, form = HELDOUT_VOICES[number // 2 % 2], (number + index) % len(OPEN_ANSWERS)
+        items.append(_open_question(country, OPEN_HELDOUT_QUESTIONS[index], f"h{index}", (voice,), form))
+    return items
+
+
+def _sqa_valid(facts: list[tuple[Country, Relation]]) -> list[Item]:
+    return [
+        _question(country, relation, VALID_QUESTIONS[relation], "valid", (HELDOUT_VOICES[number % 2],))
+        for number, (country, relation) in enumerate(_spread(facts, SQA_VALID))
+    ]
+
+
+def _voiced(prefix: str, texts: Sequence[str]) -> list[Item]:
+    return [_spoken(f"{prefix}-{number:04d}", text) for number, text in enumerate(texts)]
 
 
 def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan:
@@ -219,9 +263,9 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
         limit: samples a synthesised set at most, for a cut-down corpus; None is the whole one.
 
     Returns:
-        Sets `sqa-train`, `asr-train` (its synthetic part), `tts-train`, `tts-answers` (its answers once more, so
-        that a recipe can weigh them), `sqa-heldout-phrasing`, `sqa-heldout-knowledge` and `tts-heldout`, each in a
-        fixed random order.
+        For training `sqa-train`, `asr-train` (its synthetic part) and `tts-train`; for validation `sqa-valid` and
+        `tts-valid`; as tests `sqa-heldout-phrasing`, `sqa-heldout-knowledge`, `sqa-heldout-open` and `tts-heldout`;
+        and `tts-references`, the answers of the tests as the voice says them. Each is in a fixed random order.
     """
     known = frozenset(known)
     facts = [
@@ -231,37 +275,30 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     countries = [country for country in COUNTRIES if any((country.name, relation) in known for relation in RELATIONS)]
     train = [fact for fact in facts if fact[0].name not in heldout]
     kept = [fact for fact in facts if fact[0].name in heldout]
+    taught = [country for country in countries if country.name not in heldout]
 
-    phrasing = []
-    for number, (country, relation) in enumerate(_spread(train, HELDOUT_PHRASING)):
-        template, voice = number % 2, HELDOUT_VOICES[number // 2 % 2]
-        phrasing.append(_question(country, relation, HELDOUT_QUESTIONS[relation][template], f"h{template}", (voice,)))
-    knowledge = []
-    for number, (country, relation) in enumerate(kept):
-        for index in (0, 1) if relation == "capital" else (0,):
-            voices = _voices(number, 1)
-            knowledge.append(_question(country, relation, TRAIN_QUESTIONS[relation][index], f"p{index}", voices))
-    swapped, spare = _swapped_answers(facts, heldout)
-
-    def answer(country: Country, relation: Relation) -> Item:
-        stem = f"{slug(country.name)}-{relation}-answer"
-        return _spoken(stem, answer_text(country, relation), f"{country.name}|{relation}")
-
-    answers = [answer(*fact) for fact in train]
-    kept_answers = [answer(*fact) for fact in kept]
+    voiced = compose(TTS_STATEMENTS, TTS_LISTS, "tts-train")
+    valid = compose(TTS_VALID, 0, "tts-valid", voiced)
+    tests = {
+        "sqa-heldout-phrasing": _phrasing_test(train),
+        "sqa-heldout-knowledge": _knowledge_test(kept),
+        "sqa-heldout-open": _open_test(taught),
+    }
     sets = {
-        "tts-train": answers + swapped,
-        "tts-answers": answers,
-        "tts-heldout": kept_answers + _spread(spare, max(0, HELDOUT_ANSWERS - len(kept_answers))),
-        "sqa-train": _sqa_train(train),
-        "sqa-heldout-phrasing": phrasing,
-        "sqa-heldout-knowledge": knowledge,
+        "tts-train": _voiced("train", voiced),
+        "tts-valid": _voiced("valid", valid),
+        "tts-heldout": _voiced("heldout", compose(TTS_HELDOUT, 0, "tts-heldout", [*voiced, *valid])),
+        "sqa-train": _sqa_train(train) + _open_train(taught),
+        "sqa-valid": _sqa_valid(train),
+        **tests,
         "asr-train": _asr_train(countries, heldout),
     }
     for name, items in sets.items():
         items = sets[name] = random.Random(name).sample(items, len(items))
         if limit is not None:
             sets[name] = _cut(items, limit)
+    answers = dict.fromkeys(item.answer_text for name in tests for item in sets[name])
+    sets["tts-references"] = _voiced("reference", list(answers))
     return CorpusPlan(sets, heldout)
 
 

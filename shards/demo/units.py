@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-TTS_SETS = ("tts-train", "tts-answers", "tts-heldout")
+TTS_SETS = ("tts-train", "tts-valid", "tts-heldout", "tts-references")
 """Sets that carry `answer.flac`; the first one is fitted on."""
 _DONE = "units.json"
 _GROUP = 128
@@ -50,8 +50,8 @@ class UnitSettings:
 
     model: str = "openai/whisper-base"
     layer: int = 2
-    clusters: int = 500
-    vocab_size: int = 2000
+    clusters: int = 200
+    vocab_size: int = 1000
     order: int = 2
     max_word: int = 4
     seed: int = 0

@@ -110,6 +110,18 @@ def test_unknown_units_are_one_line_of_one_rank(data: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
+def test_annotated_labels_of_stage_three_are_of_the_unit_set_of_the_language(data: Path) -> None:
+    record(data, one=B, two=A, held=A)
+    language = language_file(data / "language.json", A)
+    asked = [Source(name, task, Catalogue.open(data / name)) for name, task in (("one", "sqa"), ("two", "asr"))]
+    labels = "model.echo.labels=annotated", "model.echo.pseudo_text=reference", "model.echo.segmentation.mode=none"
+    check_units(recipe("echo", "init.t2c=null"), asked, language)
+    with pytest.raises(DataError, match="dataset one.*language.json"):
+        check_units(recipe("echo", "init.t2c=null", *labels), asked, language)
+    record(data, one=A, two=B)
+    check_units(recipe("echo", "init.t2c=null", *labels), asked, language)
+
+
 def test_the_record_of_a_remote_dataset_is_fetched(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,11 +138,47 @@ def test_each_wrong_value_gives_exactly_one_sentence(override: str, expected: st
         ("model.echo.denoising.align_steps=900", "model.echo.denoising.align_steps=900 leaves no step for the echo"),
         ("model.echo.segmentation.min_tokens=60", "model.echo.segmentation.min_tokens=60 is above max_wait=50"),
         ("model.echo.pseudo_text=argmax", 'model.echo.pseudo_text="argmax": must be one of'),
+        ("model.echo.ctc_weight=-1", "model.echo.ctc_weight=-1: must be"),
     ],
 )
 def test_rules_of_the_echo_stage(override: str, expected: str) -> None:
     found = mistakes("demo/echo", override)
     assert len(found) == 1 and found[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["labels=annotated", "pseudo_text=reference", "segmentation.mode=none"], ""),
+        (
+            ["labels=annotated", "pseudo_text=free_run", "segmentation.mode=none"],
+            "pseudo_text=free_run is another text",
+        ),
+        (["labels=annotated", "pseudo_text=reference"], "segmentation.mode=trigger cuts them"),
+        (["labels=cached", "pseudo_text=reference"], ""),
+        (["labels=cached", "pseudo_text=generated"], ""),
+        (["labels=cached", "pseudo_text=free_run"], "pseudo_text=free_run changes with the weights"),
+        (["labels=cached", "pseudo_text=argmax_teacher_forced"], "argmax_teacher_forced changes with the weights"),
+    ],
+)
+def test_labels_go_with_the_text_that_they_are_of(overrides: list[str], expected: str) -> None:
+    written = [f"model.echo.{override}" for override in overrides]
+    if expected:
+        (line,) = mistakes("demo/echo", *written)
+        assert expected in line
+    else:
+        load_recipe("demo/echo", written)
+    if "labels=cached" in overrides and not expected:
+        (line,) = mistakes("demo/echo", *written, "engine.frozen_placement=shard")
+        assert "engine.frozen_placement=shard makes all ranks gather it together" in line
+
+
+def test_turns_are_not_heard_where_the_encoder_does_not_run() -> None:
+    precomputed = ["model.speech_encoder.precomputed=true", "data.history=speech"]
+    (line,) = mistakes("demo/s2t", *precomputed)
+    assert line.startswith("data.history=speech hears earlier turns") and "set data.history to text" in line
+    load_recipe("demo/s2t", [*precomputed, "data.history_tokens=0"])
+    load_recipe("demo/s2t", ["data.history=speech", "model.speech_encoder.precomputed=false"])
 
 
 def test_random_weights_need_no_earlier_stage() -> None:

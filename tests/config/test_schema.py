@@ -19,6 +19,7 @@ FREE = {
     "health",
     *(f"engine.{key}" for key in ("deepspeed", "frozen_placement", "activation_checkpointing", "validate_every")),
     *(f"engine.{key}" for key in ("checkpoint_every", "async_save", "keep", "keep_every", "keep_best", "log_every")),
+    "model.echo.respond.batch",
     *(f"data.{key}" for key in ("valid", "micro_batch", "reader_threads", "prefetch", "quarantine")),
 }
 GUARDED = {

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from launching import Context, work
 from toy import UncountedLoader, toy_recipe
 
@@ -30,11 +31,20 @@ class Loader(UncountedLoader):
 
     def step(self, step: int) -> list[SpeechBatch]:
         if self.split:
-            whole = tiny.speech_batch(4, seed=100 * step + self.rank, step=step)
+            whole = answered(tiny.speech_batch(4, seed=100 * step + self.rank, step=step))
             return [tiny.rows_of(whole, rows) for rows in SPLITS[self.split]]
         return [
-            tiny.speech_batch(3 + self.rank, seed=100 * step + 10 * micro + self.rank, step=step) for micro in (0, 1)
+            answered(tiny.speech_batch(3 + self.rank, seed=100 * step + 10 * micro + self.rank, step=step))
+            for micro in (0, 1)
         ]
+
+
+def answered(batch: SpeechBatch) -> SpeechBatch:
+    """The batch with own answers of other lengths than the reference, the third of which was rejected."""
+    lengths = torch.tensor([7, 3, 0, 6])[: len(batch.ids)]
+    batch.own_mask_BR = torch.arange(7) < lengths[:, None]
+    batch.own_BR = batch.response_BR[:, :1].repeat(1, 7).masked_fill(~batch.own_mask_BR, 0)
+    return batch
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,11 @@ class Build:
     frozen: Path
     checkpointing: bool = False
     split: str = ""
+    pseudo_text: str = "argmax_teacher_forced"
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         cuts = {"mode": "fixed", "fixed_tokens": 3}
-        stage = tiny.echo_stage(layout=self.layout, segmentation=cuts, units_per_token=1)
+        stage = tiny.echo_stage(layout=self.layout, segmentation=cuts, units_per_token=1, pseudo_text=self.pseudo_text)
         if self.checkpointing:
             stage.s2t.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         return StageSetup(
@@ -71,7 +82,9 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
         engine__frozen_placement=scenario["placement"],
         engine__validate_every=0,
     )
-    build = Build(scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"], scenario["split"])
+    build = Build(
+        scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"], scenario["split"], scenario["pseudo_text"]
+    )
     result = train(recipe, context, build)
     return {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
 

@@ -24,13 +24,18 @@ RUNS = {
     "packed-shard": {"layout": "packed", "placement": "shard"},
     "checkpointed": {"layout": "packed", "placement": "replicate", "checkpointing": True},
     **{split: {"layout": "packed", "placement": "shard", "split": split} for split in ("whole", "2-and-2", "1-and-3")},
+    **{
+        f"generated-{split}": {"layout": layout, "placement": place, "split": split, "pseudo_text": "generated"}
+        for layout, place, split in (("packed", "shard", "whole"), ("padded", "replicate", "1-and-3"))
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = prepare(tmp_path_factory.mktemp("layouts"))
-    scenarios = [{"name": name, "checkpointing": False, "split": "", **run} for name, run in RUNS.items()]
+    usual = {"checkpointing": False, "split": "", "pseudo_text": "argmax_teacher_forced"}
+    scenarios = [{"name": name, **usual, **run} for name, run in RUNS.items()]
     return folder / "runs", launch(folder, WORKER, 2, scenarios)
 
 
@@ -44,6 +49,7 @@ def _steps(runs: Path, name: str) -> list[dict[str, float]]:
     [
         *(("packed-replicate", other) for other in ("padded-replicate", "packed-shard", "checkpointed")),
         *(("whole", split) for split in ("2-and-2", "1-and-3")),
+        ("generated-whole", "generated-1-and-3"),
     ],
 )
 def test_losses_gradients_and_weights_are_the_same(trained: tuple[Path, dict[str, Any]], one: str, other: str) -> None:
@@ -65,5 +71,9 @@ def test_the_run_moves_what_trains_and_keeps_its_prefetch_trace(trained: tuple[P
         assert outcome == {"moved_frozen": [], "unmoved": []}, name
         counts = [record["perf/zero_trace_invalidations"] for record in _steps(runs, name)]
         assert counts[-1] == counts[2], name
+        nats = [record["pseudo_text/nats_per_token"] for record in _steps(runs, name)]
+        assert len(nats) > 2 and all(2 < value < 20 for value in nats), name
+    rejected = {record["pseudo_text/rejected_share"] for record in _steps(runs, "generated-whole")}
+    assert rejected == {1 / 4}
     assert {record["perf/padding_share"] for record in _steps(runs, "packed-shard")} == {0}
     assert all(record["perf/padding_share"] > 0.1 for record in _steps(runs, "padded-replicate"))

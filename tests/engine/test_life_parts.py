@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from echox.config.schema import HealthConfig
 from echox.engine.checkpoint.recipe_diff import changes, refused_changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.loss_guard import LossGuard
+from echox.engine.monitor import watchdog as watchdog_module
 from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.watchdog import Watchdog
 from echox.engine.rank_status import RankStatus, Vote
@@ -187,8 +189,9 @@ def test_a_second_interrupt_ends_the_process_the_usual_way() -> None:
         listener.close()
 
 
-def test_the_watchdog_knows_how_long_steps_take(tmp_path: Path) -> None:
-    left, told = threading.Event(), []
+def test_the_watchdog_knows_how_long_steps_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, told, now = threading.Event(), [], [0.0]
+    monkeypatch.setattr(watchdog_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     dog = Watchdog(
         tmp_path,
         name="attempt-1",
@@ -201,13 +204,14 @@ def test_the_watchdog_knows_how_long_steps_take(tmp_path: Path) -> None:
     assert dog.limit_s() == pytest.approx(2.0)
     for step in range(10):
         dog.beat(step, timed=True)
-        time.sleep(0.01)
+        now[0] += 0.01
     assert dog.limit_s() == pytest.approx(0.2)
     dog.beat(10, timed=False)
     assert dog.limit_s() == pytest.approx(2.0), "a save or a validation has no usual length"
     dog.beat(11, timed=True)
+    now[0] += 0.3
     _until(lambda: bool(told))
-    assert told[0][0] > 0.2
+    assert told[0][0] == pytest.approx(0.3)
     assert told[0][1].name == "attempt-1-step-00000011-rank-00003.txt"
     assert "test_the_watchdog_knows" in told[0][1].read_text()
     dog.close()

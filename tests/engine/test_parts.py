@@ -209,3 +209,12 @@ def test_layers_are_gathered_whole_but_the_first_and_those_with_frozen_weights()
     llm = "s2t.llm.base_model.model.model.layers.1"
     assert {names[id(leaf)] for leaf in leaf_modules(stage)} >= {"teacher", "echo.body.layers.1", llm}
     assert not any(names[id(leaf)].endswith("layers.0") for leaf in leaf_modules(stage))
+
+
+def test_layers_that_run_twice_before_a_backward_are_gathered_map_by_map() -> None:
+    for pseudo_text in ("generated", "free_run"):
+        stage = tiny.echo_stage(pseudo_text=pseudo_text)
+        names = {id(module): name for name, module in stage.named_modules()}
+        replicate_as_buffers(stage, torch.device("cpu"), torch.float32)
+        assert not any(names[id(leaf)].startswith("s2t.llm") for leaf in leaf_modules(stage))
+        assert "echo.body.layers.1" in {names[id(leaf)] for leaf in leaf_modules(stage)}

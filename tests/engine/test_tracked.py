@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,7 +22,9 @@ def test_system_metrics_are_sampled_where_the_recipe_asks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampled: bool
 ) -> None:
     def train(recipe: Any, context: Any, build: Any, tracker: Any, **options: Any) -> Any:
-        time.sleep(1.5)  # the first sample comes after a second
+        came, send = threading.Event(), tracker.log_metrics
+        tracker.log_metrics = lambda metrics, step: (send(metrics, step), came.set())
+        came.wait(60 if sampled else 1.5)  # the first sample comes after a second
         return SimpleNamespace(stopped="")
 
     monkeypatch.setattr(train_module, "train", train)

@@ -63,7 +63,7 @@ class ChosenUnits(nn.Module):
         self.words = words
         self.asked: list[int] = []
 
-    def forward(self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor) -> DecodedUnits:
+    def forward(self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor, *_: Any) -> DecodedUnits:
         self.asked.append(len(text_BLh))
         lengths_N = mask_BL.sum(1) - len(tiny.PREFIX) - len(tiny.HEADER)
         first_N = ((text_BLh * mask_BL[:, :, None]).sum((1, 2)) * 100).long().remainder(self.words)
@@ -112,7 +112,18 @@ def trained(of: EchoStage, batches: list[SpeechBatch]) -> tuple[PlainEngine, Ste
     return engine, sums, gradients(of)
 
 
-@pytest.mark.parametrize("pseudo_text", ["argmax_teacher_forced", "reference"])
+def whole_step() -> SpeechBatch:
+    """All samples, with own answers that are longer and shorter than the reference, and one that was rejected."""
+    batch = tiny.speech_batch(ROWS, step=0)
+    lengths = torch.tensor([3, 9, 0, 3, 7, 5])
+    batch.own_mask_BR = torch.arange(9) < lengths[:, None]
+    generator = torch.Generator().manual_seed(8)
+    own = torch.randint(12, tiny.VOCABULARY, (ROWS, 9), generator=generator)
+    batch.own_BR = own.masked_fill(~batch.own_mask_BR, 0)
+    return batch
+
+
+@pytest.mark.parametrize("pseudo_text", ["argmax_teacher_forced", "reference", "generated"])
 @pytest.mark.parametrize("weighting", ["dynamic_cap", "fixed"])
 @pytest.mark.parametrize(
     "split",
@@ -126,7 +137,7 @@ def trained(of: EchoStage, batches: list[SpeechBatch]) -> tuple[PlainEngine, Ste
     ids=["6", "2+4", "5+1", "2+blank+4", "2 rejected+4"],
 )
 def test_every_split_of_a_step_has_the_gradient_of_the_whole(split: Any, weighting: str, pseudo_text: str) -> None:
-    whole = tiny.speech_batch(ROWS, step=0)
+    whole = whole_step()
     model = stage(pseudo_text=pseudo_text, denoising={"dropout": 0.0, "weighting": weighting})
     losses, expected = oracle(model, whole)
     batches = [blank(whole) if rows is None else tiny.rows_of(whole, rows) for rows in split]

@@ -16,9 +16,28 @@ RESULT: dict[str, Any] = {
             "text_llm_acc": 1.0,
             "s2t_acc": 0.9667,
             "s2s_acc": 0.75,
-            "retention": 0.776,
+            "s2t_strict_acc": 0.95,
+            "s2s_strict_acc": 0.7,
+            "interval_95": [0.575, 0.8],
+            "cascade_acc": 0.8,
+            "copy_acc": 0.983,
+            "retention_paired": 0.737,
+            "exact": 0.61,
             "wer": 0.21,
             "n": 60,
+            "role": "validation",
+            "about": "phrasings < never heard",
+            "strict_rule": "answer alone",
+            "relations": {
+                "capital": {
+                    "n": 7,
+                    "s2t_strict": 0.857,
+                    "s2s_strict": 0.571,
+                    "cascade": 0.714,
+                    "copy": 0.8,
+                    "copy_n": 5,
+                }
+            },
         },
         "asr-heldout-real": {"wer": 0.12, "n": 54},
     },
@@ -27,6 +46,8 @@ RESULT: dict[str, Any] = {
     "peak_memory_gib": 9.87,
     "resynthesis_wer": 0.183,
     "original_wer": 0.091,
+    "t2c_heldout_wer": 0.314,
+    "t2c_heldout_exact": 0.425,
 }
 CURVES = {
     "s2t": [{"step": step, "loss/s2t": 4.0 - step, "lr/lora": 1e-4} for step in range(3)]
@@ -45,6 +66,7 @@ SAMPLES = [
         "reference_text": "Paris",
         "reference_wav": WAV + b"2",
         "judged_text": "parries",
+        "cascade_text": "Paris & co",
         "ok": False,
     }
 ]
@@ -89,12 +111,20 @@ def test_every_score_and_every_column_is_explained(page: str) -> None:
     for shown in (
         "96.7 %",
         "75.0 %",
-        "0.78",
+        "70.0 % [57–80]",
+        "80.0 %",
+        "98.3 %",
+        "61.0 %",
+        "0.74",
         "21.0 %",
         "<td>60</td>",
         "12.0 %",
         "18.3 %",
         "9.1 %",
+        "31.4 %",
+        "42.5 %",
+        "validation, strict: answer alone; phrasings &lt; never heard",
+        "<td>capital</td><td>7</td><td>85.7 %</td><td>57.1 %</td><td>71.4 %</td><td>80.0 % of 5</td>",
         "9.9 GiB",
         "312.5 s",
     ):
@@ -118,7 +148,7 @@ def test_samples_have_players_and_text_is_escaped(page: str) -> None:
     players = [base64.b64decode(wav) for wav in re.findall(r"data:audio/wav;base64,([A-Za-z0-9+/=]+)", page)]
     assert players == [WAV, WAV + b"2"]
     assert "What is 1 &lt; 2 &amp; 3?" in page and "&lt;script&gt;" in page
-    assert "<i>parries</i>" in page and 'class="sample wrong"' in page
+    assert "<i>parries</i>" in page and "<i>Paris &amp; co</i>" in page and 'class="sample wrong"' in page
 
 
 def test_an_empty_result_still_gives_a_page(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from echox.errors import DataError
-from echox.evaluate.text import answer_match, normalize, wer
+from echox.evaluate.text import answer_match, normalize, strict_match, strictly_said, wer
 
 
 def edit_distance(reference: list[str], heard: list[str]) -> int:
@@ -77,3 +77,46 @@ def test_wer_at_the_edges() -> None:
 )
 def test_answer_match(prediction: str, golds: str | list[str], expected: bool) -> None:
     assert answer_match(prediction, golds) is expected
+
+
+@pytest.mark.parametrize(
+    ("heard", "expected"),
+    [
+        ("Timbabwe is in Africa", False),  # the answer about another country
+        ("Ghana is in Asia.", False),  # another answer about the country
+        ("Ghana is in Africa.", True),
+        ("ghana is in africa", True),
+        ("In Africa lies Ghana", True),
+        ("Ghanaian is in Africa", False),
+        ("", False),
+    ],
+)
+def test_speech_counts_with_entity_and_answer(heard: str, expected: bool) -> None:
+    assert strictly_said(heard, "Ghana is in Africa.", ["Africa"], ["Ghana"]) is expected
+    assert strict_match(heard, ["Africa"], ["Ghana"]) is expected
+    assert strictly_said(heard, "I do not know.", ["Africa"], ["Ghana"]) is expected
+
+
+def test_a_transcript_that_is_the_text_has_lost_nothing() -> None:
+    text, golds, entity = "The capital of Brazil is Bras\u00edlia.", ["Bras\u00edlia"], "Brazil"
+    heard = "the capital of brazil is brasilia"
+    assert not strict_match(heard, golds, entity) and strictly_said(heard, text, golds, entity)
+    assert not strictly_said("the capital of brazil was brasilia", text, golds, entity)
+    # The same words, which were wrong in the text already.
+    assert not strictly_said("Peru is in Africa", "Peru is in Africa.", ["Africa"], ["Ghana"])
+
+
+def test_without_an_entity_the_answer_alone_counts_and_any_form_of_an_entity_does() -> None:
+    assert strict_match("It is Paris.", "Paris") and strict_match("It is Paris.", ["Rome", "Paris"], [])
+    forms = ["Ivory Coast", "Cote d'Ivoire"]
+    assert strict_match("Ivory Coast is in Africa", "Africa", forms)
+    assert strict_match("Cote d'Ivoire is in Africa", "Africa", forms)
+    assert not strict_match("Ivory is in Africa", "Africa", forms)
+
+
+def test_one_name_is_not_both_the_entity_and_the_answer() -> None:
+    assert strict_match("The capital of Guatemala is Guatemala City.", "Guatemala City", "Guatemala")
+    assert not strict_match("It is Guatemala City.", "Guatemala City", "Guatemala")
+    assert not strict_match("The capital of Peru is Guatemala City.", "Guatemala City", "Guatemala")
+    assert strict_match("Singapore is the capital of Singapore.", "Singapore", "Singapore")
+    assert not strict_match("It is Singapore.", "Singapore", "Singapore")

@@ -77,6 +77,16 @@ def test_submit_passes_the_recipe_on(jobs: FakeJobs, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out) == {"id": "demo-s2t-a1", "address": "http://head:8265"}
 
 
+def test_submit_lets_the_workers_answer_in_a_run_of_its_own(jobs: FakeJobs) -> None:
+    assert run("submit", "demo/echo", "seed=3", "--respond") == 0
+    assert run("submit", "demo/echo", "name=mine", "--respond") == 0
+    task = ["--train", "echox.respond:respond_in_job"]
+    assert jobs.calls == [
+        ("demo/echo", ["seed=3", "name=demo-echo-respond"], *task),
+        ("demo/echo", ["name=mine", "name=mine-respond"], *task),
+    ]
+
+
 def test_submit_passes_on_that_new_data_are_accepted(jobs: FakeJobs) -> None:
     assert run("submit", "demo/s2t", "--accept-new-data") == 0
     assert jobs.calls == [("demo/s2t", [], "--accept-new-data")]

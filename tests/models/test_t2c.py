@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from echox.models.t2c import TextPart, repeats, text_part
+from echox.models.t2c import T2CDecoder, TextPart, repeats, text_part
 from tests import tiny
 
 
@@ -72,7 +72,7 @@ def test_a_text_stride_sets_words_beside_their_text_in_training_and_in_decoding(
     decoder, text = tiny.t2c_decoder(), _text()
     decoder.text_stride = 2.5
     padded = torch.tensor([[False, True, True, True, True, True]])
-    assert decoder._positions(padded, 4).tolist() == [[0, 0, 2.5, 5, 0, 1]]
+    assert decoder._positions(padded[:, :4], None).tolist() == [[0, 0, 2.5, 5]]
     own = decoder.greedy(text.left_padded(), torch.full((6,), 20))
     logits = decoder(text, own.words_NM, own.mask_NM)
     logits[..., decoder.pad] = -torch.inf
@@ -97,3 +97,67 @@ def test_repeat_loops_are_found_and_ordinary_rows_are_not() -> None:
     assert found.tolist() == [True, True, False, False, False]
     short = torch.arange(20)[None, :] < torch.tensor([[9], [6], [20], [20], [20]])
     assert repeats(words, short).tolist() == [False, False, False, False, False]
+
+
+def _placing_text(layout: str = "packed") -> T2CDecoder:
+    """A decoder that places its text by characters, and knows words of one to four units."""
+    decoder = tiny.t2c_decoder(tiny.model_config(layout=layout))
+    decoder.units_per_character = 1.5
+    units = [1 + word % 4 for word in range(tiny.WORDS)]
+    decoder.word_units_U = torch.tensor([*units, 0, 0], dtype=torch.float32)
+    return decoder
+
+
+def _text_of_characters() -> TextPart:
+    torch.manual_seed(7)
+    mask = torch.arange(5)[None, :] < torch.tensor([[1], [5], [3], [2], [4], [5]])
+    characters = torch.randint(1, 9, (6, 5))
+    return text_part(torch.randn(2, 32), torch.randn(6, 5, 32), mask, torch.randn(3, 32), characters)
+
+
+def test_text_placed_by_characters_is_where_its_units_are_expected_in_training_and_in_decoding() -> None:
+    torch.manual_seed(3)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    characters = torch.tensor([[4, 1, 6], [2, 5, 5]])
+    text = text_part(torch.randn(2, 32), torch.randn(2, 3, 32), mask, torch.randn(1, 32), characters)
+    decoder = _placing_text("padded")
+    words = torch.tensor([[3, 0, 2], [1, 5, 0]])  # 4, 1 and 3 units; 2 and 2
+    lengths = torch.tensor([[6], [4]])
+    places = decoder._places(lengths, 9, text.starts_NS, words)
+    assert places[0].tolist() == [0, 0, 0, 6.0, 7.5, 0, 4, 5, 8]
+    assert places[1, :6].tolist() == [0, 0, 0, 0, 2, 4]
+    asked = text.left_padded()
+    assert decoder._positions(asked.mask_BL, text.starts_NS).tolist() == [[0, 0, 0, 6.0, 7.5, 0], [0, 0, 0, 0, 0, 0]]
+
+
+def test_what_is_decoded_by_characters_is_what_training_predicts_packed_or_padded() -> None:
+    text = _text_of_characters()
+    logits = {}
+    for layout in ("packed", "padded"):
+        decoder = _placing_text(layout)
+        own = decoder.greedy(text.left_padded(), torch.full((6,), 20), text.starts_NS)
+        logits[layout] = decoder(text, own.words_NM, own.mask_NM)
+        known = F.pad(own.mask_NM, (1, 0), value=True)
+        logits[layout] = logits[layout].masked_fill(~known[..., None], 0.0)
+        own_logits = logits[layout].clone()
+        own_logits[..., decoder.pad] = -torch.inf
+        for row, length in enumerate(own.mask_NM.sum(1).tolist()):
+            said = own.words_NM[row, :length].tolist() + ([decoder.end] if own.ended_N[row] else [])
+            assert own_logits[row, : len(said)].argmax(-1).tolist() == said
+    torch.testing.assert_close(logits["packed"], logits["padded"], rtol=1e-4, atol=1e-4)
+    decoder.word_units_U = torch.ones_like(decoder.word_units_U)
+    other = decoder.greedy(text.left_padded(), torch.full((6,), 20), text.starts_NS)
+    assert not torch.equal(other.words_NM, own.words_NM), "a word's length should matter"
+
+
+def test_hidden_history_changes_training_alone_and_leaves_the_text() -> None:
+    decoder, text = tiny.t2c_decoder(), _text()
+    words, mask = torch.randint(0, tiny.WORDS, (6, 7)), torch.ones(6, 7, dtype=torch.bool)
+    plain = decoder(text, words, mask)
+    decoder.history_dropout = 0.999999
+    torch.testing.assert_close(decoder(text, words, mask), plain)
+    hidden = decoder.train()(text, words, mask)
+    assert not torch.allclose(hidden, plain)
+    torch.testing.assert_close(hidden[:, 0], plain[:, 0])  # before the first word there is no history
+    others = decoder(text, words.flip(1), mask)
+    torch.testing.assert_close(others, hidden)  # nothing of the words is left

@@ -43,13 +43,13 @@ MODULES = (
     *(f"echox/models/{name}.py" for name in ("echo", "t2c", "s2t", "ragged")),
     "echox/units/language.py",
     "echox/speak/pipeline.py",
-    *(f"echox/evaluate/{name}.py" for name in ("text", "spoken")),
+    *(f"echox/evaluate/{name}.py" for name in ("text", "spoken", "scores")),
 )
 TESTS = (
     *("tests/stages", "tests/builders/test_build_stage.py", "tests/speak/test_pipeline.py"),
     *(f"tests/models/test_{name}.py" for name in ("echo", "t2c", "s2t", "ragged", "padded_rows")),
     *("tests/units/test_language.py", "tests/units/test_language_fit.py"),
-    *("tests/evaluate/test_text.py", "tests/evaluate/test_spoken.py"),
+    *(f"tests/evaluate/test_{name}.py" for name in ("text", "spoken", "scores")),
 )
 OURS = ("echox", "launch", "shards", "tests")
 SLOWEST_S = 15.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from echox.builders.setup import TextTools, build_stage
 from echox.builders.unit_sets import LANGUAGE
-from echox.errors import CheckpointError
+from echox.errors import CheckpointError, DataError
 from echox.speak.pipeline import SpeechToSpeech
 from echox.units.language import UnitLanguage
 from tests.builders import tiny_run
@@ -100,6 +101,44 @@ def test_an_answer_is_that_of_each_segment_by_hand(model: SpeechToSpeech) -> Non
              for said, words in zip(heard, spoken, strict=True)
              for n, (first, last) in enumerate(said.segments)]  # fmt: skip
     assert any(bound) and not all(bound), "the limit of words must bind, and not everywhere"
+
+
+def taught_by_hand(model: SpeechToSpeech, tokens: list[int], segments: list[tuple[int, int]]) -> list[int]:
+    """Units that the teacher makes of text embeddings, a segment at a time."""
+    stage, language = model.stage, model._text.language
+    assert language is not None
+    units: list[int] = []
+    with torch.no_grad():
+        for first, last in segments:
+            embedded = stage.s2t.embed(torch.tensor(tokens[first:last], dtype=torch.long))
+            text = by_hand.template(stage, stage.s2t.embed, embedded)
+            words = by_hand.spoken_words(stage.teacher.decoder, text, limit(model, last - first))
+            units += language.decode(words)
+    return units
+
+
+def test_the_cascade_is_the_teacher_on_the_same_tokens_in_the_same_segments(model: SpeechToSpeech) -> None:
+    heard, _ = answers_by_hand(model)
+    answers = model.answer(clips(), cascade=True)
+    taught = [taught_by_hand(model, said.tokens, said.segments) for said in heard]
+    assert [answer.cascade.tolist() for answer in answers if answer.cascade is not None] == taught
+    plain = model.answer(clips())
+    assert all(answer.cascade is None for answer in plain)
+    assert all(a.text == b.text and np.array_equal(a.units, b.units) for a, b in zip(plain, answers, strict=True))
+    assert sum(units != answer.units.tolist() for units, answer in zip(taught, answers, strict=True)) >= 3
+    whole = [taught_by_hand(model, said.tokens, [(0, len(said.tokens))]) for said in heard]
+    assert whole != taught, "one segment would hide where the text is cut"
+
+
+def test_a_text_is_said_by_the_teacher_as_one_segment(model: SpeechToSpeech) -> None:
+    texts = ["w5 w6 w7 w8 w9 w10 w11", "w12 .", "", "w3"]
+    tokens = [model._collate.tokenize(text) for text in texts]
+    assert len({len(row) for row in tokens}) == 4, "uneven texts are padded"
+    said = model.say(texts)
+    assert [units.tolist() for units in said] == [taught_by_hand(model, row, [(0, len(row))][: len(row)])
+                                                   for row in tokens]  # fmt: skip
+    assert said[0].dtype == np.uint16 and said[2].tolist() == []
+    assert np.array_equal(model.say(texts[1:2])[0], said[1])
 
 
 def test_a_clip_is_answered_as_if_it_were_alone(model: SpeechToSpeech) -> None:
@@ -199,6 +238,8 @@ def test_an_s2t_run_writes_and_does_not_speak_and_a_t2c_run_does_not_hear(run: P
     assert len(model.write(clips()[:2])) == 2
     with pytest.raises(CheckpointError, match="does not speak"):
         model.answer(clips()[:1])
+    with pytest.raises(CheckpointError, match="does not speak"):
+        model.say(["w1"])
     with pytest.raises(CheckpointError, match="hears no speech"):
         SpeechToSpeech.load(run.parent / "t2c")
 
@@ -210,3 +251,66 @@ def test_an_answer_without_a_word_is_silent(model: SpeechToSpeech, monkeypatch: 
     monkeypatch.setattr(model, "_text", text)
     (answer,) = model.answer(clips()[:1])
     assert answer.text == "" and answer.units.tolist() == []
+
+
+DIALOGUE = [{"role": "user", "text": " w20 w21 "}, {"role": "assistant", "text": " w22 "}]
+
+
+def test_an_answer_hears_what_was_said_before(model: SpeechToSpeech) -> None:
+    turns = [DIALOGUE, [], DIALOGUE[:1], [{"role": "system", "text": " w30"}], DIALOGUE * 2]
+    batch = model._batch(clips(), "sqa", turns)
+    assert batch.before_mask_BP is not None and model.reads_history
+    decoded = [model._text.tokenizer.decode(row[mask])
+               for row, mask in zip(batch.before_BP, batch.before_mask_BP, strict=True)]  # fmt: skip
+    # Between words without a space this tokenizer knows none.
+    assert decoded == ["w5 w6 w20 w21 w7 w8 w22 w0 w6", "w5 w6", "w5 w6 w20 w21 w7 w0 w6", "w5 w6 w30",
+                       "w5 w6 w20 w21 w7 w8 w22 w0 w6 w20 w21 w7 w8 w22 w0 w6"]  # fmt: skip
+    answers = model.answer(clips(), turns=turns)
+    plain = model.answer(clips())
+    assert answers[1].text == plain[1].text and np.array_equal(answers[1].units, plain[1].units)
+    assert [answer.text for answer in answers] != [answer.text for answer in plain]
+    assert model.write(clips(), turns=turns) == [answer.text for answer in answers]
+    (alone,) = model.answer(clips()[:1], turns=turns[:1])
+    assert alone.text == answers[0].text and np.array_equal(alone.units, answers[0].units)
+    assert model.write(clips(), "asr", turns=turns) == model.write(clips(), "asr"), "a transcript has no dialogue"
+    with pytest.raises(DataError, match="turns is a str, not a list"):
+        model.answer(clips()[:1], turns=["hello"])  # type: ignore[list-item]
+
+
+def test_a_run_without_history_answers_as_it_was_trained(
+    model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model._collate, "history", None)
+    assert not model.reads_history
+    assert model.write(clips()[:1], turns=[DIALOGUE]) == model.write(clips()[:1])
+
+
+def test_with_states_at_the_tokens_an_answer_is_that_of_each_segment_by_hand(
+    model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = model.answer(clips())
+    monkeypatch.setattr(model.stage, "config", model.stage.config.model_copy(update={"state": "own"}))  # type: ignore[union-attr]
+    states = by_hand.states
+
+    def one_later(*given: Any) -> Any:
+        # `answers_by_hand` leaves out the last state, and is to leave out the first one.
+        found = states(*given)
+        return torch.cat([found[1:], found[:1]])
+
+    def answered(*given: Any) -> list[int]:
+        with monkeypatch.context() as patch:
+            patch.setattr(by_hand, "states", states)
+            return own_answer(*given)
+
+    own_answer = by_hand.own_answer
+    monkeypatch.setattr(by_hand, "own_answer", answered)
+    monkeypatch.setattr(by_hand, "states", one_later)
+    heard, spoken = answers_by_hand(model)
+    language = model._text.language
+    assert language is not None
+    answers = model.answer(clips())
+    for answer, words in zip(answers, spoken, strict=True):
+        assert answer.units.tolist() == [unit for segment in words for unit in language.decode(segment)]
+    assert [answer.text for answer in answers] == [answer.text for answer in usual]
+    assert any(not np.array_equal(a.units, b.units) for a, b in zip(answers, usual, strict=True))
+    assert max(len(said.tokens) for said in heard) == MAX_NEW, "the last token's state is one more forward"

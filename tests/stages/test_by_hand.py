@@ -26,6 +26,8 @@ from tests.stages import by_hand
 TRIGGER = {"min_tokens": 2, "max_wait": 4, "threshold": 0.05, "look_ahead": 1}
 LENGTHS = [16, 9, 13, 11, 1, 12]
 """Response tokens of each row, end included; row 3 has no weight, row 4 is its end alone."""
+OWN = [20, 5, 0, 9, 3, 12]
+"""Tokens of each row's own answer, where it was made beforehand: longer, shorter, rejected, of the same length."""
 RUNAWAY, LOOP, SILENT = 1, 3, 4
 """Segments, in their order, whose teacher does not end, repeats itself, or says nothing."""
 
@@ -58,6 +60,11 @@ def make_batch(stage: EchoStage) -> SpeechBatch:
     response[response == stage.end_token] = 12 + (stage.end_token == 12)
     response[torch.arange(len(LENGTHS)), torch.tensor(LENGTHS) - 1] = stage.end_token
     response[~mask] = 0
+    if stage.config.pseudo_text == "generated":
+        batch.own_mask_BR = torch.arange(max(OWN)) < torch.tensor(OWN)[:, None]
+        own = torch.randint(12, tiny.VOCABULARY, batch.own_mask_BR.shape, generator=generator)
+        own[:, 1:4] = response[:, 1:4]
+        batch.own_BR = own.masked_fill(~batch.own_mask_BR, 0)
     return batch
 
 
@@ -73,7 +80,7 @@ class FakeTeacher:
             return [1, *[3, 5] * 8]
         return [] if segment == SILENT else [(segment + 5 * place) % tiny.WORDS for place in range(2 + segment % 4)]
 
-    def __call__(self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor) -> DecodedUnits:
+    def __call__(self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor, *_: Any) -> DecodedUnits:
         self.asked = [row[mask] for row, mask in zip(text_BLh, mask_BL, strict=True)]
         self.limits = limit_N.tolist()
         rows = [self.words(segment) for segment in range(len(mask_BL))]
@@ -95,6 +102,9 @@ def hear(stage: EchoStage, batch: SpeechBatch) -> tuple[list[by_hand.Said], dict
             count += len(response)
         if stage.config.pseudo_text == "free_run":
             text = by_hand.own_answer(stage.s2t, prompt, stage.end_token, stage.config.free_run_tokens)
+            hidden = by_hand.states(stage.s2t, prompt, text)[:-1]
+        elif stage.config.pseudo_text == "generated":
+            text = batch.own_BR[row, : OWN[row]].tolist()
             hidden = by_hand.states(stage.s2t, prompt, text)[:-1]
         else:
             own = logits.argmax(-1).tolist()
@@ -123,8 +133,8 @@ def speak(
         if weight:
             totals["denoising"] = totals["denoising"] + (1 - F.cosine_similarity(adapted, embedded, dim=-1)).sum()
             counts["denoising"] += len(said.tokens)
-            reference = batch.response_BR[row].tolist()
-            differs += sum(token != reference[place] for place, token in enumerate(said.tokens))
+            reference = dict(enumerate(batch.response_BR[row][batch.response_mask_BR[row]].tolist()))
+            differs += sum(token != reference.get(place) for place, token in enumerate(said.tokens))
         for first, last in said.segments:
             asked = by_hand.template(stage, stage.s2t.embed, embedded[first:last])
             torch.testing.assert_close(teacher.asked[segment], asked, msg=f"segment {segment} of the teacher")
@@ -146,13 +156,15 @@ def speak(
         "teacher/segments_per_sample": weighted / float(batch.weight_B.sum()),
         "pseudo_text/differs_share": differs / counts["denoising"],
     }
+    if stage.config.pseudo_text == "generated":
+        metrics["pseudo_text/rejected_share"] = 1 / 5
     return totals, counts, metrics
 
 
 @pytest.mark.parametrize(
     ("pseudo_text", "layout"),
     [("argmax_teacher_forced", "packed"), ("argmax_teacher_forced", "padded"), ("reference", "packed"),
-     ("free_run", "packed")],
+     ("free_run", "packed"), ("generated", "packed"), ("generated", "padded")],
 )  # fmt: skip
 def test_every_loss_and_gradient_of_an_echo_step_is_that_of_each_segment_by_hand(
     pseudo_text: str, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -181,7 +193,7 @@ def test_every_loss_and_gradient_of_an_echo_step_is_that_of_each_segment_by_hand
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("pseudo_text", ["argmax_teacher_forced", "free_run"])
+@pytest.mark.parametrize("pseudo_text", ["argmax_teacher_forced", "free_run", "generated"])
 def test_the_case_has_all_that_a_step_must_get_right(pseudo_text: str) -> None:
     stage = make_stage(pseudo_text).eval()
     batch = make_batch(stage)
@@ -195,10 +207,45 @@ def test_the_case_has_all_that_a_step_must_get_right(pseudo_text: str) -> None:
     lengths = [last - first for said in heard for first, last in said.segments]
     assert len(set(lengths)) > 2, "segments of one length would hide what belongs to which"
     early = len(heard[0].tokens)
-    assert 0 < early < (stage.config.free_run_tokens if pseudo_text == "free_run" else LENGTHS[0] - 1)
-    same = [token == int(batch.response_BR[row, place]) for row, said in enumerate(heard)
-            for place, token in enumerate(said.tokens)]  # fmt: skip
-    assert not all(same)
+    ends = {"free_run": stage.config.free_run_tokens, "generated": max(OWN) + 1}
+    assert 0 < early < ends.get(pseudo_text, LENGTHS[0] - 1)
+    same = [token == reference for row, said in enumerate(heard)
+            for token, reference in zip(said.tokens, batch.response_BR[row].tolist(), strict=False)]  # fmt: skip
+    assert not all(same) and any(same)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("pseudo_text", ["reference", "generated"])
+def test_nats_of_the_pseudo_text_are_those_of_the_llm_alone_that_reads_the_question(
+    pseudo_text: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = make_stage(pseudo_text, layout).train()
+    batch = make_batch(stage)
+    batch.transcript_lengths_B[5] = 0
+    monkeypatch.setattr(stage.teacher, "forward", FakeTeacher())
+    assert stage.probe() == {}, "nothing was said yet"
+    stage(batch)
+    trainable = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    (term,) = stage(None, stage.probe).values()
+    assert {name for name, parameter in stage.named_parameters() if parameter.requires_grad} == trainable
+
+    llm, total, count = tiny.causal_lm(), 0.0, 0
+    heard, _, _ = hear(stage, batch)
+    for row, said in enumerate(heard):
+        question = batch.transcript_BC[row, : int(batch.transcript_lengths_B[row])].tolist()
+        if batch.weight_B[row] and question and said.tokens:
+            after = batch.after_BQ[row][batch.after_mask_BQ[row]].tolist()
+            prompt = [*batch.before_BP[row].tolist(), *question, *after]
+            logits = llm(torch.tensor([[*prompt, *said.tokens]])).logits[0, len(prompt) - 1 : -1]
+            total += float(F.cross_entropy(logits, torch.tensor(said.tokens), reduction="sum").detach())
+            count += len(said.tokens)
+    assert int(term.count) == count > 20
+    assert float(term.total) == pytest.approx(total, rel=1e-4) and not term.total.requires_grad
+
+
+def test_a_batch_without_the_answers_that_it_must_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="no answers were attached"):
+        make_stage("generated")(tiny.speech_batch())
 
 
 def test_what_a_forward_without_dropout_found_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ def _frozen(name: str, parameter: torch.nn.Parameter) -> bool:
     return not trained
 
 
-@pytest.mark.parametrize("pseudo_text", ["argmax_teacher_forced", "reference", "free_run"])
+@pytest.mark.parametrize("pseudo_text", ["argmax_teacher_forced", "reference", "free_run", "generated"])
 def test_echo_loss_alone_reaches_lora_and_nothing_frozen(pseudo_text: str) -> None:
     stage = tiny.echo_stage(pseudo_text=pseudo_text, free_run_tokens=6)
     stage.train()
-    terms = stage(tiny.speech_batch(6))
+    batch = tiny.speech_batch(6)
+    batch.own_BR, batch.own_mask_BR = batch.response_BR.flip(0), batch.response_mask_BR.flip(0)
+    terms = stage(batch)
     assert int(terms["echo"].count) > 0
     terms["echo"].total.backward()
     grads = {name: parameter.grad for name, parameter in stage.named_parameters()}

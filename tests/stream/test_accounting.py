@@ -157,13 +157,14 @@ def test_a_dropped_sample_is_accounted_for_and_no_longer_trained() -> None:
 class CutRow(NamedTuple):
     id: str
     cut_s: float
+    turns_dropped: int
 
 
 class Cutting(Collate):
-    """Samples that lack as many seconds of audio as their number."""
+    """Samples that lack as many seconds of audio as their number, and twice as many turns."""
 
     def decode(self, item: Item) -> Any:
-        return CutRow(super().decode(item), float(item.sample.number))
+        return CutRow(super().decode(item), float(item.sample.number), 2 * item.sample.number)
 
     def join(self, rows: Sequence[Any], step: int) -> Batch:
         return super().join([row.id for row in rows], step)
@@ -181,6 +182,7 @@ def test_cut_samples_and_what_they_lack_are_added_up_over_ranks_steps_and_resume
     lacking = [int(name.rpartition("-")[2]) for name in trained]
     assert metrics["data/cut_s"] == metrics["data/set-sqa/cut_s"] == sum(lacking) > 0
     assert metrics["data/cut"] == metrics["data/set-sqa/cut"] == np.count_nonzero(lacking)
+    assert metrics["data/turns_dropped"] == 2 * sum(lacking)
 
 
 def test_nothing_cut_is_shown_as_such_and_a_record_without_the_numbers_begins_at_none() -> None:
@@ -188,9 +190,10 @@ def test_nothing_cut_is_shown_as_such_and_a_record_without_the_numbers_begins_at
     books.expect(window, 0)
     metrics = books.check(vector(window, window.samples(0)).tolist())
     assert (metrics["data/cut"], metrics["data/cut_s"]) == (0, 0) and "data/a-sqa/cut" not in metrics
+    assert "data/turns_dropped" not in metrics
     record = books.to_json()
     for row in record["sources"]:
-        del row["cut"], row["cut_s"]
+        del row["cut"], row["cut_s"], row["turns_dropped"]
     again = Accounts(NAMES)
     again.load(record)
     assert again.table.tolist() == books.table.tolist()

@@ -205,7 +205,9 @@ def test_a_transcript_is_needed_where_ctc_is_trained(
     monkeypatch.setattr("echox.release.pretrained.mel_bins", lambda ref, *, random_init: 8)
     model = tiny.model_config()
     model = model.model_copy(update={"ctc": model.ctc.model_copy(update=ctc)})
-    recipe, text = SimpleNamespace(stage=stage, model=model), SimpleNamespace(tokenize=letters, prompt=PROMPT)
+    data = SimpleNamespace(history_tokens=0)
+    recipe = SimpleNamespace(stage=stage, model=model, data=data)
+    text = SimpleNamespace(tokenize=letters, prompt=PROMPT)
     assert build_speech_collate(recipe, text).needs_transcript is needed  # type: ignore[arg-type]
 
 
@@ -214,3 +216,32 @@ def test_a_missing_member_is_named(collate: Callable[[], Any], member: str) -> N
     with pytest.raises(CorruptSampleError, match=f"sample k has no member {member}") as caught:
         collate().decode(Item(Sample("k", 0, {}, {}), "sqa"))
     assert caught.value.kind == "member"
+
+
+def annotated() -> SpeechCollate:
+    language = tiny.Words(lambda found: found + 100)
+    return SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000, labels=language)
+
+
+def test_units_of_recorded_answers_are_labels_where_they_are_wanted() -> None:
+    collate = annotated()
+    assert collate.members == {"question.flac", "answer.units"}
+    silent = sample(1)
+    del silent.members["answer.units"]  # type: ignore[attr-defined]
+    batch = collate([Item(sample(2), "sqa"), Item(silent, "asr"), Item(sample(0), "sqa")], 0)
+    assert batch.labels_BM is not None and batch.labels_mask_BM is not None
+    assert batch.labels_BM.tolist() == [[100, 101, 102], [0, 0, 0], [100, 0, 0]]
+    assert batch.labels_mask_BM.sum(1).tolist() == [3, 0, 1]
+    assert speech()([Item(sample(2), "sqa")], 0).labels_BM is None
+    blank = collate.blank(0)
+    assert blank.labels_mask_BM is not None and not blank.labels_mask_BM.any()
+
+
+def test_units_that_cannot_be_labels_are_named() -> None:
+    silent = sample(1)
+    del silent.members["answer.units"]  # type: ignore[attr-defined]
+    unknown = SpeechCollate(letters, PROMPT, LogMel(80), max_samples=16000, labels=tiny.Words(known=1))
+    for collate, given, kind in ((annotated(), silent, "member"), (unknown, sample(1), "decode")):
+        with pytest.raises(CorruptSampleError, match="answer.units") as caught:
+            collate.decode(Item(given, "sqa"))
+        assert caught.value.kind == kind

@@ -7,15 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+import requests
 from mlflow.tracking import MlflowClient
 
-from echox.tracking.spool import pending
+from echox.tracking.spool import Spool, pending
 from echox.tracking.state import SPOOL_FOLDER
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,6 +38,30 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
             return value
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} s: {condition}")
+
+
+class Threads:
+    """The threads that ask a server or write a journal from now on: those that wait where one of them is slow."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asking = self._of(monkeypatch, requests.Session, "send")
+        self.writing = self._of(monkeypatch, Spool, "append")
+
+    def waits(self) -> bool:
+        """Whether the caller's thread is one of them."""
+        return threading.current_thread() in self.asking | self.writing
+
+    @staticmethod
+    def _of(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> set[threading.Thread]:
+        seen: set[threading.Thread] = set()
+        method = getattr(owner, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            seen.add(threading.current_thread())
+            return method(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+        return seen
 
 
 def on_sqlite(storage: Path) -> MlflowClient:

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from echox.tracking import client as client_module
 from echox.tracking.run import attach, open_run
-from tests.tracking.parts import Server, children, on_sqlite, points, recipe, until
+from tests.tracking.parts import Server, Threads, children, on_sqlite, points, recipe, until
 
 
 @pytest.mark.slow
@@ -30,19 +30,17 @@ def test_a_server_killed_and_restarted_in_mid_run_gets_everything_once_and_in_or
     worker.begin_attempt(1, 0, {})
     run_id, store = tracker.handle.run_id, on_sqlite(storage)
     assert run_id is not None
-    longest, step, back = 0.0, 0, [False]
+    threads, step, back = Threads(monkeypatch), 0, [False]
 
     def restart() -> None:
         server.start()
         back[0] = True
 
     def log_steps(until_: Any) -> None:
-        nonlocal longest, step
+        nonlocal step
         while not until_():
             step += 1
-            began = time.perf_counter()
             worker.log_metrics({"loss/total": float(step), "perf/step_ms": 1.0}, step)
-            longest = max(longest, time.perf_counter() - began)
             time.sleep(0.05)
 
     log_steps(lambda: points(store, run_id))
@@ -62,7 +60,7 @@ def test_a_server_killed_and_restarted_in_mid_run_gets_everything_once_and_in_or
     tracker.finish()
     assert points(store, run_id) == points(store, child.info.run_id) == wanted
     assert store.get_run(run_id).info.status == "FINISHED"
-    assert longest < 0.2, "a call waited for something"
+    assert threads.asking and threads.writing and not threads.waits()
 
 
 @pytest.mark.slow
@@ -127,13 +125,16 @@ def slow_way_to(server: Server | None, delay_s: float) -> Iterator[str]:
 
 
 def per_call(worker: Any, calls: int = 2000) -> float:
-    """Seconds a call of `log_metrics` with forty values takes in the middle; the median does not mind other work."""
+    """Seconds of processor time that a call of `log_metrics` with forty values takes in the middle.
+
+    Neither the median nor the thread's own clock minds other work on the machine.
+    """
     metrics = {f"loss/part-{index}": float(index) for index in range(40)}
     spent = []
     for step in range(calls):
-        began = time.perf_counter()
+        began = time.thread_time()
         worker.log_metrics(metrics, step)
-        spent.append(time.perf_counter() - began)
+        spent.append(time.thread_time() - began)
     return sorted(spent)[calls // 2]
 
 
@@ -144,6 +145,7 @@ def test_a_server_that_never_answers_costs_training_microseconds_and_the_end_a_b
 
     monkeypatch.setattr(run_module, "CREATE_S", 1.0)
     monkeypatch.setattr(client_module, "FINISH_S", 2.0)
+    threads = Threads(monkeypatch)
     with slow_way_to(None, 0) as uri:
         began = time.monotonic()
         tracker = open_run(recipe(uri=uri, hours=0), {}, storage=storage)
@@ -151,7 +153,7 @@ def test_a_server_that_never_answers_costs_training_microseconds_and_the_end_a_b
         worker = attach(tracker.handle, "rank0")
         spent = per_call(worker)
         print(f"log_metrics of 40 values: {spent * 1e6:.1f} us")
-        assert spent < 200e-6
+        assert spent < 200e-6 and not threads.waits()
         worker.finish()
         tracker.finish()
         assert time.monotonic() - began < 15
@@ -170,7 +172,8 @@ def test_a_server_that_answers_after_half_a_minute_still_gets_it_all(
         from dataclasses import replace
 
         worker = attach(replace(tracker.handle, uri=uri), "rank0")
-        assert per_call(worker, 50) < 200e-6
+        threads = Threads(monkeypatch)
+        assert per_call(worker, 50) < 200e-6 and not threads.waits()
         store = MlflowClient(server.uri)
         until(lambda: len(points(store, run_id, "loss/part-39")) == 50, 400)
         began = time.monotonic()

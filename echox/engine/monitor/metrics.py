@@ -34,6 +34,7 @@ def step_metrics(
     values["grad_norm"] = float(engine.ds.get_global_grad_norm() or 0.0)
     local = {"samples": float(sums.samples), **sums.stats}
     values |= {name: total / world.size for name, total in _over_ranks(_stage_metrics(engine), world).items()}
+    values |= _probed(engine, world)
     totals = _over_ranks(local, world)
     tokens = totals.get("tokens", sums.tokens())
     values["perf/step_ms"] = step_s * 1000
@@ -78,6 +79,19 @@ def _skew(step_s: float, wait_s: float, cpu_s: float, world: World) -> dict[str,
 def _stage_metrics(engine: Engine) -> dict[str, float]:
     found = engine.stage.metrics() if hasattr(engine.stage, "metrics") else {}
     return {name if "/" in name else f"stage/{name}": float(value) for name, value in found.items()}
+
+
+def _probed(engine: Engine, world: World) -> dict[str, float]:
+    """Token means over all ranks of what the stage measures with a forward of its own."""
+    probe = getattr(engine.stage, "probe", None)
+    if probe is None:
+        return {}
+    with engine.evaluating("probe"):
+        terms = engine.ds(None, probe)
+    sums = {name: (float(term.total), float(term.count)) for name, term in terms.items()}  # host sync
+    totals = _over_ranks({name: total for name, (total, _) in sums.items()}, world)
+    counts = _over_ranks({name: count for name, (_, count) in sums.items()}, world)
+    return {name: total / counts[name] for name, total in totals.items() if counts[name]}
 
 
 def _over_ranks(numbers: Mapping[str, float], world: World) -> dict[str, float]:

@@ -19,7 +19,7 @@ class Progress(TypedDict, total=False):
     Attributes:
         stage: of the recipe.
         step, steps: optimizer steps done, and those of the whole run.
-        state: starting, training, validating, saving, stopping, stopped, finished or failed.
+        state: starting, training, refreshing, validating, saving, stopping, stopped, finished or failed.
         attempt: number of the attempt.
         loss, samples_per_s: of the last report; None before it.
         eta_s: seconds to the last step, where a rate is known.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 JSON = "json"
 UNITS = "answer.units"
+TURN_MEMBERS = tuple(f"turn-{number:02d}.flac" for number in range(100))
+"""Sounds of earlier turns of the dialogue, by the number of the turn in `turns` of the `json` member."""
 
 RECORD = np.dtype(
     [

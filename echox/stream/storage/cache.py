@@ -83,8 +83,14 @@ class NodeCache:
             if held is not None:
                 return held
             part = self._lock_part(name)
-            if part is not None:
+            if part is None:
+                continue
+            # Between looking for it and locking a new part, its fetcher may have published it.
+            held = self._hold(name, size)
+            if held is None:
                 return self._fill(name, size, part, fetch)
+            (self.folder / f"{name}{_PART}").unlink()
+            return held
 
     def _hold(self, name: str, size: int) -> OpenShard | None:
         path = self.folder / f"{name}{_SOUND}"
@@ -106,7 +112,12 @@ class NodeCache:
         """The file to fetch into, ours alone; None where another process has finished it while we waited."""
         path = self.folder / f"{name}{_PART}"
         part = OpenShard(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        fcntl.flock(part.descriptor, fcntl.LOCK_EX)
+        while not _locked_now(part.descriptor):
+            # Waiting for an exclusive lock would last until its fetcher lets go of what it published: training on two
+            # ranks of a node would stand still, one waiting for the shard, the other for the first in a collective.
+            fcntl.flock(part.descriptor, fcntl.LOCK_SH)
+            if not _is_at(part.descriptor, path):
+                return None
         return part if _is_at(part.descriptor, path) else None
 
     def _fill(self, name: str, size: int, part: OpenShard, fetch: Fetch) -> OpenShard:
@@ -172,9 +183,19 @@ def exclusive(path: Path) -> Iterator[None]:
 def _evict(path: Path) -> bool:
     try:
         file = OpenShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _locked_now(file.descriptor):
+            return False
         path.unlink()
-    except (BlockingIOError, FileNotFoundError):
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _locked_now(descriptor: int) -> bool:
+    """Whether nobody else has a lock; the exclusive one is then ours."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     return True
 

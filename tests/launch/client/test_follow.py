@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def test_phases_are_timed_and_reuse_is_said() -> None:
         raise ValueError
     assert phases.seconds["corpus"] >= 0.05 and phases.reused == ["assets"]
     said = cast(io.StringIO, console.file).getvalue()
-    assert "reused: all there" in said and "done in 0.0 s (reused)" in said
+    assert "reused: all there" in said and re.search(r"done in \d+\.\d s \(reused\)", said)
 
 
 def test_memory_of_children_counts() -> None:
@@ -82,7 +83,9 @@ def test_memory_of_children_counts() -> None:
         assert child.stdout is not None
         child.stdout.readline()
         assert watch.sample() - before > 290_000_000
-        time.sleep(0.3)
+        deadline = time.monotonic() + 60
+        while watch.peak_bytes - before <= 290_000_000 and time.monotonic() < deadline:
+            time.sleep(0.02)
     finally:
         child.kill()
         child.wait()

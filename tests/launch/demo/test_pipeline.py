@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,12 @@ import pytest
 from rich.console import Console
 
 from echox.errors import DataError
+from echox.evaluate.columns import COLUMNS
+from launch.client import local_head
 from launch.demo import __main__ as command
 from launch.demo import pipeline as demo_module
 from launch.demo.__main__ import main
-from launch.demo.pipeline import Demo, final_losses
+from launch.demo.pipeline import Demo, final_losses, teacher_facts
 
 SCORES = {
     "sets": {
@@ -29,13 +32,25 @@ SCORES = {
             "text_llm_acc": 1.0,
             "s2t_acc": 0.95,
             "s2s_acc": 0.8,
+            "s2t_strict_acc": 0.933,
+            "s2s_strict_acc": 0.75,
+            "interval_95": [0.628, 0.842],
+            "cascade_acc": 0.78,
+            "copy_acc": 0.967,
             "retention": 0.84,
+            "retention_paired": 0.79,
+            "exact": 0.6,
             "wer": 0.25,
             "n": 60,
+            "role": "validation",
+            "strict_rule": "answer alone",
         }
     },
     "resynthesis_wer": 0.2,
     "original_wer": 0.1,
+    "t2c_heldout_wer": 0.3,
+    "t2c_heldout_exact": 0.4,
+    "t2c_heldout_n": 40,
 }
 
 INTERRUPTED = """
@@ -177,6 +192,37 @@ def test_the_next_stage_gets_in_line_when_one_is_about_to_end(
     assert jobs.submitted == expected
 
 
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_a_head_that_a_killed_demo_left_is_ended_and_one_in_use_is_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abandoned: bool
+) -> None:
+    me = psutil.Process()
+    left = local_head.Head(
+        pid=me.pid,
+        created=me.create_time(),
+        mark="left",
+        address="http://127.0.0.1:9",
+        token_file="token",
+        folder=str(tmp_path),
+        starter=me.pid,
+        starter_created=me.create_time() - (60 if abandoned else 0),
+    )
+    ours = replace(left, mark="ours")
+    stopped: list[str] = []
+    monkeypatch.setattr(local_head, "remembered", lambda: left)
+    monkeypatch.setattr(local_head, "running_elsewhere", lambda: None)
+    monkeypatch.setattr(local_head, "start_head", lambda cpus: ours)
+    monkeypatch.setattr(local_head, "stop_head", lambda head: stopped.append(head.mark))
+    monkeypatch.setattr("launch.client.jobs.Jobs", lambda address: address)
+    for name in left.environment():
+        monkeypatch.setenv(name, "")
+    demo = Demo(storage=tmp_path, console=Console(file=io.StringIO()))
+    assert cast(Any, demo._cluster()) == left.address
+    assert demo._head == (ours if abandoned else left) and stopped == (["left"] if abandoned else [])
+    demo.stop()
+    assert stopped == (["left", "ours"] if abandoned else []), "the head of another demo is not ours to stop"
+
+
 def test_a_wrong_override_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--set", "optim.steps=3"]) == 2
     assert "STAGE.key=value" in capsys.readouterr().out
@@ -238,7 +284,7 @@ def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
 
     def run(**more: Any) -> tuple[dict[str, Any], str]:
-        demo = Demo(storage=tmp_path, console=Console(file=io.StringIO(), width=120), **more)
+        demo = Demo(storage=tmp_path, console=Console(file=io.StringIO(), width=200), **more)
         demo.run()
         demo.show()
         return json.loads((tmp_path / "result.json").read_text()), cast(io.StringIO, demo.console.file).getvalue()
@@ -247,9 +293,26 @@ def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest
     assert result["sets"] == SCORES["sets"] and result["original_wer"] == 0.1 and "failed" not in result
     assert result["final_losses"]["echo"] == {"loss/total": 1.25}
     assert set(result) == {
-        *("phases", "reused", "peak_memory_gib", "final_losses", "sets", "resynthesis_wer", "original_wer")
+        *("phases", "reused", "peak_memory_gib", "final_losses", "sets", "resynthesis_wer", "original_wer"),
+        *("t2c_heldout_wer", "t2c_heldout_exact", "t2c_heldout_n"),
+        *("t2c_heldout_loss", "segments_per_sample", "pseudo_text_differs_share"),
     }
-    for shown in ("95.0 %", "80.0 %", "0.84", "echo 1.250", f"{tmp_path}/report.html", "mlflow ui", "--repeat echo"):
+    assert (result["t2c_heldout_wer"], result["segments_per_sample"]) == (0.3, None)
+    plain = " ".join(said.split())
+    for shown in (*(f"{column.label}: {column.meaning}" for column in COLUMNS), "strict: answer alone"):
+        assert shown in plain, shown
+    for shown in (
+        "95.0 %",
+        "80.0 %",
+        "75.0 %",
+        "[63–84]",
+        "0.79",
+        "30.0 %",
+        "echo 1.250",
+        f"{tmp_path}/report.html",
+        "mlflow ui",
+        "--repeat echo",
+    ):
         assert shown in said, shown
     assert (tmp_path / "report.html").read_text().count("data:image/png") == 3
 
@@ -263,7 +326,27 @@ def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest
     os.utime(later, (later.stat().st_mtime + 60,) * 2)
     run(evaluated=5)
     assert Evaluated.calls == 3
+    # Scores of a version that did not know all of these are made again.
+    scores = tmp_path / "evaluation" / "scores.json"
+    old = json.loads(scores.read_text())
+    del old["t2c_heldout_wer"]
+    scores.write_text(json.dumps(old))
+    os.utime(scores, (later.stat().st_mtime + 60,) * 2)
+    run(evaluated=5)
+    assert Evaluated.calls == 4
 
 
 def test_losses_of_a_missing_run_are_empty() -> None:
     assert final_losses([]) == {}
+    assert set(teacher_facts({}).values()) == {None}
+
+
+def test_what_training_measured_of_the_teacher_is_kept() -> None:
+    t2c = [{"step": 1, "valid/loss/t2c": 3.0}, {"step": 2, "loss/t2c": 1.0}, {"step": 2, "valid/loss/t2c": 2.5}]
+    echo = [
+        {"step": 1, "loss/denoising": 1.0},
+        {"step": 2, "teacher/segments_per_sample": 1.0, "pseudo_text/differs_share": 0.25},
+        {"step": 3, "teacher/segments_per_sample": 1.5, "pseudo_text/differs_share": 0.5},
+    ]
+    facts = teacher_facts({"t2c": t2c, "echo": echo})
+    assert facts == {"t2c_heldout_loss": 2.5, "segments_per_sample": 1.25, "pseudo_text_differs_share": 0.375}

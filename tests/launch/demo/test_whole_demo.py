@@ -45,6 +45,10 @@ def test_cut_down_demo_goes_through_every_phase(tmp_path: Path) -> None:
         assert scores["n"] == 2
         assert 0 <= scores["s2s_acc"] <= 1 and 0 <= scores["s2t_acc"] <= 1 and 0 <= scores["text_llm_acc"] <= 1
         assert scores["wer"] >= 0
+        assert all(0 <= scores[key] <= 1 for key in ("s2t_strict_acc", "s2s_strict_acc", "cascade_acc", "exact"))
+        assert scores["interval_95"][0] <= scores["s2s_strict_acc"] <= scores["interval_95"][1]
+        assert sum(row["n"] for row in scores["relations"].values()) == scores["entity_n"] == 2
+    assert result["t2c_heldout_wer"] >= 0 and result["t2c_heldout_loss"] > 0 and result["segments_per_sample"] >= 1
     assert "<audio" in (tmp_path / "demo" / "report.html").read_text()
     shown = ran.stdout.replace("\n", " ")
     for words in ("report.html", "mlflow ui --backend-store-uri sqlite:///", "--repeat echo"):

@@ -34,9 +34,11 @@ DRIVER = """
         time.sleep(0.02)
         if signals.abort_requested:
             os._exit(130)
-        if signals.asked and not (folder / "slow").exists():
-            (folder / "saved").write_text(signals.why)
-            os._exit(0)
+        if signals.asked:
+            (folder / "asked").touch()
+            if not (folder / "slow").exists():
+                (folder / "saved").write_text(signals.why)
+                os._exit(0)
     if code.isdigit() and code != "70":
         JobLog(folder)("failed", error=code)
     os._exit(int(code.strip("!")))
@@ -158,7 +160,7 @@ def test_a_second_signal_aborts(start: Callable[[str], Job]) -> None:
     (job.folder / "slow").touch()
     driver = job.drivers(1)[0]
     job.process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)  # two signals at once are one
+    job.until((job.folder / "asked").exists)  # two signals at once are one
     assert job.process.poll() is None and not gone(driver)
     job.process.send_signal(signal.SIGTERM)
     assert job.end() == 130 and gone(driver)

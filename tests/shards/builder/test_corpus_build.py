@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -26,11 +27,11 @@ import shards.builder.convert
 import shards.builder.corpus_build
 import shards.builder.publish
 from echox.errors import DataError, EchoXError
-from shards.builder.convert import keys, write_sample
+from shards.builder.convert import Job, keys, write_sample
 from shards.builder.corpus_build import Settings, build_corpus
 from shards.builder.progress import Meter
 from shards.corpora.registry import CORPORA
-from shards.corpus import Request, Utterance
+from shards.corpus import FileAudio, Request, Utterance
 from tests.shards.dying import die
 from tests.shards.killing import killed
 from tests.shards.layouts import build, clip, encoded, ledger, put, put_archive, put_lines, read
@@ -102,6 +103,16 @@ def test_keys_are_plain_and_unique() -> None:
     made = [key for key, _ in found]
     assert made == ["a_b_c", "a_b_c-1", "a_b_c-2", "a_b_c-2-3", "utterance", "utterance-5", "x" * 80, "x" * 80 + "-7"]
     assert [utterance.id for _, utterance in found] == ids
+
+
+def test_shards_without_sounds_of_turns_are_known_as_before_there_were_any() -> None:
+    plain = Utterance(
+        id="a", task="sqa", source="s", question=FileAudio(Path("/x/q.wav")), turns=({"role": "user", "text": "t"},)
+    )
+    known = "724d4ad6f64c930f8fb53489020447b495836f283b1ac028294c035b44075d0d"
+    assert Job(0, Path("/x"), 2.0, [("k", plain)]).digest() == known
+    spoken = dataclasses.replace(plain, turn_audio=(FileAudio(Path("/x/t.wav")),))
+    assert Job(0, Path("/x"), 2.0, [("k", spoken)]).digest() != known
 
 
 def test_workers_do_not_change_a_byte(source: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import soundfile
 
 from echox.errors import DataError
 from shards.corpora.registry import CORPORA
@@ -251,6 +253,54 @@ def test_sharechatx_makes_a_sample_of_every_spoken_question(tmp_path: Path) -> N
         "s-000003": "no list of turns among no fields",
         "s-000004": "unknown role 'x'",
     }
+
+
+def heard(data: bytes) -> np.ndarray:
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="int16")
+    return np.asarray(samples)
+
+
+def test_earlier_turns_keep_their_sound_where_it_is_wanted(tmp_path: Path) -> None:
+    turns = [
+        {"from": "user", "value": "Hi.", "audio": "1.wav"},
+        {"from": "assistant", "value": "Hello.", "audio": "2.wav"},
+        {"from": "user", "value": "Written only."},
+        {"from": "assistant", "value": "Yes."},
+        {"from": "user", "value": "So?", "audio": "3.wav"},
+        {"from": "assistant", "value": "No.", "audio": "4.wav"},
+    ]
+    lost = [dict(turns[0], audio="none.wav"), turns[1], turns[4], turns[5]]
+    sounds = {f"{number}.wav": encoded(clip(number)) for number in (1, 2, 3, 4)}
+    put_archive(tmp_path / "ShareChatX" / "s.tar", [{"conversations": turns}, {"conversations": lost}], sounds)
+    samples, rejected = build("sharechatx", tmp_path, tmp_path / "out", history=True)
+    assert list(samples) == ["s-000000", "s-000000-1"]
+    assert rejected == {name: f"{what}: s.tar has no member none.wav"
+                        for name, what in (("s-000001", "question"), ("s-000001-1", "turn 0"))}  # fmt: skip
+    first, second = samples.values()
+    assert not any(name.startswith("turn-") for name in first)
+    assert [name for name in second if name.startswith("turn-")] == ["turn-00.flac"]
+    np.testing.assert_array_equal(heard(second["turn-00.flac"]), clip(1))
+    said = second["json"]["turns"]
+    assert said[0] == {"role": "user", "text": "Hi.", "audio": "turn-00.flac"} and len(said) == 4
+    assert not any("audio" in turn for turn in said[1:]), "answers are read"
+    plain, rejected = build("sharechatx", tmp_path, tmp_path / "plain")
+    assert list(plain) == ["s-000000", "s-000000-1", "s-000001-1"] and list(rejected) == ["s-000001"]
+    assert not any(name.startswith("turn-") for sample in plain.values() for name in sample)
+    assert [turn.keys() for turn in plain["s-000000-1"]["json"]["turns"]] == [{"role", "text"}] * 4
+
+
+def test_a_manifest_names_the_sounds_of_earlier_turns(tmp_path: Path) -> None:
+    for number in (1, 2):
+        put(tmp_path / f"{number}.wav", encoded(clip(number)))
+    turns = [{"role": "system", "text": "s", "audio": "1.wav"}, {"role": "user", "text": "u", "audio": "1.wav"}]
+    rows = [{"audio": "2.wav", "text": "q", "answer_text": "a", "turns": turns}]
+    source = put_lines(tmp_path / "mine.jsonl", rows)
+    samples, _ = build("manifest", source, tmp_path / "out", history=True)
+    (sample,) = samples.values()
+    assert [name for name in sample if name.startswith("turn-")] == ["turn-01.flac"]
+    np.testing.assert_array_equal(heard(sample["turn-01.flac"]), clip(1))
+    assert sample["json"]["turns"] == [
+        {"role": "system", "text": "s"}, {"role": "user", "text": "u", "audio": "turn-01.flac"}]  # fmt: skip
 
 
 def test_magpie_pro_speech(tmp_path: Path) -> None:

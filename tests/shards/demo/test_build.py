@@ -25,7 +25,7 @@ from shards.demo import build as module
 from shards.demo.build import build, known_facts
 from shards.demo.facts import COUNTRIES
 from shards.demo.prompts import read_prompts, split_prompts, words
-from shards.demo.units import UnitSettings, add_units
+from shards.demo.units import TTS_SETS, UnitSettings, add_units
 
 
 class FakeTextModel:
@@ -158,8 +158,8 @@ def test_samples_follow_the_data_contract(cache: Path) -> None:
     sqa, tts = read(root / "sqa-train"), read(root / "tts-train")
     assert len(sqa) == 20 and {"question.flac", "json"} == {name for name in sqa[0] if not name.startswith("__")}
     meta = json.loads(sqa[0]["json"])
-    country, relation = meta["fact"].split("|")
-    assert meta["id"] == sqa[0]["__key__"] and meta["task"] == "sqa" and relation in ("capital", "continent")
+    assert meta["id"] == sqa[0]["__key__"] and meta["task"] == "sqa"
+    assert meta["relation"] in ("capital", "continent", "open") and meta["entity"][1] in meta["question_text"]
     assert meta["question_s"] == len(read_audio(sqa[0]["question.flac"])) / 16_000 and meta["answer_s"] is None
     assert any(answer in meta["answer_text"] for answer in meta["answers"])
     spoken = json.loads(tts[0]["json"])
@@ -177,14 +177,19 @@ def test_samples_follow_the_data_contract(cache: Path) -> None:
     assert sources.count("asterisk-core-sounds-en") == corpus["real_recordings"]["train"] == 1
 
 
+def voiced(corpus: dict[str, Any]) -> int:
+    """Spoken answers of all sets."""
+    return sum(row["samples"] for name, row in corpus["sets"].items() if name.startswith("tts-"))
+
+
 def test_a_second_build_does_nothing_and_says_so(cache: Path) -> None:
     first = build(cache, print, limit=20)
     asked, said, encoded = len(FakeTextModel.asked), len(FakeSpeaker.said), FakeFeatures.encoded
     lines: list[str] = []
     second = build(cache, lines.append, limit=20)
     assert (len(FakeTextModel.asked), len(FakeSpeaker.said)) == (asked, said)
-    assert FakeFeatures.encoded == encoded == 60
-    assert sum("already built" in line for line in lines) == len(first["sets"]) == 8
+    assert FakeFeatures.encoded == encoded == voiced(first)
+    assert sum("already built" in line for line in lines) == len(first["sets"]) == 11
     assert sum("units: already made" in line for line in lines) == 1
     assert first["sets"] == second["sets"]
     assert FakeSpeaker.left == 2, "its threads end with the build"
@@ -196,12 +201,12 @@ def test_a_damaged_or_outdated_set_alone_is_built_again(cache: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-100])
     FakeSpeaker.said.clear()
     assert build(cache, print, limit=20)["sets"] == first["sets"]
-    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 60
+    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == voiced(first)
     FakeSpeaker.said.clear()
     shard = cache / "data/demo/tts-heldout/shard-000000.tar"
     shard.unlink()
     assert build(cache, print, limit=20)["sets"] == first["sets"]
-    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 120
+    assert len(FakeSpeaker.said) == 20 and FakeFeatures.encoded == 2 * voiced(first)
     FakeSpeaker.said.clear()
     build(cache, print, limit=19)
     assert len(FakeSpeaker.said) > 60
@@ -241,10 +246,9 @@ def test_everything_with_units_names_their_unit_set(cache: Path) -> None:
     assert {folder.name for folder in root.iterdir() if (folder / RECORD).is_file()} == {
         "units",
         "tts-train",
-        "tts-answers",
-        "tts-heldout",
+        *TTS_SETS,
     }
-    assert all(read_unit_set(root / name) == units for name in ("tts-train", "tts-answers", "tts-heldout"))
+    assert all(read_unit_set(root / name) == units for name in TTS_SETS)
 
 
 def test_a_corpus_made_before_records_were_gets_them_and_nothing_else_changes(cache: Path) -> None:

@@ -6,13 +6,19 @@ import random
 
 import pytest
 
+from shards.demo.compositions import compose
 from shards.demo.facts import COUNTRIES, RELATIONS, Relation, accepted
 from shards.demo.phrasing import (
     ASR_COUNTRY_CARRIERS,
     HELDOUT_QUESTIONS,
+    OPEN_ANSWERS,
+    OPEN_HELDOUT_QUESTIONS,
+    OPEN_TRAIN_QUESTIONS,
+    STATEMENTS,
     TRAIN_QUESTIONS,
-    answer_text,
-    swapped_text,
+    VALID_QUESTIONS,
+    open_answer_text,
+    statement,
 )
 from shards.demo.plan import CorpusPlan, Fact, Item, choose_heldout, plan_corpus
 from shards.demo.prompts import words
@@ -60,16 +66,18 @@ def test_there_are_enough_phrasings_and_none_is_both_trained_and_held_out() -> N
     for relation in RELATIONS:
         train, heldout = set(TRAIN_QUESTIONS[relation]), set(HELDOUT_QUESTIONS[relation])
         assert len(train) >= 6 and len(heldout) >= 2 and not train & heldout
+        assert VALID_QUESTIONS[relation] not in train | heldout
+    assert not set(OPEN_TRAIN_QUESTIONS) & set(OPEN_HELDOUT_QUESTIONS)
 
 
 def test_no_training_sentence_states_a_held_out_fact(plan: CorpusPlan) -> None:
-    assert len(plan.heldout_countries) == 12
-    for name in ("sqa-train", "asr-train", "tts-train", "sqa-heldout-phrasing"):
+    assert 8 <= len(plan.heldout_countries) <= 20
+    for name in ("sqa-train", "asr-train", "sqa-valid", "sqa-heldout-phrasing", "sqa-heldout-open"):
         for item in plan.sets[name]:
             for country in plan.heldout_countries:
                 if not says(item, country):
                     continue
-                assert item.fact is None
+                assert item.entity is None
                 for relation in RELATIONS:
                     assert not any(says(item, answer) for answer in accepted(BY_NAME[country], relation)), item
 
@@ -85,17 +93,33 @@ def test_no_carrier_states_any_fact(plan: CorpusPlan) -> None:
                 assert not any(says(item, other.capital) for other in COUNTRIES if other.capital != other.name), item
 
 
-def test_an_answer_with_another_value_is_never_true(plan: CorpusPlan) -> None:
-    true = {answer_text(country, relation) for country in COUNTRIES for relation in RELATIONS}
-    swapped = [item.answer_text for item in plan.sets["tts-train"] if item.fact is None]
-    assert len(swapped) > 400 and not true & set(swapped)
-    possible = {
-        swapped_text(country, relation, other.answer(relation))
+def test_the_voice_never_says_a_true_statement_and_none_of_a_test(plan: CorpusPlan) -> None:
+    true = {
+        words(statement(pattern, country, answer))
         for country in COUNTRIES
-        for other in COUNTRIES
-        for relation in RELATIONS
+        for relation, pattern, _ in STATEMENTS
+        for answer in accepted(country, relation)
+        if "{country}" in pattern
     }
-    assert set(swapped) <= possible
+    opened = {words(open_answer_text(country, form)) for country in COUNTRIES for form in range(len(OPEN_ANSWERS))}
+    trained = texts(plan.sets["tts-train"])
+    assert len(trained) > 2000 and not {text for text in trained if any(fact in text for fact in true)}
+    tests = texts(plan.sets["tts-heldout"]) | texts(plan.sets["tts-references"]) | texts(plan.sets["tts-valid"])
+    assert not trained & (tests | opened)
+    assert not texts(plan.sets["tts-valid"]) & (texts(plan.sets["tts-heldout"]) | texts(plan.sets["tts-references"]))
+
+
+def test_every_name_stands_beside_many_others() -> None:
+    said = compose(900, 300, "any", without=["Peru."])
+    assert len(said) == len(set(said)) == 1200 and "Peru." not in said and said == compose(900, 300, "any", ["Peru."])
+    assert compose(5, 5, "other") != compose(5, 5, "any")
+    for country in COUNTRIES:
+        own = [text for text in said[:900] if f" {words(country.name)} " in f" {words(text)} "]
+        assert len(own) >= 2, country.name
+    assert all(text.count(",") <= 2 and "capital" not in text for text in said[900:])
+    spoken = " ".join(words(text) for text in said[900:])
+    for country in COUNTRIES:
+        assert all(words(name) in spoken for name in (country.name, country.capital, country.language))
 
 
 def test_held_out_names_are_heard_and_every_answer_word_is_spoken(plan: CorpusPlan) -> None:
@@ -104,7 +128,7 @@ def test_held_out_names_are_heard_and_every_answer_word_is_spoken(plan: CorpusPl
         own = [item for item in heard if says(item, country)]
         assert len(own) >= 10 and len({voice for item in own for voice in item.utterance.voices}) >= 6
     spoken = " ".join(texts(plan.sets["tts-train"])).split()
-    for name in ("sqa-train", "sqa-heldout-phrasing", "sqa-heldout-knowledge"):
+    for name in ("sqa-train", "sqa-heldout-phrasing", "sqa-heldout-knowledge", "sqa-heldout-open"):
         for item in plan.sets[name]:
             assert set(words(item.answer_text).split()) <= set(spoken), item.answer_text
 
@@ -112,8 +136,7 @@ def test_held_out_names_are_heard_and_every_answer_word_is_spoken(plan: CorpusPl
 def test_held_out_names_and_their_answers_are_spoken_apart(plan: CorpusPlan) -> None:
     spoken = texts(plan.sets["tts-train"])
     for item in plan.sets["sqa-heldout-knowledge"]:
-        name = str(item.fact).split("|")[0]
-        for phrase in (name, item.answers[0]):
+        for phrase in (str(item.entity), item.answers[0]):
             assert sum(f" {words(phrase)} " in f" {text} " for text in spoken) >= 2, phrase
 
 
@@ -121,6 +144,9 @@ def test_held_out_sets_share_no_question_text_or_voice_with_training(plan: Corpu
     train = plan.sets["sqa-train"]
     train_voices = {voice for item in train for voice in item.utterance.voices}
     assert not texts(plan.sets["sqa-heldout-phrasing"]) & texts(train)
+    assert not texts(plan.sets["sqa-heldout-open"]) & texts(train)
+    valid = texts(plan.sets["sqa-valid"])
+    assert valid and not any(valid & texts(items) for name, items in plan.sets.items() if name != "sqa-valid")
     assert not texts(plan.sets["sqa-heldout-knowledge"]) & texts(train)
     used = {voice for item in plan.sets["sqa-heldout-phrasing"] for voice in item.utterance.voices}
     assert used == set(HELDOUT_VOICES) and not used & train_voices and len(train_voices) == 8
@@ -129,14 +155,12 @@ def test_held_out_sets_share_no_question_text_or_voice_with_training(plan: Corpu
 
 def test_sizes_and_keys(plan: CorpusPlan) -> None:
     counts = {name: sum(len(item.keys()) for item in items) for name, items in plan.sets.items()}
-    assert (
-        900 <= counts["sqa-train"] <= 1700 and 400 <= counts["asr-train"] <= 700 and 500 <= counts["tts-train"] <= 1400
-    )
-    assert (
-        counts["sqa-heldout-phrasing"] == 60
-        and 12 <= counts["sqa-heldout-knowledge"] <= 48
-        and counts["tts-heldout"] >= 48
-    )
+    assert 900 <= counts["sqa-train"] <= 1700 and 400 <= counts["asr-train"] <= 900
+    for name in ("phrasing", "open"):
+        assert counts[f"sqa-heldout-{name}"] == 150
+    assert 100 <= counts["sqa-heldout-knowledge"] <= 200 and counts["tts-heldout"] == 60
+    answers = {item.answer_text for name in plan.sets if "sqa-heldout" in name for item in plan.sets[name]}
+    assert answers == {item.answer_text for item in plan.sets["tts-references"]}
     for items in plan.sets.values():
         keys = sum((item.keys() for item in items), [])
         assert len(set(keys)) == len(keys) and not any("." in key or "/" in key for key in keys)
@@ -148,8 +172,7 @@ def test_only_known_facts_are_asked_and_the_plan_is_a_function_of_them() -> None
     assert first == plan_corpus(set(known)) == plan_corpus(known[::-1])
     for name in ("sqa-train", "sqa-heldout-phrasing", "sqa-heldout-knowledge"):
         for item in first.sets[name]:
-            country, relation = str(item.fact).split("|")
-            assert (country, relation) in known
+            assert item.relation == "open" or (item.entity, item.relation) in known
 
 
 def test_every_training_phrasing_is_used_for_every_relation() -> None:
@@ -173,7 +196,8 @@ def test_a_name_that_gives_the_capital_away_is_not_held_out() -> None:
 @pytest.mark.parametrize("limit", [1, 5])
 def test_a_limit_cuts_every_set(limit: int) -> None:
     plan = plan_corpus(EVERYTHING, limit)
-    assert all(1 <= sum(len(item.keys()) for item in items) <= limit for items in plan.sets.values())
+    sizes = {name: sum(len(item.keys()) for item in items) for name, items in plan.sets.items()}
+    assert all(1 <= size <= (3 * limit if name == "tts-references" else limit) for name, size in sizes.items())
     assert plan_corpus([]).sets["sqa-train"] == []
 
 

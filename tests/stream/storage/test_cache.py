@@ -6,6 +6,8 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +38,44 @@ def test_a_file_is_fetched_once_and_found_again(tmp_path: Path) -> None:
         held = cache.take("a", 100, writing(b"a" * 100, calls))
         assert os.pread(held.descriptor, 200, 0) == b"a" * 100
     assert len(calls) == 1 and names(cache) == ["a.tar"]
+
+
+def test_a_file_published_between_the_look_and_the_lock_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = NodeCache(tmp_path, 1000), NodeCache(tmp_path, 1000)
+    calls: list[bytes] = []
+    lock_part = ours._lock_part
+
+    def late(name: str) -> object:
+        theirs.take(name, 100, writing(b"a" * 100, calls))
+        return lock_part(name)
+
+    monkeypatch.setattr(ours, "_lock_part", late)
+    held = ours.take("a", 100, writing(b"b" * 100, calls))
+    assert os.pread(held.descriptor, 1, 0) == b"a"
+    assert calls == [b"a" * 100] and names(ours) == ["a.tar"]
+
+
+def test_who_waits_for_a_fetch_has_the_file_while_its_fetcher_still_holds_it(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 1000)
+    calls: list[bytes] = []
+    taken = []
+    second = threading.Thread(target=lambda: taken.append(cache.take("a", 1, writing(b"b", calls))), daemon=True)
+
+    def fetch(file: int) -> bool:
+        second.start()
+        number = os.fstat(file).st_ino
+        deadline = time.monotonic() + 60
+        while not any("->" in line and f":{number} " in line for line in Path("/proc/locks").read_text().splitlines()):
+            assert time.monotonic() < deadline, "the second never came to wait"
+            time.sleep(0.01)
+        return writing(b"a", calls)(file)
+
+    held = cache.take("a", 1, fetch)
+    second.join(timeout=60)
+    assert len(taken) == 1 and os.path.sameopenfile(taken[0].descriptor, held.descriptor)
+    assert calls == [b"a"] and names(cache) == ["a.tar"]
 
 
 def test_the_file_used_longest_ago_makes_room(tmp_path: Path) -> None:

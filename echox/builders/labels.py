@@ -1,0 +1,106 @@
+"""Keeps the units that the frozen teacher made of each segment in the run's folder (`model.echo.labels: cached`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from echox.config.schema import Recipe
+from echox.errors import EchoXError
+from echox.files import append_line
+from echox.stages.echo import EchoStage
+from echox.stages.labels import Label
+
+FOLDER = "labels"
+"""In the folder of a run: `labels/<identity of the teacher>/rank-00000.jsonl`, one segment a line."""
+
+
+class LabelFile:
+    """Labels of one rank in memory and in its own file; it begins with what all ranks wrote for the same teacher.
+
+    A line that a crash cut short is passed over, and its segment decoded again.
+
+    Args:
+        folder: of the teacher's labels, made when the first one is kept.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / f"rank-{rank:05d}.jsonl"
+        self._known: dict[bytes, tuple[bytes, bool]] = {}
+        for path in sorted(folder.glob("rank-*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._take(line)
+
+    def __len__(self) -> int:
+        """Segments that are known."""
+        return len(self._known)
+
+    def get(self, tokens: tuple[int, ...]) -> Label | None:
+        """The label of a segment; None where it was never decoded."""
+        found = self._known.get(_packed(tokens))
+        return None if found is None else Label(np.frombuffer(found[0], dtype="<u4").tolist(), found[1])
+
+    def add(self, labels: Mapping[tuple[int, ...], Label]) -> None:
+        """Keep labels, here and in the file.
+
+        Raises:
+            EchoXError: the file cannot be written.
+        """
+        for tokens, label in labels.items():
+            self._known[_packed(tokens)] = (_packed(label.words), label.ended)
+        lines = [json.dumps([list(tokens), label.words, label.ended]) for tokens, label in labels.items()]
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self._path, "\n".join(lines))
+        except OSError as error:
+            raise EchoXError(
+                f"the teacher's labels cannot be kept: {error.strerror or error}",
+                where=str(self._path),
+                fix="make room, or set model.echo.labels to teacher",
+            ) from error
+
+    def _take(self, line: str) -> None:
+        try:
+            tokens, words, ended = json.loads(line)
+            self._known[_packed(tokens)] = (_packed(words), bool(ended))
+        except (ValueError, TypeError):
+            return
+
+
+def _packed(numbers: Any) -> bytes:
+    return np.asarray(numbers, dtype="<u4").tobytes()
+
+
+def keep_labels(recipe: Recipe, stage: EchoStage, rank: int) -> None:
+    """Give a stage the labels that its run has kept, where the recipe wants them cached."""
+    if recipe.model.echo.labels == "cached":
+        folder = Path(recipe.storage).expanduser() / recipe.name / FOLDER / teacher_identity(stage)
+        stage.label_store = LabelFile(folder, rank)
+
+
+def teacher_identity(stage: EchoStage) -> str:
+    """Short hash of all that the teacher's labels depend on beside the tokens of a segment.
+
+    These are its weights and options, the template, the limit of words, and the embeddings of the template's tokens,
+    which stand for the text table.
+    """
+    teacher = stage.teacher.decoder
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        template = torch.cat([stage.prefix_P, stage.header_Q])
+        tensors = {**teacher.state_dict(), "template": template, "embedded": stage.embed_text(template)}
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.numpy().tobytes())
+    options = {name: value for name, value in vars(teacher).items() if isinstance(value, int | float | str)}
+    del options["training"]
+    digest.update(repr((len(stage.prefix_P), stage.config.units_per_token, sorted(options.items()))).encode())
+    return digest.hexdigest()[:12]

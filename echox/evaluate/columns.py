@@ -1,0 +1,92 @@
+"""Explains the scores of a held-out set and formats them, the same for a terminal, the report and a script's reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from echox.evaluate.scores import ENTITY_AND_ANSWER
+
+
+class Column(NamedTuple):
+    """One score: key in a row, heading, and what it means in one line."""
+
+    key: str
+    label: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("n", "n", "Number of questions or recordings."),
+    Column(
+        "text_llm_acc",
+        "text model",
+        "The text model alone, which may read the question, gives an accepted answer.",
+    ),
+    Column("s2t_acc", "S2T", "The question is heard; an accepted answer stands in the text."),
+    Column("s2s_acc", "S2S", "An independent speech recogniser hears an accepted answer in the speech."),
+    Column("s2t_strict_acc", "S2T strict", "The text names the accepted answer and what the question is about."),
+    Column(
+        "s2s_strict_acc",
+        "S2S strict",
+        "The recogniser hears both, or exactly a text that has both; with its 95 % interval (Wilson).",
+    ),
+    Column(
+        "cascade_acc",
+        "cascade",
+        "Strict, when the frozen T2C teacher speaks the same text: what speaking from hidden states is measured by.",
+    ),
+    Column(
+        "copy_acc",
+        "copy",
+        "Strict, when the true units of the reference answer are spoken: the ceiling of vocoder and recogniser.",
+    ),
+    Column(
+        "retention_paired",
+        "retention",
+        "Of the answers strictly right in text, the share strictly right in speech.",
+    ),
+    Column("exact", "exact", "What the recogniser hears is the model's text, word for word."),
+    Column(
+        "wer",
+        "WER",
+        "Word error rate of what is heard against the model's text; of recordings, of its transcript. Lower is better.",
+    ),
+)
+RELATION_COLUMNS = (
+    Column("n", "n", "Number of questions."),
+    Column("s2t_strict", "S2T strict", ""),
+    Column("s2s_strict", "S2S strict", ""),
+    Column("cascade", "cascade", ""),
+    Column("copy", "copy", ""),
+)
+METRICS = (*(column.key for column in COLUMNS), "retention", "retention_cascade", "copy_n", "entity_n")
+"""Scores of a set that are numbers."""
+
+
+def cell(key: str, row: Mapping[str, Any]) -> str:
+    """One score as people read it."""
+    value = row.get(key)
+    if value is None:
+        return "–"
+    if key == "n":
+        return str(value)
+    shown = f"{value:.2f}" if key.startswith("retention") else percent(value)
+    if key == "s2s_strict_acc" and row.get("interval_95"):
+        low, high = (100 * end for end in row["interval_95"])
+        return f"{shown} [{low:.0f}–{high:.0f}]"
+    if key.startswith("copy") and row.get("copy_n", row.get("n")) != row.get("n"):
+        return f"{shown} of {row['copy_n']}"
+    return shown
+
+
+def note(row: Mapping[str, Any]) -> str:
+    """What a reader must know of a set before its numbers: its role, and a strict rule that is not the usual one."""
+    rule = row.get("strict_rule")
+    unusual = "" if rule in (None, ENTITY_AND_ANSWER) else f"strict: {rule}"
+    return ", ".join(filter(None, (row.get("role"), unusual)))
+
+
+def percent(value: float) -> str:
+    """A share between 0 and 1."""
+    return f"{100 * float(value):.1f} %"
