@@ -83,7 +83,7 @@ class UnitExtractor:
         for start in range(0, len(order), _GROUP):
             group = order[start : start + _GROUP]
             for index, frames_TD in zip(group, self.features([audio[index] for index in group]), strict=True):
-                found[index] = collapse(self.kmeans.predict(frames_TD))
+                found[index] = collapse(self.kmeans.segment(frames_TD))
             if progress is not None:
                 progress("extract units", len(found), len(audio))
         return [found[index] for index in range(len(audio))]

@@ -1,4 +1,9 @@
-"""Clusters speech frames by k-means, fitted by scikit-learn in mini-batches, applied in batches by torch."""
+"""Clusters speech frames by k-means, fitted by scikit-learn in mini-batches, applied in batches by torch.
+
+Frame by frame, labels flicker between neighbouring centroids, and no text tells how. `KMeans.segment` therefore can
+charge for every change of label and find the cheapest labels of a whole utterance by dynamic programming, the
+duration-penalised segmentation of Kamper and van Niekerk (arXiv 2012.07551).
+"""
 
 from __future__ import annotations
 
@@ -29,9 +34,17 @@ class KMeans:
         centroids_KD: float32 [clusters, features], in standardised space.
         mean_D: subtracted from every frame; None is zero.
         scale_D: what frames are then divided by; None is one.
+        switch_cost: what a change of label costs in an utterance, a squared distance in standardised space; 0 takes
+            the nearest centroid of each frame.
     """
 
-    def __init__(self, centroids_KD: Floats, mean_D: Floats | None = None, scale_D: Floats | None = None) -> None:
+    def __init__(
+        self,
+        centroids_KD: Floats,
+        mean_D: Floats | None = None,
+        scale_D: Floats | None = None,
+        switch_cost: float = 0.0,
+    ) -> None:
         if centroids_KD.ndim != 2 or not 0 < len(centroids_KD) <= 65_536 or not np.isfinite(centroids_KD).all():
             raise DataError(
                 f"Centroids of shape {list(centroids_KD.shape)} are not 1 to 65,536 rows of finite numbers",
@@ -41,6 +54,7 @@ class KMeans:
         width = centroids_KD.shape[1]
         self.mean_D = np.zeros(width, np.float32) if mean_D is None else np.asarray(mean_D, np.float32)
         self.scale_D = np.ones(width, np.float32) if scale_D is None else np.asarray(scale_D, np.float32)
+        self.switch_cost = float(switch_cost)
 
     @property
     def clusters(self) -> int:
@@ -54,14 +68,19 @@ class KMeans:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the centroids, little-endian float32 row by row; then mean and scale, unless all are 0 and 1."""
+        """SHA-256 of the centroids, little-endian float32 row by row.
+
+        Then mean and scale, unless all are 0 and 1, and the switch cost, unless it is 0.
+        """
         tables = [self.centroids_KD]
         if self.mean_D.any() or (self.scale_D != 1).any():
             tables += [self.mean_D, self.scale_D]
+        if self.switch_cost:
+            tables.append(np.array([self.switch_cost]))
         return hashlib.sha256(b"".join(table.astype("<f4").tobytes() for table in tables)).hexdigest()
 
     @classmethod
-    def fit(cls, frames_ND: Floats, clusters: int, *, seed: int = 0, max_iter: int = 12) -> KMeans:
+    def fit(cls, frames_ND: Floats, clusters: int, *, seed: int = 0, max_iter: int = 12, switch: float = 0.0) -> KMeans:
         """Fit with k-means++ seeding on mini-batches of frames scaled to unit variance.
 
         Without the scaling a few channels of a transformer's hidden states, a hundred times larger than the rest,
@@ -72,6 +91,7 @@ class KMeans:
             clusters: K.
             seed: of seeding and batches.
             max_iter: most passes over the frames; it stops earlier once 10 mini-batches bring no gain.
+            switch: what a change of label costs, in mean squared distances of a frame from its centroid.
 
         Raises:
             DataError: fewer frames than clusters.
@@ -97,7 +117,8 @@ class KMeans:
         mean_D = frames_ND.mean(0, dtype=np.float64).astype(np.float32)
         scale_D = np.maximum(frames_ND.std(0, dtype=np.float64), 1e-6).astype(np.float32)
         model.fit((frames_ND - mean_D) / scale_D)
-        return cls(np.asarray(model.cluster_centers_, dtype=np.float32), mean_D, scale_D)
+        cost = switch * float(model.inertia_) / len(frames_ND)
+        return cls(np.asarray(model.cluster_centers_, dtype=np.float32), mean_D, scale_D, cost)
 
     def predict(self, frames_ND: Floats) -> NDArray[np.uint16]:
         """Nearest centroid of each frame by Euclidean distance; uint16 [frames]."""
@@ -121,6 +142,32 @@ class KMeans:
             labels_N[start : start + PREDICT_BATCH] = nearest.cpu().numpy()
         return labels_N
 
+    def segment(self, frames_TD: Floats) -> NDArray[np.uint16]:
+        """Labels of one utterance, uint16 [frames]: those of least distance and switch cost together.
+
+        Ties go to the lower label, and to staying.
+        """
+        if not self.switch_cost or len(frames_TD) == 0:
+            return self.predict(frames_TD)
+        standard_TD = (np.asarray(frames_TD, np.float32) - self.mean_D) / self.scale_D
+        half_TK = np.square(self.centroids_KD).sum(1) / 2 - standard_TD @ self.centroids_KD.T
+        cost_TK = 2 * half_TK  # the term |x|^2 is the same for every centroid
+        stays_TK = np.ones(cost_TK.shape, dtype=bool)
+        from_T = np.zeros(len(cost_TK), dtype=np.int64)
+        total_K = cost_TK[0]
+        for frame in range(1, len(cost_TK)):
+            from_T[frame] = total_K.argmin()
+            switched = total_K[from_T[frame]] + np.float32(self.switch_cost)
+            stays_TK[frame] = total_K <= switched
+            total_K = np.minimum(total_K, switched) + cost_TK[frame]
+        labels_T = np.zeros(len(cost_TK), dtype=np.uint16)
+        label = int(total_K.argmin())
+        for frame in range(len(cost_TK) - 1, -1, -1):
+            labels_T[frame] = label
+            if not stays_TK[frame, label]:
+                label = int(from_T[frame])
+        return labels_T
+
     def save(self, path: str | Path, **extra: str) -> None:
         """Write one `.npz`: the centroids and any texts that go with them."""
         path = Path(path)
@@ -129,6 +176,7 @@ class KMeans:
             "centroids": self.centroids_KD,
             "mean": self.mean_D,
             "scale": self.scale_D,
+            "switch_cost": np.array(self.switch_cost),
             **{name: np.array(text) for name, text in extra.items()},
         }
         with path.open("wb") as file:
@@ -141,7 +189,14 @@ class KMeans:
         Raises:
             DataError: no such file, or no centroids in it.
         """
-        return cls(read_npz(path, "centroids"), read_npz(path, "mean"), read_npz(path, "scale"))
+        centroids_KD, mean_D, scale_D = (read_npz(path, name) for name in ("centroids", "mean", "scale"))
+        return cls(centroids_KD, mean_D, scale_D, _switch_cost(path))
+
+
+def _switch_cost(path: str | Path) -> float:
+    """Of a file; 0 where it was made before there was one."""
+    with np.load(Path(path), allow_pickle=False) as file:
+        return float(file["switch_cost"]) if "switch_cost" in file else 0.0
 
 
 def read_npz(path: str | Path, name: str) -> Any:

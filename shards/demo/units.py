@@ -42,6 +42,7 @@ class UnitSettings:
         model: Whisper model of the features, by its name below the cache.
         layer: encoder block whose output is clustered, counted from 1.
         clusters: number of units K.
+        switch: what a change of unit costs, see `KMeans.fit`.
         vocab_size: words of the unit language, single units included.
         order: 1- or 2-gram unit language.
         max_word: most units a word.
@@ -50,8 +51,9 @@ class UnitSettings:
 
     model: str = "openai/whisper-base"
     layer: int = 2
-    clusters: int = 200
-    vocab_size: int = 1000
+    clusters: int = 500
+    switch: float = 0.8
+    vocab_size: int = 2000
     order: int = 2
     max_word: int = 4
     seed: int = 0
@@ -160,12 +162,14 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
     frames = _frames(features, audio, tell)
     if extractor is None:
         tell("k-means", 0, 1)
-        extractor = UnitExtractor(features, KMeans.fit(np.concatenate(frames), settings.clusters, seed=settings.seed))
+        extractor = UnitExtractor(
+            features, KMeans.fit(np.concatenate(frames), settings.clusters, seed=settings.seed, switch=settings.switch)
+        )
         extractor.save(target, weights=weights)
     unit_set = identify(settings.features(), extractor.kmeans, weights=weights)
     write_unit_set(target, unit_set)
     # The frames serve both the fit and the units; extracting again would encode all audio twice.
-    found = [collapse(extractor.kmeans.predict(frames_TD)) for frames_TD in frames]
+    found = [collapse(extractor.kmeans.segment(frames_TD)) for frames_TD in frames]
     language = UnitLanguage.fit(
         [units for units, _ in found],
         settings.clusters,

@@ -146,6 +146,12 @@ def test_rules_of_the_echo_stage(override: str, expected: str) -> None:
     assert len(found) == 1 and found[0].startswith(expected)
 
 
+def test_answers_are_made_again_only_where_they_are_read() -> None:
+    (found,) = mistakes("demo/echo", "model.echo.refresh_every=1", "model.echo.pseudo_text=reference")
+    assert found.startswith("model.echo.refresh_every=1 answers again, but model.echo.pseudo_text=reference reads no")
+    assert load_recipe("3b/echo", ["model.echo.refresh_every=1"]).model.echo.pseudo_text == "generated"
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [

@@ -1,6 +1,6 @@
-"""Trains a recipe that answers again, run after run in one process; `refresh_worker.py RECIPE FOLDER DIE_AFTER...`.
+"""Trains a recipe that answers again, run after run in one process; `refresh_worker.py RECIPE FOLDER DIE_AFTER`.
 
-One run is left alone; the others each end at the beginning of the step after DIE_AFTER, and are begun again.
+One run, `whole`, is left alone; another ends at the beginning of the step after DIE_AFTER, and is begun again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def run(context: LocalContext, folder: Path, die_after: int) -> None:
 
 
 with LocalContext(Path(sys.argv[2])) as context:
-    run(context, Path(sys.argv[2]) / "whole", -1)
-    for step in map(int, sys.argv[3:]):
-        run(context, Path(sys.argv[2]) / str(step), step)
-        run(context, Path(sys.argv[2]) / str(step), -1)
+    for name, step in (("whole", -1), (sys.argv[3], int(sys.argv[3])), (sys.argv[3], -1)):
+        if not (name == "whole" and (Path(sys.argv[2]) / name).exists()):
+            run(context, Path(sys.argv[2]) / name, step)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,19 @@ def test_the_command_says_what_it_did(recipe: Recipe, tmp_path: Path, capsys: py
     out = capsys.readouterr()
     assert "train: 13 answers (13 new), rejected: " in out.out and "cut" in out.out
     assert "answers to " in out.err and "13/13" in out.err
+
+
+def test_a_ray_job_answers_in_place_of_a_training(recipe: Recipe, tmp_path: Path) -> None:
+    from launch.cli import RESPOND
+    from launch.job.worker import load_object
+
+    logged: dict[str, float] = {}
+    tracker = SimpleNamespace(log_metrics=lambda metrics, step: logged.update(metrics))
+    context = SimpleNamespace(rank=0, world_size=1, local_rank=0, storage=tmp_path)
+    result = load_object(RESPOND)(recipe, context, None, tracker, accept_new_data=False, allow=())
+    assert (result.step, result.checkpoint, result.stopped) == (0, None, "")
+    assert logged["responses/train/samples"] == 13 and 0 < logged["responses/train/rejected_share"] < 1
+    assert table(recipe).samples == 13
 
 
 def test_a_batch_of_training_has_the_answers_of_its_samples(recipe: Recipe, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,51 @@ def test_collapse_and_expand() -> None:
     assert [len(part) for part in collapse(np.zeros(0, np.uint16))] == [0, 0]
     with pytest.raises(DataError, match="lasts 70000 frames"):
         collapse(np.zeros(70_000, np.uint16))
+
+
+def _cheapest(model: KMeans, utterance: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """The best of all labellings, one by one."""
+    distance = ((((utterance - model.mean_D) / model.scale_D)[:, None] - model.centroids_KD) ** 2).sum(-1)
+    every = itertools.product(range(model.clusters), repeat=len(utterance))
+    return min(
+        (
+            sum(distance[at, label] for at, label in enumerate(row))
+            + model.switch_cost * np.count_nonzero(np.diff(row)),
+            row,
+        )
+        for row in every
+    )
+
+
+def test_segments_are_the_cheapest_of_all_labellings() -> None:
+    random = np.random.default_rng(2)
+    switched = 0
+    for case in range(12):
+        model = KMeans(
+            random.normal(size=(3, 4)),
+            random.normal(size=4),
+            random.uniform(0.5, 2, 4),
+            switch_cost=0.6 * (1 + case % 3),
+        )
+        utterance = random.normal(size=(6, 4)).astype(np.float32)
+        labels = tuple(model.segment(utterance).tolist())
+        assert labels == _cheapest(model, utterance)[1]
+        switched += labels != tuple(model.predict(utterance).tolist())
+    assert switched > 3, "the cost should matter in some of them"
+
+
+def test_a_switch_cost_makes_segments_longer_is_saved_and_is_another_unit_set(tmp_path: Path) -> None:
+    data = frames(count=400)
+    plain, dear = KMeans.fit(data, 20), KMeans.fit(data, 20, switch=2.0)
+    changes = [np.count_nonzero(np.diff(model.segment(data).astype(int))) for model in (plain, dear)]
+    assert (plain.segment(data) == plain.predict(data)).all() and changes[1] < changes[0]
+    dear.save(tmp_path / "kmeans.npz")
+    again = KMeans.load(tmp_path / "kmeans.npz")
+    assert again.switch_cost == dear.switch_cost > 0 and (again.segment(data) == dear.segment(data)).all()
+    assert again.sha256 == dear.sha256 != plain.sha256
+
+
+def test_a_file_from_before_there_was_a_switch_cost_has_none(tmp_path: Path) -> None:
+    model = KMeans.fit(frames(count=100), 5)
+    np.savez(tmp_path / "old.npz", centroids=model.centroids_KD, mean=model.mean_D, scale=model.scale_D)
+    assert KMeans.load(tmp_path / "old.npz").switch_cost == 0
