@@ -81,6 +81,7 @@ def run(ablation: Ablation, examiner: Examiner, arms: tuple[Arm, ...], seeds: in
     from launch.ablation.table import compare, markdown
     from launch.ablation.tracked import log, score_metrics
 
+    ablation.check(arms)
     scores: dict[str, dict[int, Scores]] = {}
     folders: list[Path] = []
     for seed in ablation.seeds(seeds):

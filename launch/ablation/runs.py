@@ -84,6 +84,18 @@ class Ablation:
         init = [f"init.s2t={s2t}", f"init.t2c={t2c}"]
         return [*self._own("echo"), *arm.overrides, *init, *self._of_arm("echo", f"{arm.name}-s{seed}", seed)]
 
+    def check(self, arms: Sequence[Arm]) -> None:
+        """Load every recipe, so that a mistake in the last is not found after the first was trained.
+
+        Raises:
+            RecipeError: one cannot be run.
+        """
+        for stage in ("s2t", "t2c"):
+            load_recipe(f"{self.scale}/{stage}", self.shared(stage))
+        for arm in arms:
+            load_recipe(f"{self.scale}/echo", self.echo(arm, 0))
+            load_recipe(f"{self.scale}/t2c", self.decoder(arm, 0))
+
     def run(self, arm: Arm, seed: int) -> Path:
         """Train an arm to its end with one seed, with all that it starts from; returns its folder.
 

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
+from shards.demo.facts import RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import STATEMENTS, sentence, statement
 
 T = TypeVar("T")
@@ -21,41 +21,50 @@ PAIRS = 0.1
 LIST_LENGTHS = (1, 2, 2, 3, 3)
 """Names in a list, each as likely."""
 
+_TRIES = 5
 
-def compose(statements: int, lists: int, seed: str, without: Sequence[str] = ()) -> list[str]:
+
+def compose(named: Sequence[Country], statements: int, lists: int, seed: str, without: Sequence[str] = ()) -> list[str]:
     """Different sentences: `statements` with random names and values, none of them true, then `lists` of names.
 
+    Of a few countries there may be fewer.
+
     Args:
+        named: the countries whose names and values are said.
         statements: statements, some of them pairs.
         lists: lists of one to three names.
         seed: of the choice.
         without: sentences that must not be among them.
     """
+    if not named:
+        return []
     rng = random.Random(seed)
-    values = {relation: sorted({country.answer(relation) for country in COUNTRIES}) for relation in RELATIONS}
-    names = sorted({country.name for country in COUNTRIES}.union(*values.values()))
-    countries: _Deck[Country] = _Deck(COUNTRIES, rng)
+    values = {relation: sorted({country.answer(relation) for country in named}) for relation in RELATIONS}
+    names = sorted({country.name for country in named}.union(*values.values()))
+    countries: _Deck[Country] = _Deck(named, rng)
     answers = {relation: _Deck(values[relation], rng) for relation in RELATIONS}
     listed = _Deck(names, rng)
 
     def one_statement() -> str:
         relation, pattern = _pattern(rng)
-        country, value = countries.draw(), answers[relation].draw()
-        while value in accepted(country, relation):
+        country = countries.draw()
+        for _ in values[relation]:
             value = answers[relation].draw()
-        return statement(pattern, country, value)
+            if value not in accepted(country, relation):
+                return statement(pattern, country, value)
+        return ""
 
     def some_statement() -> str:
-        return " ".join(one_statement() for _ in range(2 if rng.random() < PAIRS else 1))
+        return " ".join(one_statement() for _ in range(2 if rng.random() < PAIRS else 1)).strip()
 
     def one_list() -> str:
         return sentence(", ".join(listed.draw() for _ in range(rng.choice(LIST_LENGTHS))) + ".")
 
     said: dict[str, None] = {}
     for wanted, make in ((statements, some_statement), (statements + lists, one_list)):
-        while len(said) < wanted:
+        for _ in range(_TRIES * wanted):  # of a few names there are only so many sentences
             text = make()
-            if text not in without:
+            if text and text not in without and len(said) < wanted:
                 said[text] = None
     return list(said)
 

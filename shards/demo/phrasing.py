@@ -91,9 +91,9 @@ OPEN_ANSWERS: tuple[tuple[str, str], ...] = (
 """Answers to an open question: two sentences, one of which names the capital. Which of them is said is open."""
 
 STATEMENTS: tuple[tuple[Relation, str, int], ...] = (
-    ("capital", "The capital of {country} is {answer}.", 5),
-    ("continent", "{country} is in {answer}.", 3),
-    ("language", "The official language of {country} is {answer}.", 4),
+    ("capital", "The capital of {country} is {answer}.", 4),
+    ("continent", "{country} is in {answer}.", 4),
+    ("language", "The official language of {country} is {answer}.", 3),
     ("capital", "{answer} is the capital of {country}.", 2),
     ("continent", "{country} is a country in {answer}.", 2),
     ("capital", "Its capital is {answer}.", 2),

@@ -37,7 +37,7 @@ SQA_RENDERINGS = 400
 """Questions about one fact that Piper speaks for training; each is heard in two voices."""
 OPEN_RENDERINGS = 2
 """Open questions about each training country; each is heard in two voices."""
-TTS_STATEMENTS, TTS_LISTS = 1700, 1100
+TTS_STATEMENTS, TTS_LISTS = 1600, 1500
 """What the answer voice says for training, see `shards.demo.compositions`."""
 TTS_VALID = TTS_HELDOUT = 60
 """Compositions that the answer voice says for validation, and for the test of the T2C decoder alone."""
@@ -277,8 +277,8 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     kept = [fact for fact in facts if fact[0].name in heldout]
     taught = [country for country in countries if country.name not in heldout]
 
-    voiced = compose(TTS_STATEMENTS, TTS_LISTS, "tts-train")
-    valid = compose(TTS_VALID, 0, "tts-valid", voiced)
+    voiced = compose(countries, TTS_STATEMENTS, TTS_LISTS, "tts-train")
+    valid = compose(countries, TTS_VALID, 0, "tts-valid", voiced)
     tests = {
         "sqa-heldout-phrasing": _phrasing_test(train),
         "sqa-heldout-knowledge": _knowledge_test(kept),
@@ -287,7 +287,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     sets = {
         "tts-train": _voiced("train", voiced),
         "tts-valid": _voiced("valid", valid),
-        "tts-heldout": _voiced("heldout", compose(TTS_HELDOUT, 0, "tts-heldout", [*voiced, *valid])),
+        "tts-heldout": _voiced("heldout", compose(countries, TTS_HELDOUT, 0, "tts-heldout", [*voiced, *valid])),
         "sqa-train": _sqa_train(train) + _open_train(taught),
         "sqa-valid": _sqa_valid(train),
         **tests,

@@ -14,7 +14,7 @@ from echox.config.load import find_recipe, fingerprint, load_recipe, recipe_name
 from echox.config.schema import Recipe, worker_counts
 from echox.errors import RecipeError
 
-ALL = [f"{scale}/{stage}" for scale in ("3b", "8b", "demo") for stage in ("echo", "s2t", "t2c")]
+ALL = [f"{scale}/{stage}" for scale in ("3b", "8b", "demo", "small") for stage in ("echo", "s2t", "t2c")]
 
 
 def lines(error: RecipeError) -> list[str]:
@@ -43,7 +43,7 @@ def test_no_recipe_is_left_out() -> None:
     assert recipe_names() == ALL
 
 
-@pytest.mark.parametrize("scale", ["demo", "3b", "8b"])
+@pytest.mark.parametrize("scale", ["demo", "small", "3b", "8b"])
 def test_the_echo_stage_fits_the_stages_it_starts_from(scale: str) -> None:
     s2t, t2c, echo = (load_recipe(f"{scale}/{stage}") for stage in ("s2t", "t2c", "echo"))
     assert echo.init.s2t == f"{s2t.storage}/{s2t.name}"

@@ -138,3 +138,14 @@ def test_words_that_mean_nothing_are_refused(words: list[str], capsys: pytest.Ca
     with pytest.raises(SystemExit) as caught:
         cli.main(["ablate", *words])
     assert caught.value.code == 2 and "error: argument" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize("mistake", ["t2c.optim.stepps=3", "echo.optim.warmup_steps=200", "s2t.seed=x"])
+def test_a_mistake_in_any_recipe_is_found_before_anything_is_trained(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runs, "run_echox", lambda words, processes: pytest.fail("trained"))
+    assert cli.main(["ablate", "demo", mistake, "--storage", str(tmp_path)]) == 2
+    key = mistake.partition(".")[2].partition("=")[0]
+    assert key in capsys.readouterr().err

@@ -43,6 +43,10 @@ def says(item: Item, phrase: str) -> bool:
     return f" {words(phrase)} " in f" {words(text)} "
 
 
+def says_name(text: str, name: str) -> bool:
+    return f" {words(name)} " in f" {words(text)} "
+
+
 def texts(items: list[Item]) -> set[str]:
     return {words(item.utterance.text) for item in items}
 
@@ -110,13 +114,20 @@ def test_the_voice_never_says_a_true_statement_and_none_of_a_test(plan: CorpusPl
 
 
 def test_every_name_stands_beside_many_others() -> None:
-    said = compose(900, 300, "any", without=["Peru."])
-    assert len(said) == len(set(said)) == 1200 and "Peru." not in said and said == compose(900, 300, "any", ["Peru."])
-    assert compose(5, 5, "other") != compose(5, 5, "any")
+    said = compose(COUNTRIES, 900, 300, "any", without=["Peru."])
+    assert (
+        len(said) == len(set(said)) == 1200
+        and "Peru." not in said
+        and said == compose(COUNTRIES, 900, 300, "any", ["Peru."])
+    )
+    assert compose(COUNTRIES, 5, 5, "other") != compose(COUNTRIES, 5, 5, "any")
     for country in COUNTRIES:
         own = [text for text in said[:900] if f" {words(country.name)} " in f" {words(text)} "]
         assert len(own) >= 2, country.name
     assert all(text.count(",") <= 2 and "capital" not in text for text in said[900:])
+    few = compose(COUNTRIES[:3], 20, 10, "few")
+    assert not any(says_name(text, country.name) for text in few for country in COUNTRIES[3:])
+    assert compose([], 5, 5, "none") == []
     spoken = " ".join(words(text) for text in said[900:])
     for country in COUNTRIES:
         assert all(words(name) in spoken for name in (country.name, country.capital, country.language))
