@@ -11,7 +11,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow chaos mutate check clean
+.PHONY: help env demo small test test-slow chaos mutate check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: env ## fetch models, build the corpus, train the three stages on this machine, evaluate, report
 	$(BIN)/python -m launch.demo
+
+small: env ## the demo with hours of the answer voice and the published T2C shape: a night on two cores
+	$(BIN)/python -m launch.demo --scale small
 
 test: env ## the default tests; the first run downloads the demo's models
 	$(BIN)/python -m pytest

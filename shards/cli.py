@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     demo.add_argument("--limit", type=positive, help="at most so many samples a set, to try things out")
+    demo.add_argument("--scale", choices=("demo", "small"), default="demo", help="small: hours of the answer voice")
     demo.add_argument("--json", action="store_true", help="print the corpus description as JSON")
     demo.set_defaults(run=run_build)
     add_builders(corpora)
@@ -57,13 +58,13 @@ def run_build(args: argparse.Namespace) -> int:
     from shards.demo.build import build
     from shards.demo.voice import ensure_vocoder
 
-    corpus = build(cache_dir(), _say, limit=args.limit)
-    encode_sources(load_recipe("demo/s2t"), _say)
-    ensure_vocoder(cache_dir())
+    corpus = build(cache_dir(), _say, limit=args.limit, scale=args.scale)
+    encode_sources(load_recipe(f"{args.scale}/s2t"), _say)
+    ensure_vocoder(cache_dir(), scale=args.scale)
     if args.json:
         print(json.dumps(corpus, indent=2, ensure_ascii=False))
     else:
-        print(f"corpus {args.corpus}: {cache_dir() / 'data' / args.corpus}")
+        print(f"corpus {args.scale}: {cache_dir() / 'data' / args.scale}")
     return 0
 
 

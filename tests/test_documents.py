@@ -191,7 +191,7 @@ def test_the_exit_codes_are_those_of_the_errors() -> None:
 
 def test_the_table_of_recipes_says_what_they_hold() -> None:
     table = rows("README.md", "| | LLM | speech encoder | T2C | workers |")
-    assert [name for name, *_ in table] == [f"`{scale}/{{s2t,t2c,echo}}`" for scale in ("demo", "3b", "8b")]
+    assert [name for name, *_ in table] == [f"`{scale}/{{s2t,t2c,echo}}`" for scale in ("demo", "small", "3b", "8b")]
     for name, llm, encoder, t2c, workers in table:
         scale = name.strip("`").partition("/")[0]
         for stage in ("s2t", "t2c", "echo"):

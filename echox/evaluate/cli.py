@@ -21,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("trained", metavar="RUN", type=Path, help="run or checkpoint folder of the echo stage")
     parser.add_argument("--limit", type=int, help="most items of each set")
     parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
+    parser.add_argument("--corpus", default="demo", help="folder of the sets below $ECHOX_CACHE/data; default: demo")
     parser.add_argument(
         "--out", type=Path, help="folder for scores and samples; default: evaluation/ in the run's parent"
     )
@@ -45,7 +46,7 @@ def evaluate(args: argparse.Namespace) -> int:
     def watch(name: str, done: int, total: int) -> None:
         print(f"{name} {done}/{total}", file=sys.stderr)
 
-    found = evaluate_demo(args.trained, vocoder=args.vocoder, limit=args.limit, progress=watch)
+    found = evaluate_demo(args.trained, vocoder=args.vocoder, limit=args.limit, progress=watch, corpus=args.corpus)
     scores = found.to_json()
     save_evaluation(args.out or args.trained.parent / "evaluation", scores, found.samples())
     if args.json:

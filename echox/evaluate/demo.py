@@ -58,7 +58,11 @@ QUESTION_SETS = (
         "test",
         "countries whose facts are in no training sample: only the text model itself can know",
     ),
-    HeldOutSet("sqa-heldout-open", "test", "questions of kinds that are in no training sample"),
+    HeldOutSet(
+        "sqa-heldout-open",
+        "test",
+        "open questions in phrasings and voices never heard in training, answered in two sentences",
+    ),
 )
 ASR_SET = HeldOutSet("asr-heldout-real", "test", "recordings of real people, to be transcribed")
 RESYNTHESIS_SET = "tts-heldout"
@@ -109,6 +113,7 @@ def evaluate_demo(
     vocoder: Path | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
+    corpus: str = "demo",
 ) -> Evaluation:
     """Score an echo run of the demo on its held-out sets.
 
@@ -118,6 +123,7 @@ def evaluate_demo(
         vocoder: vocoder folder; default: the demo's.
         limit: most items of each set.
         progress: called with phase, items done and items in all.
+        corpus: folder of the sets below `data/` of the cache: `demo`, or `small`, whose questions are the same.
 
     Raises:
         DataError: the vocoder is of other units than the run or the held-out set.
@@ -127,12 +133,12 @@ def evaluate_demo(
     from echox.speak.vocoder import check_vocoder, load_vocoder
     from echox.units.identity import UnitPart, read_unit_set
 
-    root = cache_dir() / "data" / "demo"
+    root = cache_dir() / "data" / corpus
     folder = vocoder or root / "vocoder"
     listener = Listener(load_vocoder(folder), Judge.load(resolve_model(JUDGE)))
     model = SpeechToSpeech.load(run)
-    sentences = resolve_data(f"demo/{RESYNTHESIS_SET}")
-    check_vocoder(folder, [model.units, UnitPart(f"demo/{RESYNTHESIS_SET}", read_unit_set(sentences))])
+    sentences = resolve_data(f"{corpus}/{RESYNTHESIS_SET}")
+    check_vocoder(folder, [model.units, UnitPart(f"{corpus}/{RESYNTHESIS_SET}", read_unit_set(sentences))])
     ceilings = json.loads((root / "corpus.json").read_text()).get("text_llm_acc", {})
 
     def watch(name: str) -> Callable[[int, int], None] | None:

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class T2CText(nn.Module):
     """What a T2C decoder is told of its text, the same for the teacher's input, the echo path and its target (Eq. 2).
 
     An LLM's text embeddings share one large direction: two random rows of SmolLM2-135M have a cosine of about 0.5.
-    Centred, and scaled to unit variance in every dimension, what is left tells the tokens apart.
+    Centred, and scaled to unit variance in every dimension, what is left tells the tokens apart. Each vector then gets
+    a root mean square of 1, and so does the Denoising Adapter's output: Eq. 2 brings their directions together, and
+    their lengths must not be left for the Echo decoder to learn.
 
     Args:
         table_Vh: the LLM's text table, whose mean and deviation are taken; None leaves embeddings as they are.
@@ -40,7 +43,13 @@ class T2CText(nn.Module):
         """`[..., h]` text embeddings as the decoder gets them, in their dtype."""
         if self.mean_h is None or self.deviation_h is None:
             return embedded
-        return ((embedded.float() - self.mean_h) / self.deviation_h).to(embedded.dtype)
+        return self.scaled(((embedded.float() - self.mean_h) / self.deviation_h).to(embedded.dtype))
+
+    def scaled(self, vectors: Tensor) -> Tensor:
+        """`[..., h]` with a root mean square of 1 each, where embeddings get one; otherwise as they are."""
+        if self.mean_h is None:
+            return vectors
+        return F.rms_norm(vectors.float(), vectors.shape[-1:], eps=1e-6).to(vectors.dtype)
 
     def characters(self, tokens: Tensor) -> Tensor | None:
         """Characters of each token id, in the shape of `tokens`; None where the decoder does not ask for them."""

@@ -171,7 +171,7 @@ class SpeechToSpeech:
         stage = self._speaking()
         own = self.generate(clips, turns=turns)
         rows = segment_rows(stage.segments(own.hidden_BRh, own.mask_BR), own.mask_BR)
-        units = self._units(stage.echo, stage.denoising(own.hidden_BRh), own.tokens_BR, rows)
+        units = self._units(stage.echo, stage.adapt(own.hidden_BRh), own.tokens_BR, rows)
         taught: Sequence[NDArray[np.uint16] | None] = [None] * len(clips)
         if cascade:
             taught = self._units(stage.teacher.decoder, stage.embed_text(own.tokens_BR), own.tokens_BR, rows)

@@ -144,7 +144,7 @@ class EchoStage(nn.Module):
         if self.config.labels != "annotated":
             usable_N = usable_N & ~repeats(units.words_NM, units.mask_NM)
 
-        adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
+        adapted_BRh = states.response.to_padded(self.adapt(states.hidden))
         student_input = self.text_part(prefix, adapted_BRh, header, text.tokens_BR, rows)
         loss = self.echo.loss(student_input, units.words_NM, units.mask_NM, weight_N * usable_N)
         terms["echo"] = LossTerm(loss.total, loss.tokens)
@@ -205,7 +205,7 @@ class EchoStage(nn.Module):
             states = self._states(batch, out, text)
             text_BRh = self.embed_text(text.tokens_BR)
         self._keep(batch, text)
-        adapted_BRh = states.response.to_padded(self.denoising(states.hidden))
+        adapted_BRh = states.response.to_padded(self.adapt(states.hidden))
         self._said = None
         self._last = self._answers_rejected(batch)
         return {"denoising": self._denoising_loss(adapted_BRh, text_BRh, text, batch)}
@@ -274,6 +274,11 @@ class EchoStage(nn.Module):
         ids = torch.cat([self.prefix_P, self.header_Q, text_BR.flatten()])
         prefix, header, text = self.embed_text(ids).split([len(self.prefix_P), len(self.header_Q), text_BR.numel()])
         return prefix, header, text.view(*text_BR.shape, -1)
+
+    def adapt(self, hidden: Tensor) -> Tensor:
+        """What the Denoising Adapter makes of H, as the Echo decoder gets it."""
+        adapted: Tensor = self.t2c_text.scaled(self.denoising(hidden))
+        return adapted
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Text embeddings as the T2C decoders get them, and as the Denoising Adapter is to give them."""

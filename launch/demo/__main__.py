@@ -14,6 +14,7 @@ from rich.console import Console
 from echox.config.paths import project_root
 from echox.errors import EchoXError
 from launch.demo.pipeline import STAGES, Demo
+from shards.demo.plan import SCALES
 
 QUICK = {
     # One worker each: most of a quick stage is the start of its processes.
@@ -40,15 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"error: --set {words} is not STAGE.key=value with a stage of {', '.join(STAGES)}")
             return 2
         overrides[stage] += (override,)
-    name = "demo-quick" if args.quick else "demo" if args.limit is None else f"demo-{args.limit}"
+    cut = "-quick" if args.quick else "" if args.limit is None else f"-{args.limit}"
     demo = Demo(
-        storage=(args.storage or project_root() / "runs" / name).absolute(),
+        storage=(args.storage or project_root() / "runs" / f"{args.scale}{cut}").absolute(),
         console=console,
         limit=args.limit or (QUICK_LIMIT if args.quick else None),
         evaluated=QUICK_EVALUATED if args.quick else None,
         overrides=overrides,
         repeat=tuple(args.repeat),
         vocoder_steps=QUICK_VOCODER_STEPS if args.quick else None,
+        scale=args.scale,
     )
     try:
         demo.run()
@@ -81,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m launch.demo --repeat echo --set echo.optim.steps=80",
     )
     parser.add_argument("--quick", action="store_true", help="a few samples and steps: checks that everything works")
+    parser.add_argument("--scale", choices=SCALES, default="demo", help="small: a night on two cores, minutes on a GPU")
     parser.add_argument("--limit", type=int, metavar="N", help="samples of each corpus set at most")
     parser.add_argument("--storage", type=Path, metavar="FOLDER", help="folder of runs; default: runs/demo")
     parser.add_argument("--repeat", action="append", default=[], choices=STAGES, help="train this stage again")

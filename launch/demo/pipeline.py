@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe
     from echox.engine.monitor.run_dir import Progress
     from launch.client.jobs import Jobs
+    from shards.demo.plan import Scale
 
 STAGES = ("s2t", "t2c", "echo")
 STOP_WAIT_S = 20
@@ -61,6 +62,7 @@ class Demo:
         overrides: stage to `key=value` overrides of its recipe.
         repeat: stages to train again.
         vocoder_steps: optimizer steps of the vocoder; None takes its default.
+        scale: recipes, corpus and names of the runs.
     """
 
     storage: Path
@@ -70,6 +72,7 @@ class Demo:
     overrides: dict[str, tuple[str, ...]] = field(default_factory=dict)
     repeat: tuple[str, ...] = ()
     vocoder_steps: int | None = None
+    scale: Scale = "demo"
     phases: Phases = field(init=False)
     result: dict[str, Any] = field(init=False)
     _open: dict[str, tuple[Jobs, str]] = field(default_factory=dict)
@@ -107,7 +110,11 @@ class Demo:
 
     def recipe(self, stage: str) -> Recipe:
         """The recipe of a stage with this run's overrides, paths absolute."""
-        return paths.make_absolute(load_recipe(f"demo/{stage}", self._overrides(stage)), Path.cwd())
+        return paths.make_absolute(load_recipe(f"{self.scale}/{stage}", self._overrides(stage)), Path.cwd())
+
+    def run_folder(self, stage: str) -> Path:
+        """Where a stage's run lies."""
+        return self.storage / f"{self.scale}-{stage}"
 
     def stop(self) -> None:
         """End the jobs, the head and the MLflow run that are still open, if they are ours."""
@@ -128,7 +135,7 @@ class Demo:
                     os.environ[name] = value
             self._head = None
         for stage in STAGES:
-            folder = self.storage / f"demo-{stage}"
+            folder = self.run_folder(stage)
             if (folder / "mlflow.json").exists():
                 with contextlib.suppress(Exception):
                     close_orphan(folder)
@@ -136,7 +143,7 @@ class Demo:
     def _overrides(self, stage: str) -> list[str]:
         fixed = [f"storage={self.storage}"]
         if stage == "echo":
-            fixed += [f"init.{part}={self.storage / f'demo-{part}'}" for part in ("s2t", "t2c")]
+            fixed += [f"init.{part}={self.run_folder(part)}" for part in ("s2t", "t2c")]
         return [*fixed, *self.overrides.get(stage, ())]
 
     def _own_cache(self) -> None:
@@ -161,17 +168,17 @@ class Demo:
         from shards.demo.voice import ensure_vocoder
 
         cache, say = cache_dir(), self.phases.line
-        corpus = cache / "data" / "demo"
+        corpus = cache / "data" / self.scale
         with self._unless_unchanged("assets", "pretrained models and a voice", cache / "models"):
             fetch(None, say)
         with self._unless_unchanged("corpus", "spoken questions, answers and transcripts", corpus):
-            build(cache, say, self.limit)
+            build(cache, say, self.limit, scale=self.scale)
         with self._unless_unchanged("units", "speech units and the unit language, fitted on the answers", corpus):
-            add_units(cache, say, settings_for(self.limit))
+            add_units(cache, say, settings_for(self.limit), self.scale)
         with self._unless_unchanged("encode", "the frozen speech encoder's output, once for all epochs", corpus):
             encode_sources(self.recipe("s2t"), say)
         with self.phases.phase("vocoder", "units to waveforms, trained on the answer voice"):
-            if not ensure_vocoder(cache, self.vocoder_steps, self._every_ten_seconds()):
+            if not ensure_vocoder(cache, self.vocoder_steps, self._every_ten_seconds(), self.scale):
                 self.phases.reuse("vocoder", f"{corpus / 'vocoder'} is newer than the corpus")
 
     @contextlib.contextmanager
@@ -226,7 +233,7 @@ class Demo:
                 self.phases.reuse("respond", "every question is answered by these weights")
 
     def _submit(self, jobs: Jobs, stage: str) -> None:
-        job = jobs.submit(f"demo/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
+        job = jobs.submit(f"{self.scale}/{stage}", self._overrides(stage), stop_wait_s=STOP_WAIT_S)
         self._open[stage] = (jobs, job)
 
     def _near_end(self, jobs: Jobs, running: Recipe) -> Callable[[Progress], None]:
@@ -293,9 +300,9 @@ class Demo:
         from echox.evaluate.store import read_metrics, save_evaluation
         from echox.tracking.run import record
 
-        run = self.storage / "demo-echo"
+        run = self.run_folder("echo")
         scores_path, report_path = self.storage / "evaluation" / SAVED_SCORES, self.storage / "report.html"
-        curves = {stage: read_metrics(self.storage / f"demo-{stage}") for stage in STAGES}
+        curves = {stage: read_metrics(self.run_folder(stage)) for stage in STAGES}
         self.result["final_losses"] = {stage: final_losses(rows) for stage, rows in curves.items()}
         self.result |= teacher_facts(curves)
         wanted = {"evaluated": self.evaluated}
@@ -307,7 +314,9 @@ class Demo:
             else:
                 from echox.evaluate.demo import evaluate_demo
 
-                evaluation = evaluate_demo(run, limit=self.evaluated, progress=self._every_ten_seconds())
+                evaluation = evaluate_demo(
+                    run, limit=self.evaluated, progress=self._every_ten_seconds(), corpus=self.scale
+                )
                 scores, samples = evaluation.to_json(), evaluation.samples()
                 save_evaluation(scores_path.parent, {**wanted, **scores}, samples)
         self.result |= {key: scores[key] for key in EVALUATED}
@@ -327,11 +336,11 @@ class Demo:
 
     def _earlier_scores(self, scores: Path, report: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """The scores of an earlier run, if everything they judge is older and they judged as much."""
-        manifest = newest_manifest(self.storage / "demo-echo")
+        manifest = newest_manifest(self.run_folder("echo"))
         if manifest is None or not (scores.is_file() and report.is_file()):
             return None
         made = scores.stat().st_mtime
-        if max(manifest.stat().st_mtime, _newest(cache_dir() / "data" / "demo" / "vocoder")) > made:
+        if max(manifest.stat().st_mtime, _newest(cache_dir() / "data" / self.scale / "vocoder")) > made:
             return None
         earlier: dict[str, Any] = json.loads(scores.read_text())
         if not set(EVALUATED) <= set(earlier):
@@ -353,7 +362,7 @@ class Demo:
         """One table, what its scores mean, and three lines."""
         from echox.tracking.run import uri_of
 
-        table = Table(title="EchoX demo, held-out sets")
+        table = Table(title=f"EchoX {self.scale}, held-out sets")
         table.add_column("score", no_wrap=True)
         for name, row in self.result["sets"].items():
             table.add_column("\n".join(filter(None, (name, note(row)))), justify="right")
@@ -373,7 +382,7 @@ class Demo:
         for column in COLUMNS:
             self.console.print(f"{column.label}: {column.meaning}", highlight=False, soft_wrap=True, markup=False)
         programs = Path(sys.executable).parent
-        uri = uri_of(self.storage / "demo-echo") or f"sqlite:///{self.storage / 'mlflow.db'}"
+        uri = uri_of(self.run_folder("echo")) or f"sqlite:///{self.storage / 'mlflow.db'}"
         for words in (
             f"report:  {self.storage / 'report.html'}",
             f"curves:  {programs / 'mlflow'} ui --backend-store-uri {shlex.quote(uri)}",

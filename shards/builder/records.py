@@ -9,7 +9,6 @@ from typing import Any
 
 from echox.files import write_atomically
 
-CORPUS = "data/demo"
 """Place of the corpus below the cache."""
 PER_SHARD = 128
 """Samples a shard: eight or more shards for two workers to share."""

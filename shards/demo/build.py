@@ -15,10 +15,10 @@ from echox.release.assets import ASSETS, fetch, is_present
 from echox.stream.format.catalogue import DATASET_NAME
 from echox.stream.format.indexing import index_folder, is_indexed
 from echox.stream.format.writer import write_shards
-from shards.builder.records import CORPUS, INPUTS_NAME, PER_SHARD, digest, read_json, write_json
+from shards.builder.records import INPUTS_NAME, PER_SHARD, digest, read_json, write_json
 from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
 from shards.demo.phrasing import TRAIN_QUESTIONS, question
-from shards.demo.plan import CorpusPlan, Fact, Item, plan_corpus, slug
+from shards.demo.plan import CorpusPlan, Fact, Item, Scale, plan_corpus, slug
 from shards.demo.prompts import Prompt, read_prompts, split_prompts
 from shards.demo.speech import HELDOUT_VOICES, TRAIN_RENDERINGS, Speaker, seconds
 from shards.demo.units import UnitSettings, add_units, settings_for
@@ -217,15 +217,17 @@ def build(
     limit: int | None = None,
     threads: int | None = None,
     units: UnitSettings | None = None,
+    scale: Scale = "demo",
 ) -> dict[str, Any]:
     """Build the demo corpus: questions the text model can answer, their spoken answers, real recordings, units.
 
     Args:
-        cache: root of the cache; the corpus goes to `data/demo` below it.
+        cache: root of the cache; the corpus goes below `data/`, into a folder named like the scale.
         progress: called with one line a step or batch; None is silent.
         limit: samples a set at most, for a cut-down corpus.
         threads: sentences spoken at a time; None takes the processors this process may use.
         units: settings of the units; None takes the defaults, fewer units for a cut-down corpus.
+        scale: how much the answer voice says.
 
     Returns:
         The content of `corpus.json`: known facts, held-out countries, the text model's accuracy on each held-out set,
@@ -235,7 +237,7 @@ def build(
         MissingModelError, NetworkError, AlteredModelError: one of the models cannot be had.
     """
     say: Progress = progress or (lambda line: None)
-    root = cache / CORPUS
+    root = cache / "data" / scale
     root.mkdir(parents=True, exist_ok=True)
     took: dict[str, float] = {}
     started = time.perf_counter()
@@ -249,7 +251,7 @@ def build(
     fetch(absent, say, cache)
     asker = Asker(root / "knowledge.json", cache / ASSETS["smollm2"].folder, say)
     facts = known_facts(asker, COUNTRIES if limit is None else COUNTRIES[:: max(1, len(COUNTRIES) // (2 * limit))])
-    plan = plan_corpus(facts, limit)
+    plan = plan_corpus(facts, limit, scale)
     heldout = {name: plan.sets[name] for name in ASKED_IN_WRITING}
     accuracy = {name: _accuracy(asker, items) for name, items in heldout.items()}
     say(f"facts: the text model knows {len(facts)} of {len(COUNTRIES) * len(RELATIONS)}")
@@ -274,7 +276,7 @@ def build(
         folder = root / "asr-heldout-real"
         sets[folder.name] = _build_set(folder, _identity(real_heldout), lambda: prompt_samples(real_heldout), say)
         lap(folder.name)
-    made = add_units(cache, say, units or settings_for(limit))
+    made = add_units(cache, say, units or settings_for(limit), scale)
     lap("units")
     corpus = _corpus_record(plan, facts, accuracy, sets, len(real_train), took)
     corpus["units"] = {key: made[key] for key in ("settings", "units_per_s", "words_per_s", "vocabulary")}

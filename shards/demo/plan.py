@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from shards.demo.compositions import compose
 from shards.demo.facts import COUNTRIES, RELATIONS, Country, Relation, accepted
@@ -28,6 +28,9 @@ from shards.demo.speech import ANSWER_VOICE, HELDOUT_VOICES, TRAIN_RENDERINGS, U
 
 T = TypeVar("T")
 Task = Literal["sqa", "asr", "tts"]
+Scale = Literal["demo", "small"]
+"""`demo`: what two processors train in half an hour. `small`: the same questions, and hours of the answer voice."""
+SCALES: tuple[Scale, ...] = get_args(Scale)
 Fact = tuple[str, Relation]
 """Name of a country and what is asked about it."""
 
@@ -37,8 +40,8 @@ SQA_RENDERINGS = 400
 """Questions about one fact that Piper speaks for training; each is heard in two voices."""
 OPEN_RENDERINGS = 2
 """Open questions about each training country; each is heard in two voices."""
-TTS_STATEMENTS, TTS_LISTS = 1600, 1500
-"""What the answer voice says for training, see `shards.demo.compositions`."""
+TTS_TRAIN: dict[Scale, tuple[int, int]] = {"demo": (1600, 1500), "small": (20_000, 8_000)}
+"""Statements and lists that the answer voice says for training, see `shards.demo.compositions`."""
 TTS_VALID = TTS_HELDOUT = 60
 """Compositions that the answer voice says for validation, and for the test of the T2C decoder alone."""
 SQA_VALID = 48
@@ -255,12 +258,13 @@ def _voiced(prefix: str, texts: Sequence[str]) -> list[Item]:
     return [_spoken(f"{prefix}-{number:04d}", text) for number, text in enumerate(texts)]
 
 
-def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan:
+def plan_corpus(known: Collection[Fact], limit: int | None = None, scale: Scale = "demo") -> CorpusPlan:
     """Decide every sentence of every set.
 
     Args:
         known: facts the text model answers right.
         limit: samples a synthesised set at most, for a cut-down corpus; None is the whole one.
+        scale: how much the answer voice says.
 
     Returns:
         For training `sqa-train`, `asr-train` (its synthetic part) and `tts-train`; for validation `sqa-valid` and
@@ -277,7 +281,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None) -> CorpusPlan
     kept = [fact for fact in facts if fact[0].name in heldout]
     taught = [country for country in countries if country.name not in heldout]
 
-    voiced = compose(countries, TTS_STATEMENTS, TTS_LISTS, "tts-train")
+    voiced = compose(countries, *TTS_TRAIN[scale], "tts-train")
     valid = compose(countries, TTS_VALID, 0, "tts-valid", voiced)
     tests = {
         "sqa-heldout-phrasing": _phrasing_test(train),

@@ -14,7 +14,7 @@ from echox.files import sha256_file
 from echox.release.assets import ASSETS
 from echox.stream.format.catalogue import DATASET_NAME
 from echox.units.identity import read_unit_set, write_unit_set
-from shards.builder.records import CORPUS, INPUTS_NAME, digest, read_json, write_json
+from shards.builder.records import INPUTS_NAME, digest, read_json, write_json
 from shards.builder.rewrite import read_samples, rewrite
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from echox.units.features import FeatureConfig, FrameFeatures
     from echox.units.identity import UnitSetIdentity
+    from shards.demo.plan import Scale
 
     Units = NDArray[np.uint16]
 
@@ -108,7 +109,9 @@ def _record(target: Path, folders: list[Path], unit_set: UnitSetIdentity) -> Non
         write_unit_set(folder, unit_set)
 
 
-def add_units(cache: Path, progress: Progress | None = None, settings: UnitSettings | None = None) -> dict[str, Any]:
+def add_units(
+    cache: Path, progress: Progress | None = None, settings: UnitSettings | None = None, scale: Scale = "demo"
+) -> dict[str, Any]:
     """Fit units and unit language on `tts-train`; write them to `units/` and every unit sequence into the tts sets.
 
     Done already with the same settings on the same audio, it only reports that.
@@ -117,6 +120,7 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
         cache: root of the cache, with the demo corpus built.
         progress: called with one line a step or batch; None is silent.
         settings: None takes the defaults.
+        scale: of the corpus.
 
     Returns:
         The content of `units/units.json`: settings, sequences, units a second, words a second, vocabulary size.
@@ -134,7 +138,7 @@ def add_units(cache: Path, progress: Progress | None = None, settings: UnitSetti
 
     say: Progress = progress or (lambda line: None)
     settings = settings or UnitSettings()
-    root = cache / CORPUS
+    root = cache / "data" / scale
     target = root / "units"
     folders = [root / name for name in TTS_SETS if (root / name / DATASET_NAME).is_file()]
     if not folders:

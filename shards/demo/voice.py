@@ -8,13 +8,16 @@ from pathlib import Path
 
 from echox.stream.format.catalogue import DATASET_NAME
 from echox.units.identity import RECORD, read_unit_set, write_unit_set
-from shards.builder.records import CORPUS
+from shards.demo.plan import Scale
 
 VOCODER_STEPS = 300
 
 
 def ensure_vocoder(
-    cache: Path, steps: int | None = None, progress: Callable[[str, int, int], None] | None = None
+    cache: Path,
+    steps: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    scale: Scale = "demo",
 ) -> bool:
     """Train the vocoder unless there is one that is newer than the corpus and of its units.
 
@@ -22,11 +25,12 @@ def ensure_vocoder(
         cache: root of the cache, with the corpus and its units.
         steps: optimizer steps; None takes `VOCODER_STEPS`.
         progress: called with phase, steps done and steps in all.
+        scale: of the corpus.
 
     Returns:
         Whether it was trained.
     """
-    corpus = cache / CORPUS
+    corpus = cache / "data" / scale
     spoken, vocoder = corpus / "tts-train", corpus / "vocoder"
     made = max((path.stat().st_mtime for path in vocoder.rglob("*") if path.is_file()), default=0.0)
     units, its_units = read_unit_set(spoken), read_unit_set(vocoder)

@@ -12,10 +12,19 @@ def test_centred_embeddings_of_a_table_with_one_large_direction_are_told_apart()
     torch.manual_seed(0)
     table = torch.randn(500, 16) * torch.linspace(0.1, 3, 16) + 5 * torch.randn(16)
     centred = T2CText(table)(table)
-    torch.testing.assert_close(centred.mean(0), torch.zeros(16), atol=1e-4, rtol=0)
-    torch.testing.assert_close(centred.std(0), torch.ones(16), atol=1e-4, rtol=0)
+    standard = (table - table.mean(0)) / table.std(0)
+    torch.testing.assert_close(centred, standard / standard.pow(2).mean(1, keepdim=True).sqrt(), atol=1e-4, rtol=1e-4)
     assert F.cosine_similarity(table[:250], table[250:]).mean() > 0.8
     assert F.cosine_similarity(centred[:250], centred[250:]).mean().abs() < 0.05
+
+
+def test_the_length_of_what_the_adapter_gives_does_not_matter_where_embeddings_are_centred() -> None:
+    torch.manual_seed(0)
+    table = torch.randn(500, 16)
+    text, vectors = T2CText(table), torch.randn(3, 4, 16)
+    torch.testing.assert_close(text.scaled(vectors), text.scaled(0.1 * vectors), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(text.scaled(vectors).pow(2).mean(-1), torch.ones(3, 4), atol=1e-4, rtol=0)
+    assert T2CText().scaled(vectors) is vectors and text.scaled(vectors.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_dimension_without_variance_stays_finite_and_the_dtype_is_kept() -> None:
