@@ -78,6 +78,7 @@ def build_t2c(
         units_per_character=config.units_per_character,
         word_units=word_units,
         history_dropout=config.history_dropout,
+        window_units=config.window_units,
         layout=layout,
     )
     if table.device.type != "meta":

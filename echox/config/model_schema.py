@@ -188,6 +188,11 @@ class T2cConfig(Section):
         description="share of the words before a word that are hidden from it while training, so that a small corpus "
         "teaches to read the text and not to recite; 0: none",
     )
+    window_units: PositiveFloat | None = Field(
+        None,
+        description="units to either side that attention reaches, of text and words alike, so that a small corpus "
+        "teaches to read and not to recite; needs units_per_character; null: all that came before",
+    )
     text_embeddings: Literal["raw", "centred"] = Field(
         "raw",
         description="raw: the LLM's text embeddings, as released. centred: minus their mean over the vocabulary, of "

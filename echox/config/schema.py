@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from echox.config.model_schema import ModelConfig
+from echox.config.model_schema import ModelConfig, T2cConfig
 from echox.config.section import Change, Free, Guarded, Section, own_mark, section_in
 
 StageName = Literal["s2t", "t2c", "echo"]
@@ -512,6 +512,8 @@ def _model_rules(recipe: Recipe) -> list[Breach]:
                 "set model.echo.pseudo_text to generated, or leave refresh_every at 0",
             )
         )
+    if t2c is not None:
+        found += _place_rules(t2c)
     if t2c is not None and t2c.width % (2 * t2c.heads):
         found.append(
             Breach(
@@ -527,6 +529,23 @@ def _model_rules(recipe: Recipe) -> list[Breach]:
                 ("model.echo.segmentation.min_tokens", "model.echo.segmentation.max_wait"),
                 f"model.echo.segmentation.min_tokens={cuts.min_tokens} is above max_wait={cuts.max_wait}",
                 "keep min_tokens at or below max_wait",
+            )
+        )
+    return found
+
+
+def _place_rules(t2c: T2cConfig) -> list[Breach]:
+    """Where a T2C decoder places its text."""
+    found: list[Breach] = []
+    by_units, by_words, window = (f"model.t2c.{key}" for key in ("units_per_character", "text_stride", "window_units"))
+    if t2c.units_per_character is not None and t2c.text_stride is not None:
+        found.append(Breach((by_units, by_words), f"{by_units} and {by_words} both place the text", "leave one out"))
+    if t2c.window_units is not None and t2c.units_per_character is None:
+        found.append(
+            Breach(
+                (window, by_units),
+                f"{window}={t2c.window_units:g} is a distance in units, and without {by_units} text has no place there",
+                f"set {by_units}, or {window} to null",
             )
         )
     return found

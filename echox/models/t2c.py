@@ -69,6 +69,9 @@ class T2CDecoder(nn.Module):
         word_units: units of each word of the unit language, for `units_per_character`.
         history_dropout: share of the words before a word that are hidden from it while training, so that it is read
             from the text rather than guessed from what was said.
+        window_units: attention reaches keys whose position differs by at most as many units, words and text alike: what
+            is far away, and tells one training sentence from another, cannot be learned by heart. Needs
+            `units_per_character`; rows are then padded, as their mask is not that of packed rows.
         layout: of teacher-forced rows.
     """
 
@@ -88,6 +91,7 @@ class T2CDecoder(nn.Module):
         units_per_character: float | None = None,
         word_units: Sequence[int] = (),
         history_dropout: float = 0.0,
+        window_units: float | None = None,
         layout: Layout = "packed",
     ) -> None:
         from transformers import LlamaConfig, LlamaModel
@@ -100,7 +104,8 @@ class T2CDecoder(nn.Module):
         self.text_stride = text_stride
         self.units_per_character = units_per_character
         self.history_dropout = history_dropout
-        self.layout: Layout = layout
+        self.window_units = window_units
+        self.layout: Layout = layout if window_units is None else "padded"
         self.max_positions = max_positions
         units_U = None
         if units_per_character is not None:
@@ -124,7 +129,7 @@ class T2CDecoder(nn.Module):
             )
         )
         self.body.embed_tokens = None  # type: ignore[assignment]  # inputs are always embeddings; an unused table would only weigh on checkpoints
-        if layout == "packed":
+        if self.layout == "packed":
             use_packed_attention(self.body)
         self.head = nn.Linear(width, text_classes + words + 2, bias=False)
 
@@ -169,6 +174,8 @@ class T2CDecoder(nn.Module):
             text_N1 = (row.rows.lengths_N - mask_NM.sum(1))[:, None]
             places_NS = self._places(text_N1, row.rows.size, text.starts_NS, words_NM)
             where["position_ids"] = row.rows.from_padded(places_NS)
+            if self.window_units is not None:
+                where["attention_mask"] = self._near(places_NS, places_NS, row.rows.real)
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
@@ -190,6 +197,13 @@ class T2CDecoder(nn.Module):
         said_NM = self.word_units_U[words_NM].cumsum(1)
         said_NS = said_NM.gather(1, word_NS.clamp(0, max(words_NM.shape[1] - 1, 0)))
         return torch.where(word_NS < 0, text_NS * self.units_per_character, said_NS)
+
+    def _near(self, queries_NQ: Tensor, keys_NK: Tensor, real_NK: Tensor) -> Tensor:
+        """Which of the keys each of the last Q queries attends: `[N, 1, Q, K]`, always itself."""
+        columns_K = torch.arange(keys_NK.shape[1], device=keys_NK.device)
+        age_QK = columns_K[-queries_NQ.shape[1] :, None] - columns_K
+        near_NQK = (queries_NQ[:, :, None] - keys_NK[:, None]).abs() <= float(self.window_units or 0)
+        return ((near_NQK & real_NK[:, None] & (age_QK >= 0)) | (age_QK == 0))[:, None]
 
     def _positions(self, mask_NL: Tensor, starts_NS: Tensor | None) -> Tensor:
         """Rotary positions `[N, L]` of left-padded text parts."""
@@ -218,11 +232,11 @@ class T2CDecoder(nn.Module):
         longest = int(limit_N.max())  # host sync
         finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
         ended = finished
-        words = []
+        words, places_NK = [], positions
         for step in range(longest + 1):
             hidden = self.body(
                 inputs_embeds=self.projection(inputs),
-                attention_mask=mask.long(),
+                attention_mask=mask.long() if self.window_units is None else self._near(positions, places_NK, mask),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
@@ -241,6 +255,7 @@ class T2CDecoder(nn.Module):
                 positions = place_N1 + step
             else:
                 place_N1 = positions = place_N1 + self.word_units_U[word][:, None]
+                places_NK = torch.cat([places_NK, positions], dim=1)
         words_NM = torch.stack(words, dim=1)
         mask_NM = words_NM != self.pad
         longest = max(int(mask_NM.sum(1).max()), 1)  # host sync

@@ -134,6 +134,7 @@ def test_each_wrong_value_gives_exactly_one_sentence(override: str, expected: st
     [
         ("init.s2t=null", "stage=echo starts from a trained s2t stage"),
         ("model.t2c=null", "stage=echo speaks units"),
+        ("model.t2c.text_stride=2", "model.t2c.units_per_character and model.t2c.text_stride both place the text"),
         ("model.t2c.width=100", "model.t2c.width=100 does not split into 4 heads"),
         ("model.echo.denoising.align_steps=900", "model.echo.denoising.align_steps=900 leaves no step for the echo"),
         ("model.echo.segmentation.min_tokens=60", "model.echo.segmentation.min_tokens=60 is above max_wait=50"),
@@ -144,6 +145,12 @@ def test_each_wrong_value_gives_exactly_one_sentence(override: str, expected: st
 def test_rules_of_the_echo_stage(override: str, expected: str) -> None:
     found = mistakes("demo/echo", override)
     assert len(found) == 1 and found[0].startswith(expected)
+
+
+def test_a_window_in_units_needs_text_that_is_placed_by_units() -> None:
+    (found,) = mistakes("3b/echo", "model.t2c.window_units=16")
+    assert found.startswith("model.t2c.window_units=16 is a distance in units") and "; set model.t2c." in found
+    assert load_recipe("demo/echo", ["model.t2c.window_units=16"]).model.t2c.window_units == 16
 
 
 def test_answers_are_made_again_only_where_they_are_read() -> None:

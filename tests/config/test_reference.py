@@ -30,6 +30,7 @@ UNITS = {
     r"window_shards$": "shards",
     r"stack$": "frames",
     r"text_stride$|units_per_token$": "words",
+    r"units_per_character$|window_units$": "units",
     r"heads$": "heads",
     r"layers$": "layers",
     r"width$|ffn$": "width",

@@ -161,3 +161,36 @@ def test_hidden_history_changes_training_alone_and_leaves_the_text() -> None:
     torch.testing.assert_close(hidden[:, 0], plain[:, 0])  # before the first word there is no history
     others = decoder(text, words.flip(1), mask)
     torch.testing.assert_close(others, hidden)  # nothing of the words is left
+
+
+def test_a_window_hides_what_is_far_in_training_and_in_decoding() -> None:
+    decoder, text = _placing_text("padded"), _text_of_characters()
+    full = decoder.greedy(text.left_padded(), torch.full((6,), 20), text.starts_NS)
+    decoder.window_units = 1e9
+    wide = decoder.greedy(text.left_padded(), torch.full((6,), 20), text.starts_NS)
+    assert torch.equal(wide.words_NM, full.words_NM)
+    words, mask = torch.randint(0, tiny.WORDS, (6, 9)), torch.ones(6, 9, dtype=torch.bool)
+    everything = decoder(text, words, mask)
+    decoder.window_units = None
+    torch.testing.assert_close(everything, decoder(text, words, mask), rtol=1e-4, atol=1e-4)
+
+    decoder.window_units = 6.0
+    own = decoder.greedy(text.left_padded(), torch.full((6,), 20), text.starts_NS)
+    assert not torch.equal(own.words_NM[:, :3], full.words_NM[:, :3])
+    logits = decoder(text, own.words_NM, own.mask_NM)
+    logits[..., decoder.pad] = -torch.inf
+    for row, length in enumerate(own.mask_NM.sum(1).tolist()):
+        said = own.words_NM[row, :length].tolist() + ([decoder.end] if own.ended_N[row] else [])
+        assert logits[row, : len(said)].argmax(-1).tolist() == said
+
+
+def test_through_one_layer_a_window_is_as_wide_as_it_says() -> None:
+    decoder, text = _placing_text("padded"), _text_of_characters()
+    decoder.body.layers = decoder.body.layers[:1]
+    decoder.window_units = 5.0
+    words, mask = torch.full((6, 9), 3), torch.ones(6, 9, dtype=torch.bool)  # four units each: at 4, 8, 12, ...
+    before = decoder(text, words, mask)
+    words = words.clone()
+    words[:, 4] = 7  # four units too, from 16 to 20
+    changed = (decoder(text, words, mask) - before).abs().amax((0, 2)) > 1e-6
+    assert changed.tolist() == [False] * 5 + [True, True] + [False] * 3

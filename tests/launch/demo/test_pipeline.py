@@ -12,6 +12,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import psutil
@@ -237,6 +238,35 @@ def test_every_stage_has_a_quick_recipe_that_is_right(tmp_path: Path) -> None:
     assert demo.recipe("echo").init.s2t == str(tmp_path / "demo-s2t")
 
 
+def test_a_scale_has_its_recipes_runs_and_inputs(tmp_path: Path) -> None:
+    small = Demo(storage=tmp_path, console=Console(file=io.StringIO()), scale="small")
+    recipe = small.recipe("echo")
+    assert (recipe.scale, recipe.name) == ("small", "small-echo")
+    assert recipe.init.t2c == str(small.run_folder("t2c")) == str(tmp_path / "small-t2c")
+    assert {source.path.split("/")[0] for source in (*recipe.data.train, *recipe.data.valid)} == {"small"}
+
+
+@pytest.mark.parametrize(("source", "new", "asked"), [("generated", 3, 1), ("generated", 0, 1), ("reference", 0, 0)])
+def test_the_model_answers_where_stage_three_learns_from_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, new: int, asked: int
+) -> None:
+    calls: list[Any] = []
+
+    class Respond:
+        @staticmethod
+        def respond(recipe: Any, *, progress: Any) -> Any:
+            calls.append(recipe)
+            return SimpleNamespace(datasets=(SimpleNamespace(new=new),))
+
+    monkeypatch.setitem(sys.modules, "echox.respond", cast(Any, Respond))
+    overrides = {"echo": (f"model.echo.pseudo_text={source}",)}
+    demo = Demo(storage=tmp_path, console=Console(file=io.StringIO()), overrides=overrides)
+    demo._respond()
+    assert len(calls) == asked and all(recipe.stage == "echo" for recipe in calls)
+    assert ("respond" in demo.phases.seconds) is bool(asked)
+    assert ("respond" in demo.phases.reused) is (asked == 1 and new == 0)
+
+
 def test_a_cut_down_corpus_gets_its_own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = tmp_path / "shared"
     (shared / "models" / "m").mkdir(parents=True)
@@ -257,7 +287,8 @@ class Evaluated:
     calls = 0
 
     @classmethod
-    def evaluate_demo(cls, run: Path, *, limit: int | None, progress: Any) -> Evaluated:
+    def evaluate_demo(cls, run: Path, *, limit: int | None, progress: Any, corpus: str) -> Evaluated:
+        assert corpus == "demo"
         cls.calls += 1
         progress("sqa-heldout-phrasing", 60, 60)
         return cls()

@@ -36,7 +36,7 @@ def test_cut_down_demo_goes_through_every_phase(tmp_path: Path) -> None:
     before = _ray_processes()
     ran, result = _demo(tmp_path / "demo", "--quick")
     assert _ray_processes() <= before, "the demo stops the Ray head it started"
-    assert {*STAGES, "assets", "corpus", "units", "vocoder", "evaluation", "report"} <= set(result["phases"])
+    assert {*STAGES, "assets", "corpus", "units", "vocoder", "respond", "evaluation", "report"} <= set(result["phases"])
     assert 0 < result["peak_memory_gib"] < 16
     for stage in STAGES:
         assert result["final_losses"][stage]["loss/total"] > 0
@@ -48,6 +48,7 @@ def test_cut_down_demo_goes_through_every_phase(tmp_path: Path) -> None:
         assert all(0 <= scores[key] <= 1 for key in ("s2t_strict_acc", "s2s_strict_acc", "cascade_acc", "exact"))
         assert scores["interval_95"][0] <= scores["s2s_strict_acc"] <= scores["interval_95"][1]
         assert sum(row["n"] for row in scores["relations"].values()) == scores["entity_n"] == 2
+    assert result["sets"]["sqa-heldout-open"]["n"] == 2
     assert result["t2c_heldout_wer"] >= 0 and result["t2c_heldout_loss"] > 0 and result["segments_per_sample"] >= 1
     assert "<audio" in (tmp_path / "demo" / "report.html").read_text()
     shown = ran.stdout.replace("\n", " ")
