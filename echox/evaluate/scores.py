@@ -206,7 +206,8 @@ def wilson(right: int, n: int) -> list[float] | None:
     p, z2 = right / n, _Z_95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     reach = _Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
-    return [max(0.0, middle - reach), min(1.0, middle + reach)]
+    # Where all or none are right the bound is exact, and rounding must not take it past the share itself.
+    return [middle - reach if right else 0.0, middle + reach if right < n else 1.0]
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

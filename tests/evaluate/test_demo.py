@@ -85,7 +85,7 @@ def test_every_set_on_disk_is_scored_with_its_ceilings(corpus: Path, tmp_path: P
     scores = found.to_json()
     assert list(scores["sets"]) == ["sqa-heldout-phrasing", "asr-heldout-real"], "what is absent is left out"
     row = scores["sets"]["sqa-heldout-phrasing"]
-    assert row["role"] == "validation" and "phrasings" in row["about"] and "name" not in row
+    assert row["role"] == "test" and "phrasings" in row["about"] and "name" not in row
     assert (row["n"], row["text_llm_acc"], row["s2t_acc"], row["s2s_acc"]) == (2, 0.75, 1.0, 1.0)
     assert (row["s2t_strict_acc"], row["s2s_strict_acc"], row["cascade_acc"]) == (1.0, 0.5, 1.0)
     assert (row["copy_acc"], row["copy_n"]) == (0.5, 2), "units of the references come from the spoken sets"

@@ -34,6 +34,8 @@ def test_wilson_is_the_published_interval() -> None:
     assert wilson(81, 263) == pytest.approx([0.2553, 0.3662], abs=5e-5)
     assert wilson(15, 148) == pytest.approx([0.0624, 0.1605], abs=5e-5)
     assert wilson(0, 0) is None
+    none, every = wilson(0, 150), wilson(150, 150)
+    assert none is not None and none[0] == 0.0 and every is not None and every[1] == 1.0
 
 
 def test_paired_retention_and_the_shares_by_brute_force() -> None:

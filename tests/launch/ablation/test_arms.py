@@ -95,10 +95,10 @@ def test_arms_are_chosen_by_name_and_the_base_is_always_among_them() -> None:
 
 def test_overrides_are_for_all_stages_or_for_the_one_they_name(tmp_path: Path) -> None:
     runs = ablation(
-        "demo", tmp_path, "echo.optim.steps=99", "scaling.workers=1", "seed=5", "tracking.uri=http://mlflow:5000"
+        "demo", tmp_path, "echo.optim.steps=299", "scaling.workers=1", "seed=5", "tracking.uri=http://mlflow:5000"
     )
     echo, s2t = load_recipe("demo/echo", runs.echo(ARMS[0], 5)), load_recipe("demo/s2t", runs.shared("s2t"))
-    assert (echo.optim.steps, s2t.optim.steps) == (99, load_recipe("demo/s2t").optim.steps)
+    assert (echo.optim.steps, s2t.optim.steps) == (299, load_recipe("demo/s2t").optim.steps)
     assert echo.scaling.workers == s2t.scaling.workers == 1
     assert runs.seeds(3) == [5, 6, 7]
     assert echo.tracking.uri == "http://mlflow:5000"

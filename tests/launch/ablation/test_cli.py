@@ -141,7 +141,7 @@ def test_words_that_mean_nothing_are_refused(words: list[str], capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("stand_ins")
-@pytest.mark.parametrize("mistake", ["t2c.optim.stepps=3", "echo.optim.warmup_steps=200", "s2t.seed=x"])
+@pytest.mark.parametrize("mistake", ["t2c.optim.stepps=3", "echo.optim.warmup_steps=300", "s2t.seed=x"])
 def test_a_mistake_in_any_recipe_is_found_before_anything_is_trained(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

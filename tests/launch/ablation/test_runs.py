@@ -86,7 +86,7 @@ def test_a_done_run_is_not_trained_again_and_a_half_one_goes_on(
     save("demo/echo", ablation.echo(ARM["no-segments"], 17), step=50)
     ablation.run(ARM["no-segments"], 17)
     assert trainer.calls == ["respond no-segments-s17", "train no-segments-s17"]
-    assert "no-segments-s17: continues at step 50 of 135" in said
+    assert "no-segments-s17: continues at step 50 of 260" in said
     trainer.calls.clear()
     ablation.run(ARM["no-segments"], 17)
     assert trainer.calls == [] and said[-1] == "no-segments-s17: done, reused"
