@@ -75,6 +75,8 @@ class T2CDecoder(nn.Module):
         layout: of teacher-forced rows.
     """
 
+    word_units_U: Tensor | None
+
     def __init__(
         self,
         *,
@@ -132,8 +134,6 @@ class T2CDecoder(nn.Module):
         if self.layout == "packed":
             use_packed_attention(self.body)
         self.head = nn.Linear(width, text_classes + words + 2, bias=False)
-
-    word_units_U: Tensor | None
 
     def scale_units(self, rms: float) -> None:
         """Give the unit table the root mean square of the text table, so that both inputs weigh the same at first."""

@@ -117,30 +117,27 @@ def choose_heldout(facts: Collection[Fact], count: int = HELDOUT_COUNTRIES) -> t
 
 
 def _question(country: Country, relation: Relation, template: str, stem: str, voices: tuple[Voice, ...]) -> Item:
-    text = question(template, country)
-    return Item(
-        stem=f"sqa-{slug(country.name)}-{relation}-{stem}",
-        task="sqa",
-        utterance=Utterance(text=text, voices=voices),
-        question_text=text,
-        answer_text=answer_text(country, relation),
-        answers=tuple(accepted(country, relation)),
-        entity=country.name,
-        relation=relation,
-    )
+    return _asked(country, template, f"{relation}-{stem}", voices, relation, relation, answer_text(country, relation))
 
 
 def _open_question(country: Country, template: str, stem: str, voices: tuple[Voice, ...], form: int) -> Item:
+    """Its answer says more than the capital, and has to say that."""
+    return _asked(country, template, f"open-{stem}", voices, "open", "capital", open_answer_text(country, form))
+
+
+def _asked(
+    country: Country, template: str, stem: str, voices: tuple[Voice, ...], kind: str, gold: Relation, answer: str
+) -> Item:
     text = question(template, country)
     return Item(
-        stem=f"sqa-{slug(country.name)}-open-{stem}",
+        stem=f"sqa-{slug(country.name)}-{stem}",
         task="sqa",
         utterance=Utterance(text=text, voices=voices),
         question_text=text,
-        answer_text=open_answer_text(country, form),
-        answers=tuple(accepted(country, "capital")),
+        answer_text=answer,
+        answers=tuple(accepted(country, gold)),
         entity=country.name,
-        relation="open",
+        relation=kind,
     )
 
 
