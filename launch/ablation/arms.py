@@ -27,6 +27,7 @@ class Arm:
         claim: the claim, or why there is none.
         annotated: it learns units of recorded answers, which the questions' dataset has to get first.
         trained: it has runs of its own; the cascade is a score of the base arm's.
+        aligned: it has the base arm's steps in which the Denoising Adapter alone learns; else only those after them.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Arm:
     claim: str
     annotated: bool = False
     trained: bool = True
+    aligned: bool = True
 
     @property
     def overrides(self) -> tuple[str, ...]:
@@ -83,12 +85,13 @@ ARMS = (
     ),
     Arm(
         name="no-denoising",
-        asks="nothing draws the adapter's output to the text embeddings; all steps train the Echo decoder",
+        asks="nothing draws the adapter's output to the text embeddings; as many steps that train the Echo decoder",
         changes=(
             "model.echo.denoising.weighting=fixed",
             "model.echo.denoising.weight=0",
             "model.echo.denoising.align_steps=0",
         ),
+        aligned=False,
         paper="-",
         claim="the denoising loss (Eq. 2) helps the Echo decoder, which starts as a reader of text embeddings",
     ),

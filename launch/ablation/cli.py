@@ -99,19 +99,19 @@ def run(ablation: Ablation, examiner: Examiner, arms: tuple[Arm, ...], seeds: in
         "rows": [asdict(row) for row in rows],
     }
     text = markdown(ablation.scale, arms, rows)
-    _keep(ablation, folders[0], rows, result, text)
+    _keep(ablation, folders[-1], rows, result, text)
     return result, text
 
 
-def _keep(ablation: Ablation, first: Path, rows: list[Row], result: dict[str, Any], text: str) -> None:
-    """Write both files, and log them to the parent run."""
+def _keep(ablation: Ablation, run: Path, rows: list[Row], result: dict[str, Any], text: str) -> None:
+    """Write both files, and log them to the parent run of `run`."""
     from echox.files import write_atomically
     from launch.ablation.tracked import log, table_metrics
 
     table, listing = ablation.folder / "ablation.md", ablation.folder / "ablation.json"
     write_atomically(table, text)
     write_atomically(listing, json.dumps(result, indent=1) + "\n")
-    _warn(ablation, log(first, "parent_id", table_metrics(rows), [table, listing]))
+    _warn(ablation, log(run, "parent_id", table_metrics(rows), [table, listing]))
 
 
 def _warn(ablation: Ablation, trouble: str) -> None:

@@ -21,7 +21,7 @@ from echox.config.load import load_recipe
 from echox.errors import LaunchError
 from echox.tracking.names import default_uri
 from launch.ablation.answers import annotated_sources
-from launch.ablation.arms import Arm
+from launch.ablation.arms import BASE, Arm
 from launch.demo import run_state
 from launch.paths import make_absolute
 
@@ -82,7 +82,11 @@ class Ablation:
         s2t = self._shared_folder("s2t")
         t2c = self.folder / f"{arm.name}-t2c-s{seed}" if arm.decoder else self._shared_folder("t2c")
         init = [f"init.s2t={s2t}", f"init.t2c={t2c}"]
-        return [*self._own("echo"), *arm.overrides, *init, *self._of_arm("echo", f"{arm.name}-s{seed}", seed)]
+        own = self._own("echo")
+        if not arm.aligned:
+            base = load_recipe(f"{self.scale}/echo", [*own, *init])
+            own.append(f"optim.steps={base.optim.steps - base.model.echo.denoising.align_steps}")
+        return [*own, *arm.overrides, *init, *self._of_arm("echo", f"{arm.name}-s{seed}", seed)]
 
     def check(self, arms: Sequence[Arm]) -> None:
         """Load every recipe, so that a mistake in the last is not found after the first was trained.
@@ -108,11 +112,22 @@ class Ablation:
             self._ensure("t2c", self.decoder(arm, seed))
         else:
             self._ensure("t2c", self.shared("t2c"), replace=False)
+        if arm.name == BASE and (own := self._own_run(seed)) is not None:
+            return own
         overrides = self.echo(arm, seed)
         if arm.annotated:
             recipe = load_recipe(f"{self.scale}/echo", overrides)
             overrides += annotated_sources(recipe, self.corpus / "units", self.folder / "data", self.say)
         return self._ensure("echo", overrides)
+
+    def _own_run(self, seed: int) -> Path | None:
+        """The scale's own run of Stage III, if it has this seed and is done: it is what the base arm would be."""
+        init = [f"init.{stage}={self._shared_folder(stage)}" for stage in ("s2t", "t2c")]
+        recipe = make_absolute(load_recipe(f"{self.scale}/echo", [*self.shared("echo"), *init]), Path.cwd())
+        if recipe.seed != seed or run_state.run_state(recipe)[0] != "done":
+            return None
+        self.say(f"{recipe.name}: done, reused as the base")
+        return Path(recipe.storage) / recipe.name
 
     def _ensure(self, stage: str, overrides: Sequence[str], *, replace: bool = True) -> Path:
         """Train a run unless it is done; one of another recipe or older inputs is set aside, or refused."""

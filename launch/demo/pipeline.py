@@ -174,7 +174,7 @@ class Demo:
         with self._unless_unchanged("corpus", "spoken questions, answers and transcripts", corpus):
             build(cache, say, self.limit, scale=self.scale)
         with self._unless_unchanged("units", "speech units and the unit language, fitted on the answers", corpus):
-            add_units(cache, say, settings_for(self.limit), self.scale)
+            add_units(cache, say, settings_for(self.limit, self.scale), self.scale)
         with self._unless_unchanged("encode", "the frozen speech encoder's output, once for all epochs", corpus):
             encode_sources(self.recipe("s2t"), say)
         with self.phases.phase("vocoder", "units to waveforms, trained on the answer voice"):

@@ -276,7 +276,7 @@ def build(
         folder = root / "asr-heldout-real"
         sets[folder.name] = _build_set(folder, _identity(real_heldout), lambda: prompt_samples(real_heldout), say)
         lap(folder.name)
-    made = add_units(cache, say, units or settings_for(limit), scale)
+    made = add_units(cache, say, units or settings_for(limit, scale), scale)
     lap("units")
     corpus = _corpus_record(plan, facts, accuracy, sets, len(real_train), took)
     corpus["units"] = {key: made[key] for key in ("settings", "units_per_s", "words_per_s", "vocabulary")}

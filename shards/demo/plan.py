@@ -40,8 +40,10 @@ SQA_RENDERINGS = 400
 """Questions about one fact that Piper speaks for training; each is heard in two voices."""
 OPEN_RENDERINGS = 2
 """Open questions about each training country; each is heard in two voices."""
-TTS_TRAIN: dict[Scale, tuple[int, int]] = {"demo": (1600, 1500), "small": (20_000, 8_000)}
+TTS_TRAIN: dict[Scale, tuple[int, int]] = {"demo": (1600, 1500), "small": (7500, 2500)}
 """Statements and lists that the answer voice says for training, see `shards.demo.compositions`."""
+ASR_LISTS: dict[Scale, int] = {"demo": 0, "small": 1500}
+"""Lists of names to transcribe: they name every capital and language, and state nothing of a country."""
 TTS_VALID = TTS_HELDOUT = 60
 """Compositions that the answer voice says for validation, and for the test of the T2C decoder alone."""
 SQA_VALID = 48
@@ -192,6 +194,11 @@ def _asr_train(countries: list[Country], heldout: Collection[str]) -> list[Item]
     return items
 
 
+def _asr_lists(countries: list[Country], count: int) -> list[Item]:
+    lists = compose(countries, 0, count, "asr-train")
+    return [_transcript(f"names-{number:04d}", text, _voices(number, 1)) for number, text in enumerate(lists)]
+
+
 def _spread(items: list[T], count: int) -> list[T]:
     """At most `count` items at even distances."""
     if len(items) <= count:
@@ -292,7 +299,7 @@ def plan_corpus(known: Collection[Fact], limit: int | None = None, scale: Scale 
         "sqa-train": _sqa_train(train) + _open_train(taught),
         "sqa-valid": _sqa_valid(train),
         **tests,
-        "asr-train": _asr_train(countries, heldout),
+        "asr-train": _asr_train(countries, heldout) + _asr_lists(countries, ASR_LISTS[scale]),
     }
     for name, items in sets.items():
         items = sets[name] = random.Random(name).sample(items, len(items))

@@ -16,6 +16,7 @@ from echox.stream.format.catalogue import DATASET_NAME
 from echox.units.identity import read_unit_set, write_unit_set
 from shards.builder.records import INPUTS_NAME, digest, read_json, write_json
 from shards.builder.rewrite import read_samples, rewrite
+from shards.demo.plan import Scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from echox.units.features import FeatureConfig, FrameFeatures
     from echox.units.identity import UnitSetIdentity
-    from shards.demo.plan import Scale
-
     Units = NDArray[np.uint16]
 
 Progress = Callable[[str], None]
@@ -66,9 +65,14 @@ class UnitSettings:
         return FeatureConfig(kind="whisper", model=self.model, layer=self.layer)
 
 
-def settings_for(limit: int | None) -> UnitSettings:
+SWITCH: dict[Scale, float] = {"demo": UnitSettings.switch, "small": 0.4}
+"""Hours of speech teach longer sequences than an hour does, and they sound better."""
+
+
+def settings_for(limit: int | None, scale: Scale = "demo") -> UnitSettings:
     """Settings of a whole corpus, or of one cut down to `limit` samples a set: too few frames for all clusters."""
-    return UnitSettings() if limit is None else UnitSettings(clusters=min(UnitSettings.clusters, 2 * limit))
+    clusters = UnitSettings.clusters if limit is None else min(UnitSettings.clusters, 2 * limit)
+    return UnitSettings(clusters=clusters, switch=SWITCH[scale])
 
 
 def _audio(folder: Path) -> list[NDArray[np.float32]]:

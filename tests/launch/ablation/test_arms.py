@@ -17,7 +17,7 @@ KEYS = {
     "annotated": {"model.echo.labels", "model.echo.pseudo_text", "model.echo.segmentation.mode"},
     "teacher-forced": {"model.echo.pseudo_text"},
     "reference": {"model.echo.pseudo_text"},
-    "no-denoising": {f"model.echo.denoising.{key}" for key in ("weighting", "weight", "align_steps")},
+    "no-denoising": {"optim.steps", *(f"model.echo.denoising.{key}" for key in ("weighting", "weight", "align_steps"))},
     "raw-embeddings": {"model.t2c.text_embeddings"},
     "no-segments": {"model.echo.segmentation.mode"},
 }
@@ -44,14 +44,22 @@ def test_an_arm_changes_the_keys_that_it_names_and_no_other(scale: str, tmp_path
     assert different(base, load_recipe(f"{scale}/echo")) == {*OF_A_RUN, "init.s2t", "init.t2c"}
     for arm in trained(scale)[1:]:
         recipe = load_recipe(f"{scale}/echo", runs.echo(arm, 17))
-        same = {"model.echo.denoising.align_steps"} if scale == "small" else set()
-        wanted = (KEYS[arm.name] - same) | {"name"} | ({"init.t2c"} if arm.decoder else set())
+        wanted = KEYS[arm.name] | {"name"} | ({"init.t2c"} if arm.decoder else set())
         assert different(base, recipe) == wanted, arm.name
         assert (recipe.name, recipe.seed) == (f"{arm.name}-s17", 17)
         assert (recipe.tracking.parent_run, recipe.tracking.uri) == (
             f"ablation-{scale}",
             f"sqlite:///{tmp_path / scale / 'mlflow.db'}",
         )
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_without_denoising_loss_as_many_steps_train_the_echo_decoder(scale: str, tmp_path: Path) -> None:
+    (arm,) = [arm for arm in ARMS if not arm.aligned]
+    for runs in (ablation(scale, tmp_path), ablation(scale, tmp_path, "echo.optim.steps=991")):
+        base, without = (load_recipe(f"{scale}/echo", runs.echo(each, 17)) for each in (ARMS[0], arm))
+        assert without.model.echo.denoising.align_steps == 0 < base.model.echo.denoising.align_steps
+        assert without.optim.steps == base.optim.steps - base.model.echo.denoising.align_steps
 
 
 @pytest.mark.parametrize("scale", SCALES)

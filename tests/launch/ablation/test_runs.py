@@ -106,6 +106,24 @@ def test_the_demo_s_own_runs_are_used(ablation: Ablation, trainer: Trainer) -> N
     assert trainer.calls == ["respond echo-s17", "train echo-s17"]
 
 
+def test_the_demo_s_own_stage_iii_is_the_base_where_it_is_done(
+    ablation: Ablation, trainer: Trainer, tmp_path: Path
+) -> None:
+    from rich.console import Console
+
+    from launch.demo.pipeline import Demo
+
+    demo = Demo(storage=ablation.storage, console=Console(quiet=True))
+    for age_s, stage in ((60, "s2t"), (60, "t2c"), (30, "echo")):
+        save(f"demo/{stage}", demo._overrides(stage), age_s=age_s)
+    assert ablation.run(ARM["echo"], 17) == tmp_path / "runs" / "demo-echo" and trainer.calls == []
+    assert ablation.run(ARM["echo"], 18) == tmp_path / "runs" / "ablation" / "echo-s18", "another seed"
+    assert ablation.run(ARM["reference"], 17) == tmp_path / "runs" / "ablation" / "reference-s17", "another arm"
+    kept = save("demo/echo", [*demo._overrides("echo"), "optim.lr.echo=0.5"], age_s=20)
+    assert ablation.run(ARM["echo"], 17) == tmp_path / "runs" / "ablation" / "echo-s17", "another recipe"
+    assert kept.is_file(), "a run that the user made is not moved"
+
+
 def test_a_run_of_another_recipe_makes_room_if_it_is_an_arm_s_and_is_refused_if_the_arms_start_from_it(
     ablation: Ablation, trainer: Trainer
 ) -> None:
