@@ -1,10 +1,21 @@
-"""Seeds, captures and restores the random states of one process, so that a resumed run draws the same numbers."""
+"""Seeds, captures, keeps and restores the random states of one process, so that a resumed run draws the same numbers.
+
+They are kept as JSON: checkpoints travel between people, and to load a pickle is to run what it says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import base64
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echox.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def seed_all(seed: int) -> None:
@@ -46,6 +57,56 @@ def restore(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def save(state: Mapping[str, Any], path: Path) -> None:
+    """Write what `capture` returned; floats and integers come back as they are."""
+    kind, keys, *rest = state["numpy"]
+    kept = {
+        "python": state["python"],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": _text(state["torch"]),
+        "cuda": None if state["cuda"] is None else _text(state["cuda"]),
+    }
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def restore_from(path: Path) -> None:
+    """Put back what `save` wrote.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    import numpy as np
+
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        version, words, spare = kept["python"]
+        kind, keys, *rest = kept["numpy"]
+        restore(
+            {
+                "python": (version, tuple(words), spare),
+                "numpy": (kind, np.array(keys, dtype=np.uint32), *rest),
+                "torch": _bytes(kept["torch"]),
+                "cuda": None if kept["cuda"] is None else _bytes(kept["cuda"]),
+            }
+        )
+    except (ValueError, TypeError, KeyError, OverflowError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the random states are not what a run writes: {type(error).__name__}: {error}",
+            where=str(path),
+            fix="resume from another checkpoint of the run",
+        ) from error
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _bytes(text: str) -> Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
 
 
 @contextmanager

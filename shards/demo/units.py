@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from echox.units.features import FeatureConfig, FrameFeatures
     from echox.units.identity import UnitSetIdentity
+
     Units = NDArray[np.uint16]
 
 Progress = Callable[[str], None]

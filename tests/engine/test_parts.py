@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from echox.engine.lr_schedule import lr_at, rate_at
 from echox.engine.monitor.event_log import EventLog
 from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.update_check import fingerprint
-from echox.errors import AlteredModelError, MissingModelError
+from echox.errors import AlteredModelError, CheckpointError, MissingModelError
 from tests import tiny
 
 
@@ -177,6 +178,52 @@ def test_random_states_come_back() -> None:
     with rng_state.untouched():
         draw()
     assert draw() == expected
+
+
+def test_random_states_come_back_from_their_file(tmp_path: Path) -> None:
+    import random
+
+    def draw() -> tuple[object, ...]:
+        return random.gauss(0, 1), random.random(), float(np.random.randn()), np.random.rand(), torch.randn(3).tolist()
+
+    rng_state.seed_all(5)
+    draw()  # one draw of two normal numbers leaves the second for the next
+    assert random.getstate()[2] is not None and np.random.get_state()[3] == 1
+    rng_state.save(rng_state.capture(), tmp_path / "states.json")
+    expected = draw()
+    rng_state.seed_all(6)
+    assert draw() != expected
+    rng_state.restore_from(tmp_path / "states.json")
+    assert draw() == expected
+
+
+class Runs:
+    """What a pickle may ask to be done when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "not JSON", "a list", "short", "negative", "deep"])
+def test_random_states_of_others_are_refused_and_never_run(tmp_path: Path, kind: str) -> None:
+    states, mark = tmp_path / "states.json", tmp_path / "mark"
+    rng_state.save(rng_state.capture(), states)
+    kept = json.loads(states.read_text())
+    content: dict[str, bytes] = {
+        "pickle": pickle.dumps(Runs(mark)),
+        "not JSON": b"{",
+        "a list": b"[]",
+        "short": json.dumps({**kept, "python": [3, [1, 2], None]}).encode(),
+        "negative": json.dumps({**kept, "numpy": ["MT19937", [-1] * 624, 0, 0, 0.0]}).encode(),
+        "deep": b"[" * 100_000,
+    }
+    states.write_bytes(content[kind])
+    with pytest.raises(CheckpointError, match="random states are not what a run writes"):
+        rng_state.restore_from(states)
+    assert not mark.exists()
 
 
 def test_run_folder_counts_attempts_and_forgets_steps_done_again(tmp_path: Path) -> None:

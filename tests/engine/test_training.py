@@ -283,7 +283,9 @@ def test_manifest_names_what_the_run_stood_on(launched: Launched) -> None:
     on_disk = {
         p.relative_to(launched.checkpoint("two", 10)).as_posix() for p in launched.checkpoint("two", 10).rglob("*")
     }
-    assert {"trainable.safetensors", "rng/rank-00000.pt", "rng/rank-00001.pt"} <= manifest["files"].keys() <= on_disk
+    assert (
+        {"trainable.safetensors", "rng/rank-00000.json", "rng/rank-00001.json"} <= manifest["files"].keys() <= on_disk
+    )
 
 
 def test_nothing_unfinished_stays_behind(launched: Launched) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 import platform
 import shutil
 import time
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.monitor.run_dir import RunDir
     from echox.engine.world import World
+
+log = logging.getLogger("echox.engine")
 
 _FAILURES_TOLERATED = 1
 """Saves in a row that may fail while training goes on; the next one ends the run."""
@@ -207,7 +210,8 @@ class Checkpointer:
     def load(self, checkpoint: Checkpoint, seed: int) -> int:
         """Bring the engine back to a checkpoint, and the random states where as many ranks wrote it; return its step.
 
-        On another number of ranks the random states are seeded again from `seed` and the step.
+        On another number of ranks, and from a checkpoint that has none as JSON, the random states are seeded again from
+        `seed` and the step.
 
         Raises:
             CheckpointError: the trainable tensors are not those of this model.
@@ -232,11 +236,14 @@ class Checkpointer:
             updates=manifest["updates"],
         )
         self._load_buffers(checkpoint.path / WEIGHTS)
-        if ranks == self.world.size:
-            import torch
-
-            rng_state.restore(torch.load(checkpoint.path / random_file(self.world.rank), weights_only=False))
+        random = random_file(self.world.rank)
+        if ranks == self.world.size and random in manifest["files"]:
+            rng_state.restore_from(checkpoint.path / random)
         else:
+            if ranks == self.world.size and self.world.rank == 0:
+                log.warning(
+                    "%s keeps random states in an old form that is not read; they are drawn anew", checkpoint.path
+                )
             rng_state.seed_all(seed + 1000 * (self.world.rank + 1) + 7919 * step)
         return step
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.engine import rng_state
 from echox.engine.checkpoint.contents import Contents, FileEntry
 from echox.engine.checkpoint.manifest import WEIGHTS, describe_file, publish, write_manifest
 from echox.engine.checkpoint.sharded_state import FOLDER, SavedSlices, slices_file
@@ -29,7 +30,7 @@ Files = dict[str, FileEntry]
 
 def random_file(rank: int) -> str:
     """Name of a rank's random states inside a checkpoint."""
-    return f"rng/rank-{rank:05d}.pt"
+    return f"rng/rank-{rank:05d}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,13 @@ class Consolidation:
 
 def write_part(folder: Path, part: RankPart) -> Files:
     """Write a rank's files and force them to disk; returns size and hash by name."""
-    import torch
     from safetensors.torch import save_file
 
     for name in (FOLDER, "rng"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     slices, random = slices_file(part.rank), random_file(part.rank)
     save_file(dict(part.slices), str(folder / slices))
-    torch.save(dict(part.random), folder / random)
+    rng_state.save(part.random, folder / random)
     files = {name: describe_file(folder / name) for name in (slices, random)}
     for name in (FOLDER, "rng"):
         fsync(folder / name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 DATASET_NAME = "dataset.json"
 CATALOGUE_NAME = "dataset.catalogue"
+ELSEWHERE = re.compile(r"(https?|s3a?|gcs|gs|az|abfs)://[^:|]+(:\d+)?[^:|]*")
+"""Where `dataset.json` may say that the shards are: it comes from whoever made the dataset."""
 MAGIC = b"ECHOXCAT"
 VERSION = 1
 ALIGN = 64
@@ -209,14 +212,23 @@ def read_listing(content: bytes, where: str) -> dict[str, Any]:
     """Decode `dataset.json`.
 
     Raises:
-        DataError: it is not one, or one from before datasets had a catalogue.
+        DataError: it is not one, one from before datasets had a catalogue, or one that sends its readers where a
+            dataset may not: to a command, to a folder of this machine, or to a protocol that chains others.
     """
     try:
         listing = json.loads(content)
         if not isinstance(listing["catalogue"], str) or not isinstance(listing["shards"], list):
             raise ValueError("fields of another type")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unusable(str(Path(where).parent), f"{DATASET_NAME} does not name a catalogue") from error
+    shards_at = listing.get("shards_at", "")
+    if shards_at and not (isinstance(shards_at, str) and ELSEWHERE.fullmatch(shards_at)):
+        raise DataError(
+            f"its shards_at is {str(shards_at)[:80]!r}: a dataset may name its shards by a URL of a web server or an "
+            "object store and by nothing else",
+            where=where,
+            fix="index the shards where they are, and only use datasets whose source you trust",
+        )
     return dict(listing)
 
 

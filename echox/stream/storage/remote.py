@@ -1,11 +1,13 @@
 """Reads datasets behind a URL: `http(s)://`, whatever fsspec opens (`s3://`, `gs://`, ...), and `pipe:` commands.
 
 `https://host/folder` and `s3://bucket/folder` name the folder of `dataset.json`. `pipe:COMMAND {}` runs a shell command
-with the file's name in place of `{}` and reads its output; it cannot seek, so each shard comes as one stream.
+with the file's name in place of `{}` and reads its output; it cannot seek, so each shard comes as one stream. A recipe
+may come from anywhere, so the command runs only where `$ECHOX_ALLOW_PIPE` says so, and never because a dataset does.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import threading
@@ -21,6 +23,7 @@ from echox.config.paths import resolve_data
 from echox.errors import DataError
 from echox.stream.storage.retry import PassingError
 
+ALLOW_PIPE = "ECHOX_ALLOW_PIPE"
 _BLOCK = 1 << 20
 _TIMEOUT_S = (10, 60)
 """To connect, and between two bytes."""
@@ -222,6 +225,12 @@ class PipeRemote(Remote):
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
+        if os.environ.get(ALLOW_PIPE) != "1":
+            raise DataError(
+                "a pipe: location runs a shell command, which nobody has allowed here",
+                where=location,
+                fix=f"read the command, and set {ALLOW_PIPE}=1 if you trust it",
+            )
         if "{}" not in location:
             raise DataError(
                 "a pipe: location needs {} where the file's name goes",

@@ -10,6 +10,7 @@ from typing import Any
 from braceexpand import braceexpand
 
 from echox.errors import DataError
+from echox.stream.format.catalogue import ELSEWHERE
 from echox.stream.format.indexing import CatalogueBuilder, Progress
 from echox.stream.format.scan import scan_shard
 from echox.stream.storage.remote import FsspecRemote, open_remote
@@ -31,10 +32,14 @@ def index_remote(
         The content of `dataset.json`, which says where the shards are.
 
     Raises:
-        DataError: shards of several folders, none at all, or what `scan_shard` and `CatalogueBuilder` refuse.
+        DataError: shards of several folders, none at all, neither on a web server nor in an object store, or what
+            `scan_shard` and `CatalogueBuilder` refuse.
         TransientReadError: a shard could not be fetched.
     """
     base, names = list_remote(urls)
+    if not ELSEWHERE.fullmatch(base):
+        fix = "put the shards behind a web server or into an object store, or index them in their own folder"
+        raise DataError("a dataset may not say that its shards are at such a location", where=base, fix=fix)
     remote, retry = open_remote(base), Retry()
     out.mkdir(parents=True, exist_ok=True)
     with CatalogueBuilder(out, optional) as builder, tempfile.TemporaryDirectory(dir=out, prefix=".fetch-") as scratch:

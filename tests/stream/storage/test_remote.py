@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -15,7 +16,7 @@ from echox.errors import CorruptSampleError, DataError, TransientReadError
 from echox.stream.format.writer import write_shards
 from echox.stream.storage import staging
 from echox.stream.storage.cache import NodeCache
-from echox.stream.storage.remote import locate, open_remote
+from echox.stream.storage.remote import ALLOW_PIPE, locate, open_remote
 from echox.stream.storage.remote_index import index_remote
 from echox.stream.storage.retry import Retry
 from echox.stream.storage.store import Sample, ShardStore, open_catalogue, read_folder
@@ -194,7 +195,59 @@ def test_a_local_catalogue_may_speak_of_shards_elsewhere(dataset: Path, server: 
     assert all_samples(store_of(str(here), cache)) == known
 
 
-def test_a_pipe_is_the_sequential_fallback(dataset: Path, cache: NodeCache) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        "pipe:touch {mark}; cat {set}/{{}}",
+        "{set}",
+        "file://{set}",
+        "simplecache::file://{set}",
+        "https://host/x::file://{set}",
+        "sftp://host/{set}",
+        "https://host/x|touch {mark}",
+        ["https://host"],
+        7,
+    ],
+)
+def test_a_dataset_sends_its_readers_to_no_command_and_no_folder(
+    dataset: Path, cache: NodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: object
+) -> None:
+    monkeypatch.setenv(ALLOW_PIPE, "1")  # what a user allows, a dataset may not use
+    mark = tmp_path / "mark"
+    where = place.format(mark=mark, set=dataset) if isinstance(place, str) else place
+    listing = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps({**listing, "shards_at": where}))
+    with pytest.raises(DataError, match="a dataset may name its shards by a URL"):
+        open_catalogue(str(dataset), cache=cache)
+    assert not mark.exists()
+
+
+def test_a_pipe_runs_only_where_it_is_allowed(
+    dataset: Path, cache: NodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    location = f"pipe:touch {mark}; cat {dataset}/{{}}"
+    for value in (None, "", "0", "yes"):
+        monkeypatch.delenv(ALLOW_PIPE, raising=False)
+        if value is not None:
+            monkeypatch.setenv(ALLOW_PIPE, value)
+        with pytest.raises(DataError, match="set ECHOX_ALLOW_PIPE=1 if you trust it"):
+            open_catalogue(location, cache=cache)
+    assert not mark.exists()
+    monkeypatch.setenv(ALLOW_PIPE, "1")
+    assert all_samples(store_of(location, cache)) == list(read_folder(dataset)) and mark.exists()
+
+
+def test_no_catalogue_is_made_that_names_a_command(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOW_PIPE, "1")
+    with pytest.raises(DataError, match="may not say that its shards are at such a location"):
+        index_remote(f"pipe:cat {{}} {dataset}/shard-000000.tar", tmp_path / "out")
+
+
+def test_a_pipe_is_the_sequential_fallback(dataset: Path, cache: NodeCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALLOW_PIPE, "1")
     known = list(read_folder(dataset))
     assert all_samples(store_of(f"pipe:cat {dataset}/{{}}", cache)) == known
     with pytest.raises(DataError, match="needs {}"):
@@ -203,7 +256,10 @@ def test_a_pipe_is_the_sequential_fallback(dataset: Path, cache: NodeCache) -> N
         open_catalogue(f"pipe:cat {dataset}/no/{{}}", cache=cache, retry=QUICK)
 
 
-def test_a_pipe_that_breaks_is_run_again(dataset: Path, cache: NodeCache, tmp_path: Path) -> None:
+def test_a_pipe_that_breaks_is_run_again(
+    dataset: Path, cache: NodeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ALLOW_PIPE, "1")
     known = list(read_folder(dataset))
     # Every file's first reading ends early: once with an error, once without.
     script = tmp_path / "flaky"
