@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.tracking import spool
+from echox.tracking.database import ensure_database
 from echox.tracking.delivery import Delivery
 from echox.tracking.state import SPOOL_FOLDER, Process, fate, read_state, update_state
 
@@ -23,13 +24,17 @@ _WORST = ("FAILED", "KILLED", "FINISHED")
 
 
 def make_client(uri: str, timeout_s: int = TIMEOUT_S) -> MlflowClient:
-    """A client that tries each request once; its callers have their own way to try again."""
+    """A client that tries each request once; its callers have their own way to try again.
+
+    Where the store is a SQLite file that is not there, it is made first.
+    """
     for name, value in (("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"), ("MLFLOW_HTTP_REQUEST_TIMEOUT", str(timeout_s))):
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
+    ensure_database(uri)
     return MlflowClient(tracking_uri=uri)
 
 

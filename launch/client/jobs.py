@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from echox.config.load import find_recipe, load_recipe
 from echox.config.paths import project_root
 from echox.errors import LaunchError
+from launch.client.address import LOOPBACK, api_address, on_this_machine, without_variables
 from launch.paths import HOME, RESOLVED
 
 if TYPE_CHECKING:
@@ -80,14 +82,11 @@ class Jobs:
         address: `http://host:port` of the dashboard; None takes $RAY_ADDRESS, then Ray's default on this machine.
 
     Raises:
-        LaunchError: nothing answers, or the token is missing or wrong.
+        LaunchError: the address has another form, nothing answers, or the token is missing or wrong.
     """
 
     def __init__(self, address: str | None = None) -> None:
-        address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
-        if not address or not address.startswith("http"):
-            address = "http://127.0.0.1:8265"
-        self.address = address.rstrip("/")
+        self.address = api_address(address)
         self._client: JobSubmissionClient = self._call(self._connect)
 
     def submit(
@@ -150,10 +149,12 @@ class Jobs:
             )
         )
 
-    @property
+    @cached_property
     def is_local(self) -> bool:
-        """Whether the cluster's head is this machine."""
-        return urlparse(self.address).hostname in ("127.0.0.1", "localhost", "::1")
+        """Whether the cluster's head is this machine; one that does not say is not."""
+        with contextlib.suppress(LaunchError, ValueError, KeyError, TypeError):
+            return on_this_machine(self.address, self._call(self._nodes))
+        return False
 
     def list(self, run: str | None = None) -> list[Job]:
         """Jobs of the cluster, oldest first."""
@@ -257,7 +258,13 @@ class Jobs:
 
         for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
             logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they list every file that does not travel
-        return JobSubmissionClient(self.address, headers=token_header())
+        with without_variables():
+            return JobSubmissionClient(self.address, headers=token_header())
+
+    def _nodes(self) -> Any:
+        if urlsplit(self.address).hostname not in LOOPBACK:
+            return None
+        return self._client._do_request("GET", "/nodes?view=summary").json()
 
     def _call(self, request: Callable[[], Any]) -> Any:
         """Run one request; Ray's errors come out as sentences."""
