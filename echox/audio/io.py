@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 16_000
 """Samples a second of every waveform inside the project."""
+LONGEST_S = 1800.0
+"""No sample of speech is longer; a header may claim anything, and a few bytes of silence decode to gigabytes."""
+
+_RATES = (1_000, 768_000)
+_MOST_CHANNELS = 64
+_FULL_RATE = 48_000
+"""Of a file of a higher rate, fewer seconds are read: memory is bounded by samples."""
+_BLOCK = 1 << 21
+"""Values decoded at a time, of all channels together."""
 
 
 def read_audio(source: str | Path | bytes) -> Waveform:
@@ -33,25 +42,68 @@ def read_audio(source: str | Path | bytes) -> Waveform:
     Returns:
         float32 [samples], 16 kHz mono, nominally within -1 and 1.
 
+    A length that the header does not know, as of a stream that was written into a pipe, is found by decoding.
+
     Raises:
-        DataError: no such file, not audio, no samples in it, or samples that are not finite.
+        DataError: no such file, not audio, no samples in it, more than `LONGEST_S`, or some that are not finite.
     """
     name = f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source)
     fix = "Give a file that libsndfile can decode, such as WAV or FLAC."
     try:
         with _in_memory(source) if isinstance(source, bytes) else nullcontext(source) as file:
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True, closefd=False)
+            mono, rate = _decode(file, name)
     except (soundfile.LibsndfileError, OSError) as error:
         # The whole message of libsndfile names bytes by their address in memory.
         known = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
         reason = known.rstrip(".").splitlines()[0]
         raise DataError(f"Cannot decode {name}: {reason}", where=name, fix=fix) from error
-    if len(samples) == 0:
+    if len(mono) == 0:
         raise DataError(f"The audio of {name} is empty", where=name, fix="Give a recording with sound in it.")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     if not np.isfinite(mono).all():
         raise DataError(f"The audio of {name} has samples that are not finite numbers", where=name, fix=fix)
-    return resample(np.ascontiguousarray(mono), rate)
+    return resample(mono, rate)
+
+
+def header_seconds(content: bytes | memoryview) -> float | None:
+    """Length of an encoded clip by its header; None where the header does not know, or knows nothing sensible.
+
+    Raises:
+        soundfile.LibsndfileError: it is no audio.
+    """
+    seconds = float(soundfile.info(io.BytesIO(content)).duration)
+    return seconds if seconds <= LONGEST_S else None
+
+
+def _decode(file: str | Path | int, name: str) -> tuple[Waveform, int]:
+    """Mono samples at the file's own rate, decoded in blocks; and the rate."""
+    with soundfile.SoundFile(file, closefd=False) as opened:
+        rate, channels, claimed = opened.samplerate, opened.channels, opened.frames
+        if not (_RATES[0] <= rate <= _RATES[1] and channels <= _MOST_CHANNELS):
+            fix = f"Give audio of {_RATES[0]:,} to {_RATES[1]:,} Hz and at most {_MOST_CHANNELS} channels."
+            raise DataError(f"The audio of {name} has {channels} channels at {rate} Hz", where=name, fix=fix)
+        most = int(LONGEST_S * min(rate, _FULL_RATE))
+        known = claimed <= most
+        size = max(1, min(claimed, _BLOCK // channels))
+        pieces: list[Waveform] = []
+        total, more = 0, claimed > 0
+        while more:
+            block = np.empty((size, channels), np.float32)
+            if not known:
+                block.fill(np.nan)
+            try:
+                got = opened.buffer_read_into(block, "float32")
+                more = got == size and total + got != claimed
+            except soundfile.LibsndfileError:
+                if known:
+                    raise
+                # Of a length that it did not know, libsndfile finds the end to be an error, after the last samples.
+                got, more = int(np.isfinite(block[:, 0]).sum()), False
+            total += got
+            if total > most:
+                fix = f"Cut it into pieces of at most {LONGEST_S / 60:.0f} minutes."
+                raise DataError(f"The audio of {name} is longer than {most / rate:.0f} s", where=name, fix=fix)
+            pieces.append(block[:got, 0] if channels == 1 else block[:got].mean(axis=1, dtype=np.float32))
+    return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.zeros(0, np.float32)]), rate
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from echox.audio.io import SAMPLE_RATE, encode_flac, read_audio
+from echox.audio.io import SAMPLE_RATE, encode_flac, header_seconds, read_audio
 from echox.errors import DataError, EchoXError
 from echox.files import sha256_file
 from echox.stream.format.scan import TURN_MEMBERS
@@ -230,7 +230,7 @@ def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
     try:
         data = audio.read()
         samples = read_audio(data)
-        info = soundfile.info(io.BytesIO(data))
+        info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
     except DataError as error:
@@ -243,12 +243,13 @@ def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
             fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
     seconds = len(samples) / SAMPLE_RATE
-    if _is_cut(data) or seconds < 0.98 * info.duration:
+    if _is_cut(data) or (promised is not None and seconds < 0.98 * promised):
         raise Rejected(f"{what}: the file is cut short")
     if not SHORTEST_S <= seconds <= longest_s:
         raise Rejected(f"{what}: {seconds:.2f} s of audio, outside {SHORTEST_S:g} to {longest_s:g} s")
     fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
-    return data if fits else encode_flac(samples), round(seconds, 3)
+    # One of unknown length is encoded again: other programs believe the header.
+    return data if fits and promised is not None else encode_flac(samples), round(seconds, 3)
 
 
 def _is_cut(data: bytes) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,63 @@ def test_16000_hz_mono_is_untouched(tmp_path: Path) -> None:
 def test_five_minutes_are_read(tmp_path: Path) -> None:
     write_audio(tmp_path / "long.wav", np.tile(tone(1.0, 16_000), 300))
     assert len(read_audio(tmp_path / "long.wav")) == 300 * 16_000
+
+
+def claiming(flac: bytes, samples: int) -> bytes:
+    """A FLAC whose STREAMINFO has another number of samples; 0 is unknown, as a stream written into a pipe has it."""
+    fields = int.from_bytes(flac[18:26], "big") >> 36 << 36 | samples
+    return flac[:18] + fields.to_bytes(8, "big") + flac[26:]
+
+
+@pytest.mark.parametrize("claimed", [0, 2**36 - 1])
+@pytest.mark.parametrize("seconds", [0.3, 2.0, 150.0])
+def test_a_length_that_no_header_knows_is_found_by_decoding(claimed: int, seconds: float) -> None:
+    samples = tone(seconds, 16_000)
+    whole = encode_flac(samples)
+    assert np.array_equal(read_audio(claiming(whole, claimed)), read_audio(whole))
+    assert len(read_audio(whole)) == len(samples)
+
+
+def test_stereo_of_unknown_length_is_averaged() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.stack([tone(80.0, 16_000), tone(80.0, 16_000, 900.0)], 1), 16_000, format="FLAC")
+    whole = buffer.getvalue()
+    assert np.array_equal(read_audio(claiming(whole, 0)), read_audio(whole)) and len(read_audio(whole)) == 80 * 16_000
+
+
+def test_a_recording_that_has_less_than_it_claims_is_refused() -> None:
+    whole = encode_flac(tone(2.0, 16_000))
+    for cut in (claiming(whole, 64_000), whole[: len(whole) // 2]):
+        with pytest.raises(DataError, match="Cannot decode"):
+            read_audio(cut)
+
+
+def test_silence_without_end_costs_little_memory_and_is_refused() -> None:
+    samples = np.zeros(2000 * 16_000, np.int16)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format="FLAC", subtype="PCM_16")
+    content = buffer.getvalue()
+    assert len(content) < 200_000
+    for bomb in (content, claiming(content, 2**36 - 1)):
+        tracemalloc.start()
+        with pytest.raises(DataError, match="longer than 1800 s.*pieces of at most 30 minutes"):
+            read_audio(bomb)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.3 * 4 * 1800 * 16_000
+
+
+def test_of_a_high_rate_fewer_seconds_are_read(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(115 * 768_000, np.int16), 768_000, subtype="PCM_16")
+    with pytest.raises(DataError, match="longer than 112 s"):
+        read_audio(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(999, 1), (768_001, 1), (16_000, 65)])
+def test_what_no_microphone_makes_is_refused(tmp_path: Path, rate: int, channels: int) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros((100, channels), np.int16), rate)
+    with pytest.raises(DataError, match=f"has {channels} channels at {rate} Hz"):
+        read_audio(tmp_path / "a.wav")
 
 
 def test_flac_bytes_round_trip_to_sixteen_bits_and_clip() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 import soundfile
 from xxhash import xxh3_64_intdigest
 
+from echox.audio.io import SAMPLE_RATE, header_seconds, read_audio
 from echox.errors import DataError
 from echox.stream.format.tar_headers import LARGEST_SAMPLE, Spans, defect, mapped, walk
 
@@ -246,10 +246,14 @@ def _seconds(meta: Mapping[str, Any], members: Mapping[str, Any], side: str) -> 
 
 
 def audio_seconds(audio: bytes | memoryview) -> float:
-    """Length of an encoded clip by its header; 0 where that cannot be read, which decoding will say in full."""
+    """Length of an encoded clip by its header, decoded where that does not know it; 0 where it cannot be read.
+
+    What is wrong with it, decoding will say in full.
+    """
     try:
-        return float(soundfile.info(io.BytesIO(audio)).duration)
-    except (soundfile.LibsndfileError, OSError):
+        seconds = header_seconds(audio)
+        return len(read_audio(bytes(audio))) / SAMPLE_RATE if seconds is None else seconds
+    except (soundfile.LibsndfileError, OSError, DataError):
         return 0.0
 
 

@@ -271,10 +271,16 @@ def test_a_file_that_was_cut_is_bad(tmp_path: Path) -> None:
     piped = bytearray(kinds["wav"])
     piped[4:8] = b"\xff" * 4
     put(tmp_path / "piped.wav", bytes(piped))
-    names = [*(f"{state}.{kind}" for kind in kinds for state in ("whole", "cut")), "piped.wav"]
+    streamed = encoded(sound[::3], 16_000, "FLAC")
+    rate_to_length = int.from_bytes(streamed[18:26], "big") >> 36 << 36  # and no samples: the length is not known
+    put(tmp_path / "piped.flac", streamed[:18] + rate_to_length.to_bytes(8, "big") + streamed[26:])
+    names = [*(f"{state}.{kind}" for kind in kinds for state in ("whole", "cut")), "piped.wav", "piped.flac"]
     rows = [{"audio": name, "text": "a", "id": name} for name in names]
     samples, rejected = build("manifest", put_lines(tmp_path / "mine.jsonl", rows), tmp_path / "out", task="")
-    assert list(samples) == ["whole.wav", "whole.mp3", "whole.flac", "piped.wav"]
+    assert list(samples) == ["whole.wav", "whole.mp3", "whole.flac", "piped.wav", "piped.flac"]
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        flacs = [tar.extractfile(member).read() for member in tar if member.name.endswith(".flac")]  # type: ignore[union-attr]
+    assert soundfile.info(io.BytesIO(flacs[-1])).frames == len(sound[::3]), "other programs believe the header"
     assert rejected["cut.wav"] == rejected["cut.mp3"] == "question: the file is cut short"
     assert rejected["cut.flac"].startswith("question: Cannot decode")
 
