@@ -47,10 +47,12 @@ def _command(package: Package, folder: Path) -> list[str]:
     if package.client == "pip":
         has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0
         pip = [sys.executable, "-m", "pip"] if has_pip else ["pip"]
-        options = ["--no-deps", "--quiet", "--disable-pip-version-check", "--timeout", "20", "--retries", "1"]
+        # Only wheels: to learn what a source archive holds, pip runs its build code, before its hash can be checked.
+        options = ["--only-binary=:all:", "--no-deps", "--quiet", "--disable-pip-version-check"]
+        options += ["--timeout", "20", "--retries", "1"]
         return [*pip, "download", *options, "--dest", str(folder), f"{package.name}=={package.version}"]
     if package.client == "npm":
-        options = ["--silent", "--fetch-retries=1", "--fetch-timeout=120000"]
+        options = ["--ignore-scripts", "--silent", "--fetch-retries=1", "--fetch-timeout=120000"]
         return ["npm", "pack", *options, "--pack-destination", str(folder), f"{package.name}@{package.version}"]
     return ["apt-get", "-qq", "download", f"{package.name}={package.version}"]
 
