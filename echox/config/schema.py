@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from echox.config.locations import unfit_places
 from echox.config.model_schema import ModelConfig, T2cConfig
 from echox.config.section import Change, Free, Guarded, Section, own_mark, section_in
 
@@ -349,7 +350,18 @@ class Breach(NamedTuple):
 
 def cross_checks(recipe: Recipe) -> list[Breach]:
     """Every rule that spans sections and that this recipe breaks; empty for a recipe that can run."""
-    return [*_batch_rules(recipe), *_schedule_rules(recipe), *_stage_rules(recipe), *_model_rules(recipe)]
+    rules = (_batch_rules, _schedule_rules, _stage_rules, _model_rules, _place_breaches)
+    return [breach for rule in rules for breach in rule(recipe)]
+
+
+def _place_breaches(recipe: Recipe) -> list[Breach]:
+    data = {
+        f"data.{group}.{index}.path": source.path
+        for group in ("train", "valid")
+        for index, source in enumerate(getattr(recipe.data, group))
+    }
+    found = unfit_places(recipe.storage, recipe.tracking.uri, data)
+    return [Breach((unfit.key,), unfit.rule, unfit.fix) for unfit in found]
 
 
 def _batch_rules(recipe: Recipe) -> list[Breach]:

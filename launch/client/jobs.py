@@ -38,6 +38,10 @@ EXCLUDES = (
 STOP_WAIT_S = 120
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
 PASSED_ON = ("MLFLOW_", "HF_", "ECHOX_")
+SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET|KEY|CREDENTIALS?)$")
+"""Names of variables that do not travel: whoever may ask the job API sees what a job was given."""
+
+log = logging.getLogger("launch")
 
 
 def token_header() -> dict[str, str]:
@@ -123,7 +127,7 @@ class Jobs:
         attempt = 1 + max((job["attempt"] for job in self.list(checked.name)), default=0)
         python = sys.executable if self.is_local else "python"
         words = [python, "-m", "launch.train", self._shipped(recipe, root), *overrides, *extra_arguments]
-        variables = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+        variables = self._variables()
         if self.is_local:
             variables.setdefault(HOME, os.getcwd())
         variables |= {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **(env or {})}
@@ -148,6 +152,16 @@ class Jobs:
                 )
             )
         )
+
+    def _variables(self) -> dict[str, str]:
+        """What the job gets of this process's variables."""
+        named = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+        secret = sorted(key for key in named if SECRET.search(key))
+        if secret and not self.is_local:
+            log.warning(
+                "not passed on, for a job's variables are no secret: %s; set them on the nodes", ", ".join(secret)
+            )
+        return {key: value for key, value in named.items() if key not in secret}
 
     @cached_property
     def is_local(self) -> bool:

@@ -17,7 +17,9 @@ def test_a_source_archive_is_not_built_to_look_into_it(tmp_path: Path, monkeypat
     index, mark = tmp_path / "index", tmp_path / "mark"
     index.mkdir()
     archive = index / "planted-1.0.tar.gz"
-    setup = f"from pathlib import Path\nfrom setuptools import setup\nPath({str(mark)!r}).touch()\nsetup(name='planted')"
+    setup = (
+        f"from pathlib import Path\nfrom setuptools import setup\nPath({str(mark)!r}).touch()\nsetup(name='planted')"
+    )
     with tarfile.open(archive, "w:gz") as tar:
         for name, text in (("setup.py", setup), ("PKG-INFO", "Metadata-Version: 1.0\nName: planted\nVersion: 1.0\n")):
             member = tarfile.TarInfo(f"planted-1.0/{name}")

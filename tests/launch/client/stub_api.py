@@ -15,6 +15,7 @@ class StubApi(ThreadingHTTPServer):
 
     Attributes:
         asked: method and path of every request.
+        sent: body of every request that had one.
         nodes: what `/nodes?view=summary` answers; None is an error of the server.
     """
 
@@ -23,6 +24,7 @@ class StubApi(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.asked: list[str] = []
+        self.sent: list[bytes] = []
         self.nodes: Any = None
 
     @property
@@ -34,15 +36,32 @@ class StubApi(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: StubApi
 
+    def do_PUT(self) -> None:
+        self._take("PUT")
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = json.loads(self._take("POST"))
+        self._answer({"job_id": body["submission_id"], "submission_id": body["submission_id"]})
+
     def do_GET(self) -> None:
         import ray
 
         self.server.asked.append(f"GET {self.path}")
         version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": "stub"}
         answers: dict[str, Any] = {"/api/version": version, "/api/jobs/": [], "/nodes": self.server.nodes}
-        answer = answers.get(self.path.partition("?")[0])
+        self._answer(answers.get(self.path.partition("?")[0]))
+
+    def _take(self, method: str) -> bytes:
+        self.server.asked.append(f"{method} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.sent.append(body)
+        return body
+
+    def _answer(self, answer: Any) -> None:
+        missing = 404 if self.path.startswith("/api/packages") else 500
         body = json.dumps(answer).encode()
-        self.send_response(500 if answer is None else 200)
+        self.send_response(missing if answer is None else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -108,3 +109,17 @@ def test_a_head_behind_a_tunnel_is_not_this_machine(clean: None, one: StubApi) -
         one.nodes = nodes
         assert Jobs(one.address).is_local is local, nodes
     assert not on_this_machine("http://head.example:8265", summary(here, boot))
+
+
+def test_secrets_of_the_environment_are_not_given_to_a_job(
+    clean: None, one: StubApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "ECHOX_STORE_KEY", "HF_SECRET")
+    for name in names:
+        monkeypatch.setenv(name, "s3cr3t-9f")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    assert Jobs(one.address).submit("demo/t2c") == "demo-t2c-a1"
+    (job,) = [json.loads(body) for body in one.sent if body.startswith(b"{")]
+    assert job["runtime_env"]["env_vars"]["MLFLOW_TRACKING_USERNAME"] == "me"
+    assert not any(b"s3cr3t-9f" in body for body in one.sent)
+    assert all(name in caplog.text for name in names) and "s3cr3t-9f" not in caplog.text

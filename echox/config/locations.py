@@ -1,0 +1,61 @@
+"""Refuses places in a recipe that name a secret or that nothing can be written to.
+
+A resolved recipe is logged, stored beside the run and shown by the tracking server, so it must hold no secret.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+_SIGNED = re.compile(
+    r"([?&][^=&\s]*(?:signature|credential|token|secret|password|sig|key)[^=&\s]*=)[^&\s]*", re.IGNORECASE
+)
+_DATABASE_LOGIN = "write postgresql://USER@HOST/DB and put the password into PGPASSWORD or ~/.pgpass of every node"
+_TRACKING_LOGIN = "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
+_DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
+
+
+class Unfit(NamedTuple):
+    """A place that a recipe may not name: its key, what is wrong, and the fix; the secret is in none of them."""
+
+    key: str
+    rule: str
+    fix: str
+
+
+def without_secrets(text: str) -> str:
+    """A URL, or a text with URLs, without logins and signatures."""
+    text = re.sub(r"(://)[^/\s@]*@", r"\1***@", text)
+    return _SIGNED.sub(r"\1***", text)
+
+
+def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]) -> Iterator[Unfit]:
+    """Every place of a recipe that is unfit.
+
+    Args:
+        storage: folder of runs.
+        tracking_uri: where runs are tracked.
+        data: key to dataset.
+    """
+    if "://" in storage:
+        shown = without_secrets(storage)
+        yield Unfit("storage", f"storage={shown} is a URL, and runs are written to a folder", "mount it on every node")
+    uri = tracking_uri or ""
+    if _has_password(uri):
+        fix = _TRACKING_LOGIN if uri.startswith("http") else _DATABASE_LOGIN
+        yield Unfit("tracking.uri", f"tracking.uri={without_secrets(uri)} holds a password", fix)
+    for key, place in data.items():
+        if _has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
+            yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", _DATA_LOGIN)
+
+
+def _has_password(place: str) -> bool:
+    try:
+        parts = urlsplit(place)
+        # A user alone is a name in a database's URI, and a token for a web server.
+        return parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None)
+    except ValueError:
+        return False
