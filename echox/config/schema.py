@@ -251,7 +251,11 @@ class ScalingConfig(Section):
         description="failures that are survived: of a worker or its node, and as many of the driver",
     )
     max_start_failures: int = Field(
-        2, ge=0, description="the same for failures before the first step: no room, a worker that cannot start"
+        2, ge=0, description="the same for failures before the first step, such as a worker that cannot start"
+    )
+    queue_timeout_s: PositiveFloat | None = Field(
+        None,
+        description="seconds that a run waits for room on a cluster that others use too; null: as long as it takes",
     )
     collective_timeout_s: PositiveInt = Field(
         1800,

@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
     from echox.tracking.client import MlflowTracker, RunHandle
 
-START_TIMEOUT_S = 600
-ELASTIC_START_TIMEOUT_S = 60
-"""Room for many workers may vanish while they are placed; fewer are tried after this."""
+START_TIMEOUT_S = 60
+"""Room for the workers that does not come within this is asked for again: the run says that it waits, and a range of
+workers tries fewer."""
+AUTOSCALED_START_TIMEOUT_S = 600
+"""Where nodes are added on demand, a demand that comes and goes would start and end machines."""
 RAY_STOP_WAIT_S = 3.0
 """What Ray gives a job to end, unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
 OWN_STOP_WAIT_S = 120.0
@@ -172,7 +174,8 @@ class Driver:
         connect()
         # Read by the controller, which takes them from this process. Workers stay in the job's folder, where relative
         # paths of the recipe such as ds_configs/ lead.
-        start_timeout_s = START_TIMEOUT_S if least == most else ELASTIC_START_TIMEOUT_S
+        grows = bool(os.environ.get("ECHOX_AUTOSCALED")) and least == most
+        start_timeout_s = AUTOSCALED_START_TIMEOUT_S if grows else START_TIMEOUT_S
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(start_timeout_s))
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
         os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
@@ -228,6 +231,8 @@ class Driver:
                 max_failures=scaling.max_failures,
                 max_start_failures=scaling.max_start_failures,
                 run_folder=self.run_folder,
+                wanted={name: need * least for name, need in resources.items()},
+                queue_timeout_s=scaling.queue_timeout_s,
             ),
             counts=counts,
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.failure_handling.default import RETRYABLE_CONTROLLER_ERRORS
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -35,21 +38,41 @@ that died, which end with our driver, the other serves Ray Datasets."""
 class Failures(FailurePolicy):
     """Tries again within two budgets, of failures at the start and after it; never after an error of the user.
 
+    That there is no room yet is no failure: the run is queued, says what it waits for, and spends nothing.
+
     Args:
         config: Ray's own settings; only its budget for drained nodes is used, which has no end.
         max_failures: failures after the first step that are survived.
         max_start_failures: failures before it that are survived.
         run_folder: where ranks leave events, and this policy its decisions.
+        wanted: resources of the smallest group of workers.
+        queue_timeout_s: seconds in a row that the run waits for them; None is as long as it takes.
     """
 
-    def __init__(self, config: FailureConfig, *, max_failures: int, max_start_failures: int, run_folder: Path) -> None:
+    def __init__(
+        self,
+        config: FailureConfig,
+        *,
+        max_failures: int,
+        max_start_failures: int,
+        run_folder: Path,
+        wanted: Mapping[str, float],
+        queue_timeout_s: float | None,
+    ) -> None:
         super().__init__(config)
         self.left = {"worker": max_failures, "start": max_start_failures}
         self.run_folder = run_folder
+        self.wanted = wanted
+        self.queue_timeout_s = queue_timeout_s
+        self._queued_since = time.monotonic()
         self._last_attempt = read_progress(run_folder).get("attempt", 0)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Decide, and say why."""
+        failure = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(failure, WorkerGroupStartupTimeoutError) and self._may_wait():
+            return FailureDecision.RETRY
+        self._queued_since = time.monotonic()
         progress = read_progress(self.run_folder)
         attempt = progress.get("attempt", 0)
         events = [e for e in read_events(self.run_folder) if e["event"] == FAILED and e.get("attempt") == attempt]
@@ -67,6 +90,16 @@ class Failures(FailurePolicy):
         )
         return FailureDecision.RETRY if again else FailureDecision.RAISE
 
+    def _may_wait(self) -> bool:
+        waited_s, limit_s = time.monotonic() - self._queued_since, self.queue_timeout_s
+        free = available()
+        need = ", ".join(f"{count:g} {name} ({free.get(name, 0):g} free)" for name, count in self.wanted.items())
+        JobLog(self.run_folder)("waiting", need=need, waited_s=round(waited_s), queue_timeout_s=limit_s)
+        if limit_s is None or waited_s < limit_s:
+            return True
+        self.left["start"] = 0
+        return False
+
     def _budget(self, cause: Cause, error: TrainingFailedError, progress: Progress) -> str:
         """`worker`, `start`, `none` (always again) or `final` (never)."""
         if cause.kind == "drained":
@@ -79,6 +112,14 @@ class Failures(FailurePolicy):
         # begun.
         begun = progress.get("attempt", 0) > self._last_attempt and progress.get("state") != "starting"
         return "worker" if begun else "start"
+
+
+def available() -> Mapping[str, float]:
+    """Resources of the cluster that nobody uses now."""
+    import ray
+
+    free: dict[str, float] = ray.available_resources()
+    return free
 
 
 class LegalCounts(ElasticScalingPolicy):
