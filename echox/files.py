@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
+import uuid
 from pathlib import Path
+
+_FOLDER_HAS_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR, errno.ENOSYS)
 
 
 def sha256_file(path: Path) -> str:
@@ -14,19 +19,38 @@ def sha256_file(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Force a file or folder to disk."""
+    """Force a file to disk, or a folder where its file system can do that: some network ones cannot, and need not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _FOLDER_HAS_NO_FSYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old or the new one, never a part, whichever process writes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a small file so that a reader sees the old or the new one, never a part, whichever process writes.
+
+    Args:
+        path: the file.
+        text: all of it.
+        durable: force it to disk first, so that no power cut leaves an empty file; False for what is written anew soon.
+    """
+    # Process ids are not enough: on a shared folder another host, or another container, has the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def append_line(path: Path, text: str, *, durable: bool = False) -> None:

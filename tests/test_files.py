@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from echox.files import append_line, write_atomically
+from echox.files import append_line, fsync, write_atomically
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -33,16 +34,59 @@ def test_a_durable_line_is_forced_to_disk(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "small.json"
     write_atomically(path, "old")
-    really = Path.write_text
 
-    def half(self: Path, text: str, **more: str) -> int:
-        really(self, text[:1])
-        raise OSError(28, "No space left on device")
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     monkeypatch.undo()
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["small.json"]
     write_atomically(path, "new")
     assert path.read_text() == "new"
+
+
+def test_what_is_written_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "small.json", list[tuple[bool, int]]()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append((path.exists(), os.fstat(descriptor).st_size)))
+    write_atomically(path, "five!")
+    assert seen == [(False, 5)]
+    write_atomically(path, "again", durable=False)
+    assert len(seen) == 1 and path.read_text() == "again"
+
+
+def test_hosts_with_equal_process_ids_do_not_write_into_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, names = tmp_path / "small.json", set[str]()
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: names.update(os.listdir(tmp_path)))
+    write_atomically(path, "one")
+    path.unlink()
+    write_atomically(path, "two")
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_whose_folders_cannot_be_forced_to_disk_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuses(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr(os, "fsync", refuses)
+    fsync(tmp_path)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        fsync(file)
+
+
+def test_a_broken_disk_is_an_error_of_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", breaks)
+    with pytest.raises(OSError, match="Input/output"):
+        fsync(tmp_path)

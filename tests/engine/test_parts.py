@@ -226,6 +226,18 @@ def test_random_states_of_others_are_refused_and_never_run(tmp_path: Path, kind:
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("content", ["", "\n", "fou"])
+def test_an_attempt_that_a_crash_left_empty_is_counted_on_from_the_progress(tmp_path: Path, content: str) -> None:
+    run = RunDir(tmp_path / "run")
+    assert [run.next_attempt() for _ in range(4)] == [1, 2, 3, 4]
+    run.write_progress(stage="t2c", step=1, steps=9, state="training", attempt=4)
+    (run.path / "attempt").write_text(content)
+    assert run.next_attempt() == 5
+    (run.path / "attempt").write_text(content)
+    run.progress_path.unlink()
+    assert run.next_attempt() == 1
+
+
 def test_run_folder_counts_attempts_and_forgets_steps_done_again(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert [run.next_attempt(), run.next_attempt()] == [1, 2]

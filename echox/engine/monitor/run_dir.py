@@ -61,10 +61,18 @@ class RunDir:
         return attempt
 
     def last_attempt(self) -> int:
-        """Number of the newest attempt, 0 before the first."""
+        """Number of the newest attempt, 0 before the first; what progress says, where a crash left the file empty."""
         try:
             return int((self.path / "attempt").read_text())
         except FileNotFoundError:
+            return 0
+        except ValueError:
+            return self._attempt_of_progress()
+
+    def _attempt_of_progress(self) -> int:
+        try:
+            return int(json.loads(self.progress_path.read_text())["attempt"])
+        except (OSError, ValueError, KeyError, TypeError):
             return 0
 
     def check_attempt(self, attempt: int) -> None:
@@ -112,7 +120,7 @@ class RunDir:
             "eta_s": eta_s,
             "time": time.time(),
         }
-        write_atomically(self.progress_path, json.dumps(record))
+        write_atomically(self.progress_path, json.dumps(record), durable=False)
 
 
 def _step_of(line: str) -> float:
