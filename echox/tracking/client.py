@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.tracking import spool
-from echox.tracking.delivery import STAGE, Delivery, NotYet
+from echox.tracking.delivery import STAGE, Delivery, NotYet, first_line
 from echox.tracking.lifecycle import create_runs, finish_pending, make_client
 from echox.tracking.names import flatten, metric_name
 from echox.tracking.spool import Operation, Spool
@@ -34,6 +34,7 @@ log = logging.getLogger("echox.tracking")
 
 FLUSH_S = 2.0
 RETRY_S = 30.0
+ARTIFACT_RETRY_S = 60.0
 DISK_RETRY_S = 1.0
 FINISH_S = 30.0
 """How long the owner waits at the end; other processes wait a third, for the owner takes over what they leave."""
@@ -98,6 +99,7 @@ class MlflowTracker:
         self._created = not owner
         self._client: MlflowClient | None = None
         self._delivery: Delivery | None = None
+        self._artifacts_tried = time.monotonic()
         self._written = threading.Event()
         self._closing = threading.Event()
         self._sender = threading.Thread(target=self._send, name="mlflow-sender", daemon=True)
@@ -288,6 +290,9 @@ class MlflowTracker:
                 self._deliver_own()
             else:
                 self._delivery.send_file(path)
+        if last or time.monotonic() - self._artifacts_tried > ARTIFACT_RETRY_S:
+            self._artifacts_tried = time.monotonic()
+            self._delivery.send_postponed(self.handle.spool_folder)
         if last and self._owner:
             finish_pending(self._client, folder, Process.current())
 
@@ -308,7 +313,7 @@ class MlflowTracker:
         log.warning(
             "MLflow at %s cannot be served (%s); training goes on, metrics are kept in %s and sent when it is back",
             self.handle.uri,
-            str(error).splitlines()[0][:200] if str(error) else type(error).__name__,
+            first_line(error),
             self.handle.spool_folder,
         )
 

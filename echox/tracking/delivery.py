@@ -8,6 +8,7 @@ rule makes a delivery that was cut in the middle safe to repeat.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.config.locations import without_secrets
+from echox.files import write_atomically
 from echox.tracking import spool
 from echox.tracking.names import METRICS_PER_BATCH, PARAMS_PER_BATCH, TAG_LIMIT, batches
 from echox.tracking.spool import Operation
@@ -57,6 +60,7 @@ class Delivery:
         self._children: dict[int, str] = {}
         self._latest: dict[str, dict[str, _Latest]] = {}
         self._refusals = 0
+        self._artifacts_wait = False
 
     def send(self, operation: Operation) -> None:
         """Apply one operation; applying it again changes nothing.
@@ -97,20 +101,51 @@ class Delivery:
             spool.confirm(path, offset)
 
     def send_all(self, operations: Iterable[Operation], folder: Path) -> int:
-        """Send operations in order, neighbouring metrics of the same runs together."""
+        """Send operations in order, neighbouring metrics of the same runs together.
+
+        An artifact goes to a store of its own, which may be away or closed to us for as long as it likes: it is put
+        aside, and what comes after it is sent.
+        """
         sent = 0
         for operation in joined(operations):
             try:
                 self.send(operation)
             except Exception as error:
                 if not refused(error):
-                    raise
+                    if operation["kind"] != "artifact":
+                        raise
+                    spool.postpone(folder, operation)
+                    self._say_that_artifacts_wait(operation, error)
+                    sent += 1
+                    continue
                 spool.keep_refused(folder, operation)
                 if not self._refusals:
                     log.warning("MLflow refuses a part of the run, which is kept in %s: %s", folder, error)
                 self._refusals += 1
             sent += 1
         return sent
+
+    def send_postponed(self, folder: Path, *, of_all: bool = False) -> int:
+        """Try artifacts again that were put aside, up to the first that still fails; returns how many were sent."""
+        sent = 0
+        for path in spool.postponed(folder, of_all=of_all):
+            waiting = spool.read_postponed(path)
+            for number, operation in enumerate(waiting):
+                try:
+                    self.send(operation)
+                except Exception as error:
+                    write_atomically(path, "".join(json.dumps(each) + "\n" for each in waiting[number:]))
+                    self._say_that_artifacts_wait(operation, error)
+                    return sent
+                sent += 1
+            spool.remove(path)
+        return sent
+
+    def _say_that_artifacts_wait(self, operation: Operation, error: Exception) -> None:
+        if not self._artifacts_wait:
+            why = first_line(error)
+            log.warning("artifact %s was not stored (%s): it waits, and metrics go on", operation["path"], why)
+        self._artifacts_wait = True
 
     def end_attempts(self, status: str, *, since: int) -> None:
         """End the children that are still RUNNING: the last as `status`, if it is of number `since` or later.
@@ -214,6 +249,12 @@ class Delivery:
                 raise NotYet
             self._children[attempt] = self._create(attempt, {})
         return self._children[attempt]
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type; without secrets."""
+    lines = str(error).splitlines()
+    return without_secrets(lines[0])[:200] if lines else type(error).__name__
 
 
 def attempts_of(client: MlflowClient, stage: Run) -> dict[int, Run]:

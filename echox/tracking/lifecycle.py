@@ -98,10 +98,12 @@ def finish_pending(client: MlflowClient, run_folder: Path, owner: Process | None
 def replay(client: MlflowClient, run_folder: Path, run_id: str) -> int:
     """Send every process's journal, oldest first, and remove it; returns the number of operations.
 
-    Errors of the server pass through and leave the rest for the next try.
+    Errors of the server pass through and leave the rest for the next try; artifacts that are not taken are left.
     """
     delivery = Delivery(client, run_id, final=True)
-    return sum(delivery.send_file(path) for path in spool.pending(run_folder / SPOOL_FOLDER))
+    folder = run_folder / SPOOL_FOLDER
+    sent = sum(delivery.send_file(path) for path in spool.pending(folder))
+    return sent + delivery.send_postponed(folder, of_all=True)
 
 
 def _end_parent(client: MlflowClient, parent_id: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ Operation = dict[str, Any]
 
 CHUNK_BYTES = 1 << 20
 ROTATE_BYTES = 4 << 20
+_LATER = ".later"
 
 
 class Spool:
@@ -133,6 +135,28 @@ def keep_refused(folder: Path, operation: Operation) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "refused.jsonl").open("a") as file:
         file.write(json.dumps(operation) + "\n")
+
+
+def postpone(folder: Path, operation: Operation) -> None:
+    """Put an artifact aside that its store did not take now, in a file of this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{socket.gethostname()}~{os.getpid()}{_LATER}").open("a") as file:
+        file.write(json.dumps(operation) + "\n")
+
+
+def postponed(folder: Path, *, of_all: bool) -> list[Path]:
+    """Files of artifacts that were put aside: by this process, or by every process of the run."""
+    own = f"{socket.gethostname()}~{os.getpid()}{_LATER}"
+    return sorted(folder.glob(f"*{_LATER}" if of_all else own)) if folder.is_dir() else []
+
+
+def read_postponed(path: Path) -> list[Operation]:
+    """What such a file holds."""
+    found = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def _mark(path: Path) -> Path:

@@ -138,6 +138,41 @@ def test_what_the_server_will_never_take_is_put_aside_and_holds_up_nothing(
     assert "refuses" in caplog.text
 
 
+def test_a_store_that_takes_no_artifacts_holds_up_neither_metrics_nor_the_end(
+    storage: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(self: MlflowClient, run_id: str, path: str, folder: str | None = None) -> None:
+        raise RuntimeError("no credentials for s3://me:s3cr3t@bucket")
+
+    files = [storage / name for name in ("one.txt", "two.txt")]
+    for file in files:
+        file.write_text(file.name)
+    monkeypatch.setattr(MlflowClient, "log_artifact", closed)
+    tracker = open_run(recipe(), {}, storage=storage)
+    worker = attach(tracker.handle, "rank0")
+    for step in range(11):
+        worker.log_metrics({"loss/total": float(step)}, step)
+        if step in (1, 5):
+            worker.artifact(files[step // 5], "config")
+    worker.finish("FINISHED")
+    tracker.finish("FINISHED")
+    run_id = tracker.handle.run_id
+    assert run_id is not None and points(on_sqlite(storage), run_id) == [(step, float(step)) for step in range(11)]
+    assert mlflow_run(storage, run_id).info.status == "FINISHED"
+    assert 1 <= caplog.text.count("was not stored") <= 3 and "s3cr3t" not in caplog.text
+    (waiting,) = tracker.handle.spool_folder.glob("*.later")
+    assert [Path(each["path"]) for each in spool.read_postponed(waiting)] == files
+
+    monkeypatch.undo()  # the store is opened: what waits is stored with the run's next start
+    again = open_run(recipe(), {}, storage=storage)
+    again.finish("FINISHED")
+    assert [item.path for item in on_sqlite(storage).list_artifacts(run_id, "config")] == [
+        "config/one.txt",
+        "config/two.txt",
+    ]
+    assert not again.handle.spool_folder.exists()
+
+
 def test_a_full_disk_neither_blocks_nor_grows_and_is_said(
     storage: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
