@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from echox.errors import DataError
 
 SCORES, SAMPLES = "scores.json", "samples.json"
 _WAVS = ("question_wav", "answer_wav", "reference_wav")
+_WAV_NAME = re.compile(r"[0-9A-Za-z_-]+\.wav")
+_LARGEST_WAV = 64 << 20
 
 
 def save_evaluation(folder: Path, scores: dict[str, Any], samples: list[dict[str, Any]]) -> None:
@@ -29,19 +34,40 @@ def save_evaluation(folder: Path, scores: dict[str, Any], samples: list[dict[str
 
 
 def load_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Scores and samples as `save_evaluation` got them.
+    """Scores and samples as `save_evaluation` got them; an evaluation of others can name no file but its own.
 
     Raises:
-        DataError: the folder holds no evaluation.
+        DataError: the folder holds no evaluation, or one that names what is no WAV file of its own.
     """
     if not (folder / SCORES).is_file():
         raise DataError("no evaluation found", where=str(folder), fix="run `echox evaluate` first")
-    samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
-    for row in samples:
-        for name in _WAVS:
-            if row.get(name):
-                row[name] = (folder / row[name]).read_bytes()
-    return json.loads((folder / SCORES).read_text(encoding="utf-8")), samples
+    try:
+        samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+        for row in samples:
+            for name in _WAVS:
+                if row.get(name):
+                    row[name] = _own_wav(folder, row[name])
+        return dict(json.loads((folder / SCORES).read_text(encoding="utf-8"))), samples
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"this is no evaluation: {error}", where=str(folder), fix="run `echox evaluate` again"
+        ) from error
+
+
+def _own_wav(folder: Path, name: object) -> bytes:
+    """Bytes of one of the evaluation's own files: a page that people pass on must not hold others of this machine."""
+    if not isinstance(name, str) or not _WAV_NAME.fullmatch(name):
+        raise ValueError(f"{str(name)[:80]!r} is not the name of a WAV file in the folder")
+    # A link may lead anywhere, and a named pipe would wait for its writer.
+    descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LARGEST_WAV:
+            raise ValueError(f"{name} is no file of at most {_LARGEST_WAV >> 20} MiB")
+        content = file.read()
+    if content[:4] != b"RIFF":
+        raise ValueError(f"{name} is no WAV file")
+    return content
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:

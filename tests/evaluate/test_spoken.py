@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from echox.evaluate.spoken import (
     spoken_references,
     take,
 )
-from echox.evaluate.store import load_evaluation, read_metrics, save_evaluation
+from echox.evaluate.store import SAMPLES, load_evaluation, read_metrics, save_evaluation
 from echox.speak.pipeline import SpokenAnswer
 from echox.stream.format.writer import write_shards
 from echox.stream.storage.store import Sample, read_folder
@@ -153,6 +155,29 @@ def test_an_evaluation_survives_the_disk(tmp_path: Path) -> None:
     assert load_evaluation(tmp_path / "e") == ({"resynthesis_wer": 0.2}, samples)
     with pytest.raises(DataError, match="no evaluation found"):
         load_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "link", "pipe", "other", "number", "absent", "deep", "list"])
+def test_an_evaluation_of_others_names_no_file_but_its_own(tmp_path: Path, kind: str) -> None:
+    folder, secret = tmp_path / "e", tmp_path / "secret.wav"
+    secret.write_bytes(b"RIFF secret")
+    save_evaluation(folder, {}, [{"question_wav": b"RIFF1"}])
+    wav = folder / "000-question.wav"
+    if kind in ("link", "pipe", "absent"):
+        wav.unlink()
+    if kind == "link":
+        wav.symlink_to(secret)
+    if kind == "pipe":
+        os.mkfifo(wav)
+    if kind == "other":
+        wav.write_bytes(b"-----BEGIN KEY-----")
+    named: dict[str, object] = {"parent": "../secret.wav", "absolute": str(secret), "number": 3}
+    if kind in named:
+        (folder / SAMPLES).write_text(json.dumps([{"question_wav": named[kind]}]))
+    if kind in ("deep", "list"):
+        (folder / SAMPLES).write_text("[" * 100_000 if kind == "deep" else '["a"]')
+    with pytest.raises(DataError, match="this is no evaluation"):
+        load_evaluation(folder)
 
 
 def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path: Path) -> None:

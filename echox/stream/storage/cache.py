@@ -182,7 +182,8 @@ def exclusive(path: Path) -> Iterator[None]:
 
 def _evict(path: Path) -> bool:
     try:
-        file = OpenShard(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        # On NFS an exclusive lock needs a descriptor that may write.
+        file = OpenShard(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         if not _locked_now(file.descriptor):
             return False
         path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -78,7 +79,23 @@ def test_who_waits_for_a_fetch_has_the_file_while_its_fetcher_still_holds_it(tmp
     assert calls == [b"a"] and names(cache) == ["a.tar"]
 
 
-def test_the_file_used_longest_ago_makes_room(tmp_path: Path) -> None:
+@pytest.fixture(params=["local", "nfs"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS turns a lock into one of bytes: an exclusive one wants a descriptor that writes, a shared one that reads."""
+    if request.param == "local":
+        return
+    lock, refused = fcntl.flock, {fcntl.LOCK_EX: os.O_RDONLY, fcntl.LOCK_SH: os.O_WRONLY}
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if refused.get(operation & ~fcntl.LOCK_NB) == mode:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+
+
+def test_the_file_used_longest_ago_makes_room(tmp_path: Path, file_system: None) -> None:
     cache = NodeCache(tmp_path, 300)
     for place, name in enumerate("abc"):
         cache.take(name, 100, writing(b"x" * 100))
