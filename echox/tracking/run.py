@@ -133,7 +133,7 @@ def repair(run_folder: Path) -> str | None:
     if not unfinished(state) or owner is None or owner.alive():
         return None
     silent_s = time.time() - last_sign(run_folder)
-    if silent_s < (3 * BEAT_S if owner.here() else SILENT_S):
+    if silent_s < (3 * BEAT_S if owner.here() else SILENT_S) or (not owner.here() and _beats(run_folder)):
         return None  # its watcher is at work, or it lives elsewhere
     return finish_pending(make_client(state["uri"], timeout_s=10), run_folder, owner)
 
@@ -174,8 +174,7 @@ def _refuse_if_owned(run_folder: Path, state: Mapping[str, Any]) -> None:
     owner = Process.of(state.get("owner"))
     if owner is None or state.get("status") != "RUNNING" or owner == Process.current():
         return
-    elsewhere = not owner.here() and time.time() - last_beat(run_folder) < 6 * BEAT_S and _beats(run_folder)
-    if owner.alive() or elsewhere:
+    if owner.alive() or (not owner.here() and _beats(run_folder)):
         raise LaunchError(
             f"run {run_folder.name} is being trained by process {owner.pid} on {owner.host}",
             where=str(run_folder),
@@ -186,6 +185,8 @@ def _refuse_if_owned(run_folder: Path, state: Mapping[str, Any]) -> None:
 def _beats(run_folder: Path) -> bool:
     """Whether a heartbeat comes within the time in which one must; clocks of two machines are not compared."""
     before, until = last_beat(run_folder), time.monotonic() + 2 * BEAT_S
+    if not before:
+        return False
     while time.monotonic() < until:
         if last_beat(run_folder) != before:
             return True

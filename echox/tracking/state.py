@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,15 +115,17 @@ def fate(run_folder: Path, state: Mapping[str, Any]) -> str:
 
 
 def beat(run_folder: Path) -> None:
-    """Leave a heartbeat for processes of other machines."""
-    path = run_folder / ALIVE_FILE
+    """Leave a heartbeat for processes of other machines: each is another word, for their clocks may differ."""
     with contextlib.suppress(OSError):
-        path.touch()
+        (run_folder / ALIVE_FILE).write_text(uuid.uuid4().hex)
 
 
-def last_beat(run_folder: Path) -> float:
-    """When the last heartbeat was left, in seconds; 0 if never."""
-    return _mtime(run_folder / ALIVE_FILE)
+def last_beat(run_folder: Path) -> str:
+    """The last heartbeat's word; empty if there never was one."""
+    try:
+        return (run_folder / ALIVE_FILE).read_text()
+    except OSError:
+        return ""
 
 
 def last_sign(run_folder: Path) -> float:

@@ -86,7 +86,8 @@ class Driver:
         self.signals = signals
         self.run_folder = Path(recipe.storage) / recipe.name
         self.log = JobLog(self.run_folder)
-        self.began = time.time()
+        self.began = time.monotonic()
+        self._attempt_before = read_progress(self.run_folder).get("attempt", 0)
 
     def run(self) -> int:
         """Train; the MLflow run is ended in every case.
@@ -126,7 +127,7 @@ class Driver:
             raise
         finally:
             tracker.finish(status)
-            self.log("end", status=status, seconds=f"{time.time() - self.began:.1f}")
+            self.log("end", status=status, seconds=f"{time.monotonic() - self.began:.1f}")
         if code == ABORTED or (status == "KILLED" and code == 0):
             print("event=stopped: submit the same recipe again to continue", flush=True)
         return code
@@ -150,9 +151,10 @@ class Driver:
         return work.outcome()
 
     def _under_way(self) -> bool:
-        """Whether workers of this driver have come to their first step."""
+        """Whether workers of this driver have come to their first step; the clocks of their nodes may differ."""
         progress = read_progress(self.run_folder)
-        return float(progress.get("time", 0)) > self.began and progress.get("state") not in ("starting", None)
+        begun = progress.get("attempt", 0) > self._attempt_before
+        return begun and progress.get("state") not in ("starting", None)
 
     def _withdraw_old_requests(self) -> None:
         """A request to stop is not meant for a new job; a driver started again leaves all but its own."""
