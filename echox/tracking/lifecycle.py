@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+log = logging.getLogger("echox.tracking")
+
 TIMEOUT_S = 60
 """How long one request may take where nothing waits for it; a server that needs half a minute is slow, not away."""
 _WORST = ("FAILED", "KILLED", "FINISHED")
@@ -122,6 +124,10 @@ def _experiment(client: MlflowClient, state: Mapping[str, Any]) -> str:
     name, local = state["experiment"], str(state["uri"]).startswith("sqlite:")
     found = client.get_experiment_by_name(name)
     if found is not None:
+        if found.lifecycle_stage == "deleted":
+            # Its name stays taken, so that no run could be tracked under it again.
+            log.warning("experiment %s had been deleted; it is restored, for a run goes on in it", name)
+            client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
     location = Path(state["artifacts"]).as_uri() if local else None
     return str(client.create_experiment(name, artifact_location=location))
@@ -143,9 +149,16 @@ def _known(client: MlflowClient, run_id: str | None) -> Run | None:
 
 
 def _tagged(client: MlflowClient, experiment_id: str, tag: str, value: str) -> Run | None:
-    quoted = value.replace("'", "")
-    found = client.search_runs([experiment_id], f"tags.`{tag}` = '{quoted}'", max_results=1)
-    return found[0] if found else None
+    """The newest run with a tag of this value; no filter can express a value that has quotes of both kinds."""
+    quote = next((mark for mark in "'\"" if mark not in value), None)
+    wanted = "" if quote is None else f"tags.`{tag}` = {quote}{value}{quote}"
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], wanted, page_token=token)
+        found = next((run for run in page if run.data.tags.get(tag) == value), None)
+        token = page.token
+        if found is not None or not token:
+            return found
 
 
 def _user() -> str:

@@ -25,8 +25,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DEAD = "http://127.0.0.1:9"
 
 
-def recipe(name: str = "tiny-s2t", stage: str = "s2t", uri: str | None = None, hours: float = 0.1) -> Any:
-    tracking = SimpleNamespace(uri=uri, experiment="tests", parent_run="tiny", system_metrics=True, deliver_hours=hours)
+def recipe(
+    name: str = "tiny-s2t", stage: str = "s2t", uri: str | None = None, hours: float = 0.1, parent: str = "tiny"
+) -> Any:
+    tracking = SimpleNamespace(uri=uri, experiment="tests", parent_run=parent, system_metrics=True, deliver_hours=hours)
     return SimpleNamespace(name=name, stage=stage, scale="tiny", tracking=tracking)
 
 

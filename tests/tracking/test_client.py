@@ -174,6 +174,29 @@ def test_a_store_that_takes_no_artifacts_holds_up_neither_metrics_nor_the_end(
     assert not again.handle.spool_folder.exists()
 
 
+@pytest.mark.parametrize("name", ["O'Brien", 'the "big" one', """both ' and \"""", "a%b_c`d", "ü → ok"])
+def test_stages_find_their_parent_whatever_its_name(storage: Path, name: str) -> None:
+    parents = set()
+    for run in ("one", "two"):
+        tracker = open_run(recipe(name=run, parent=name), {}, storage=storage)
+        tracker.finish("FINISHED")
+        parents.add(tracker.handle.parent_id)
+    (parent,) = parents
+    assert parent is not None and mlflow_run(storage, parent).info.run_name == name
+
+
+def test_an_experiment_that_was_deleted_is_restored(storage: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_run(recipe(name="one"), {}, storage=storage).finish("FINISHED")
+    client = on_sqlite(storage)
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
+    tracker = open_run(recipe(name="two"), {}, storage=storage)
+    tracker.finish("FINISHED")
+    assert tracker.handle.run_id is not None
+    assert mlflow_run(storage, tracker.handle.run_id).info.status == "FINISHED" and "restored" in caplog.text
+
+
 def test_a_full_disk_neither_blocks_nor_grows_and_is_said(
     storage: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
