@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from echox.config.model_schema import T2cConfig
 from echox.config.paths import resolve_data_file
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
+from echox.engine.checkpoint.manifest import MANIFEST, newest_manifest
 from echox.engine.interfaces import StageSetup, TrainLoader
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
@@ -67,6 +69,7 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         log.warning(other_prompt)
     train, valid = open_sources(recipe.data.train), open_sources(recipe.data.valid)
     _check_encoded(recipe, [*train, *valid])  # before any model is loaded
+    check_inits(recipe)
     check_units(recipe, [*train, *valid], text.language, quiet=rank > 0)
     answers = find_answers(recipe, text.prompt, train, valid)
     # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
@@ -364,6 +367,26 @@ def frozen_models(recipe: Recipe) -> dict[str, Path]:
     if recipe.stage == "echo":
         folders |= {f"init.{part}": find_weights(Path(ref)).parent for part, ref in _inits(recipe)}
     return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def check_inits(recipe: Recipe) -> None:
+    """Refuse to start from a run that goes on: each rank would take what is newest when it looks.
+
+    Raises:
+        CheckpointError: a run that `init` names has not come to its last step.
+    """
+    for part, ref in _inits(recipe):
+        manifest = None if (Path(ref) / MANIFEST).is_file() else newest_manifest(Path(ref))
+        if manifest is None:
+            continue  # a checkpoint that was named itself; or none at all, which loading says in full
+        contents = json.loads(manifest.read_text(encoding="utf-8"))
+        step, steps = contents["step"], contents["recipe"].get("optim", {}).get("steps", 0)
+        if step < steps:
+            raise CheckpointError(
+                f"init.{part} names a run that has come to step {step:,} of {steps:,}",
+                where=ref,
+                fix=f"let it finish, or name its checkpoint to start from that: init.{part}={manifest.parent}",
+            )
 
 
 def _inits(recipe: Recipe) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
-from echox.builders.setup import TextTools, build_stage, frozen_models
+from echox.builders.setup import TextTools, build_stage, check_inits, frozen_models
 from echox.config.model_schema import LoraConfig
 from echox.errors import CheckpointError
 from echox.release.pretrained import add_lora
@@ -62,6 +62,21 @@ def test_stage_three_starts_from_both_earlier_stages_teacher_and_echo_decoder_al
     places = frozen_models(tiny_run.make_recipe(folder, "echo", init=init))
     assert set(places) == {"llm", "speech_encoder", "init.s2t", "init.t2c"}
     assert places["init.t2c"].is_relative_to(folder / "t2c") and places["llm"] == folder / "llm"
+
+
+def test_a_run_that_goes_on_is_no_start_unless_its_checkpoint_is_named(folder: Path, tmp_path: Path) -> None:
+    s2t = tiny_run.make_recipe(folder, "s2t")
+    s2t = s2t.model_copy(update={"optim": s2t.optim.model_copy(update={"steps": 9100})})
+    run = tiny_run.write_run(tmp_path / "s2t", s2t, weights(folder, "s2t"), step=5)
+    ready = {"t2c": str(folder / "t2c")}
+    echo = tiny_run.make_recipe(folder, "echo", init={"s2t": str(run), **ready})
+    with pytest.raises(CheckpointError, match=r"init.s2t names a run that has come to step 5 of 9,100") as refused:
+        check_inits(echo)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert f"init.s2t={checkpoint}" in str(refused.value)
+    check_inits(tiny_run.make_recipe(folder, "echo", init={"s2t": str(checkpoint), **ready}))
+    tiny_run.write_run(tmp_path / "done", s2t, weights(folder, "s2t"))
+    check_inits(tiny_run.make_recipe(folder, "echo", init={"s2t": str(tmp_path / "done"), **ready}))
 
 
 def test_without_an_earlier_t2c_the_echo_decoder_still_starts_as_the_teacher(folder: Path) -> None:

@@ -110,14 +110,22 @@ def trained(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def write_run(
-    run: Path, recipe: Recipe, tensors: dict[str, torch.Tensor], language: UnitLanguage | None = None
+    run: Path,
+    recipe: Recipe,
+    tensors: dict[str, torch.Tensor],
+    language: UnitLanguage | None = None,
+    step: int | None = None,
 ) -> Path:
-    """A run with one checkpoint, which records and keeps its unit language where one is given; its folder."""
-    checkpoint = checkpoints_folder(run) / step_name(1)
+    """A run with one checkpoint, which records and keeps its unit language where one is given; its folder.
+
+    The checkpoint is of the last step, unless another is named.
+    """
+    step = recipe.optim.steps if step is None else step
+    checkpoint = checkpoints_folder(run) / step_name(step)
     checkpoint.mkdir(parents=True)
     save_file(tensors, checkpoint / WEIGHTS)
     entry = {"bytes": (checkpoint / WEIGHTS).stat().st_size, "sha256": sha256_file(checkpoint / WEIGHTS)}
-    contents: Any = {"recipe": recipe.model_dump(mode="json"), "step": 1, "updates": 1}
+    contents: Any = {"recipe": recipe.model_dump(mode="json"), "step": step, "updates": step}
     if language is not None:
         language.save(run / LANGUAGE)
         contents["run_files"] = {LANGUAGE: {"sha256": language.sha256, "about": {"unit_set": None}}}
