@@ -23,6 +23,8 @@ from launch.paths import HOME
 
 MARK = "ECHOX_HEAD_ID"
 """Environment variable that every process of a head we started inherits; how its stragglers are recognised."""
+FOLDER_PREFIX = "echox-ray-"
+"""How the name of a head's temporary folder begins."""
 DASHBOARD_PORT = 8265
 START_S = 120.0
 STOP_S = 3.0
@@ -80,13 +82,29 @@ def registry_file() -> Path:
 
 
 def remembered(registry: Path | None = None) -> Head | None:
-    """The head an earlier command started and did not stop, if it still runs."""
+    """The head an earlier command started and did not stop, if it still runs.
+
+    The cache may be shared: what is remembered there counts only if the process and the folder are what we make, for
+    the one may be killed and the other removed.
+    """
     path = registry or registry_file()
     try:
         head = Head(**json.loads(path.read_text()))
+        ours = path.stat().st_uid == os.geteuid() and _is_ours(head)
     except (OSError, ValueError, TypeError):
         return None
-    return head if head.alive() and answers(head.address) else None
+    return head if ours and head.alive() and answers(head.address) else None
+
+
+def _is_ours(head: Head) -> bool:
+    """Whether the process carries the head's mark, and the folder is one that `start_head` makes."""
+    folder = Path(head.folder)
+    try:
+        marked = bool(head.mark) and psutil.Process(head.pid).environ().get(MARK) == head.mark
+        made = folder.name.startswith(FOLDER_PREFIX) and not folder.is_symlink()
+        return marked and made and folder.stat().st_uid == os.geteuid()
+    except (OSError, psutil.Error):
+        return False
 
 
 def running_elsewhere() -> str | None:
@@ -219,7 +237,7 @@ def answers(address: str) -> bool:
 
 def _spawn(cpus: int, port: int) -> tuple[subprocess.Popen[bytes], Head, Path]:
     root = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="echox-ray-", dir=root if len(root) <= TEMP_ROOT_LIMIT else "/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=root if len(root) <= TEMP_ROOT_LIMIT else "/tmp"))
     token_file, log, mark = folder / "token", folder / "head.log", secrets.token_hex(8)
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))

@@ -147,3 +147,35 @@ def test_a_damaged_registry_means_no_head(tmp_path: Path) -> None:
     assert local_head.remembered(registry) is None
     registry.write_text('{"pid": 1, "unknown": 2}')
     assert local_head.remembered(registry) is None
+
+
+def test_what_a_shared_cache_remembers_counts_only_if_we_made_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_head, "answers", lambda address: True)
+    registry, folder = tmp_path / "head.json", tmp_path / f"{local_head.FOLDER_PREFIX}x"
+    folder.mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / f"{local_head.FOLDER_PREFIX}link").symlink_to(tmp_path / "home")
+    process, tree = sleeper("ours")
+    try:
+        head = head_of(process, "ours", folder)
+        planted = {
+            "another process": replace(head, pid=os.getpid(), created=psutil.Process().create_time()),
+            "another mark": replace(head, mark="theirs"),
+            "no mark": replace(head, mark=""),
+            "another folder": replace(head, folder=str(tmp_path / "home")),
+            "a link": replace(head, folder=str(tmp_path / f"{local_head.FOLDER_PREFIX}link")),
+            "no folder": replace(head, folder=str(tmp_path / f"{local_head.FOLDER_PREFIX}gone")),
+        }
+        for what, each in planted.items():
+            registry.write_text(json.dumps(asdict(each)))
+            assert local_head.remembered(registry) is None, what
+        registry.write_text(json.dumps(asdict(head)))
+        assert local_head.remembered(registry) == head
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        assert local_head.remembered(registry) is None, "another user's"
+    finally:
+        for member in tree:
+            member.kill()
+        process.wait()
