@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from echox.bench.step import synthetic_batch
+from echox.bench.step import synthetic_batch, without_alignment
 from echox.bench.table import Row
 from echox.engine.context import LocalContext
 from echox.engine.interfaces import StageSetup
@@ -124,7 +124,7 @@ def measure_life(recipe: Recipe, load: Load, *, steps: int, every: int, repeats:
 
 
 def _run(context: LocalContext, recipe: Recipe, load: Load, steps: int, engine: Mapping[str, Any]) -> Timed:
-    changed = recipe.model_copy(
+    changed = without_alignment(recipe).model_copy(
         update={
             "engine": recipe.engine.model_copy(update={**engine, "validate_every": 0, "log_every": 1, "keep": 1}),
             "optim": recipe.optim.model_copy(update={"steps": steps, "warmup_steps": 1, "hold_steps": 0}),

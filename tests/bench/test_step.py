@@ -69,3 +69,9 @@ def test_the_table_has_a_line_for_each_result() -> None:
     lines = step.table([result, replace(result, name="demo-s2t")]).splitlines()
     assert lines[2] == "| demo-t2c | 30% | 10 | 15 | 1.50× (1.40 to 1.90) | 2e-07 |"
     assert len({len(re.findall(r"\|", line)) for line in lines}) == 1 and len(lines) == 4
+
+
+@pytest.mark.parametrize("stage", ["s2t", "echo"])
+def test_what_is_measured_is_the_stage_and_not_its_alignment(stage: str) -> None:
+    recipe = load_recipe(f"demo/{stage}")
+    assert recipe.align_steps > 0 and step.without_alignment(recipe).align_steps == 0
