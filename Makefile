@@ -30,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: env ## fetch models, build the corpus, train the three stages on this machine, evaluate, report
 	$(BIN)/python -m launch.demo
 
-small: env ## the demo with hours of the answer voice and the published T2C shape: a night on two cores
+small: env ## the demo with three times the sentences: about two hours on two cores
 	$(BIN)/python -m launch.demo --scale small
 
 test: env ## the default tests; the first run downloads the demo's models
