@@ -380,7 +380,8 @@ def check_inits(recipe: Recipe) -> None:
         if manifest is None:
             continue  # a checkpoint that was named itself; or none at all, which loading says in full
         contents = json.loads(manifest.read_text(encoding="utf-8"))
-        step, steps = contents["step"], contents["recipe"].get("optim", {}).get("steps", 0)
+        steps = contents.get("recipe", {}).get("optim", {}).get("steps", 0)
+        step = contents.get("step", steps)
         if step < steps:
             raise CheckpointError(
                 f"init.{part} names a run that has come to step {step:,} of {steps:,}",
