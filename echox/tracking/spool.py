@@ -92,11 +92,7 @@ def read(path: Path) -> tuple[list[Operation], int]:
     except FileNotFoundError:
         return [], start
     whole = block[: block.rfind(b"\n") + 1]
-    found = []
-    for line in whole.splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found, start + len(whole)
+    return _operations(whole), start + len(whole)
 
 
 def confirm(path: Path, offset: int) -> None:
@@ -140,20 +136,28 @@ def keep_refused(folder: Path, operation: Operation) -> None:
 def postpone(folder: Path, operation: Operation) -> None:
     """Put an artifact aside that its store did not take now, in a file of this process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{socket.gethostname()}~{os.getpid()}{_LATER}").open("a") as file:
+    with (folder / _own_later()).open("a") as file:
         file.write(json.dumps(operation) + "\n")
 
 
 def postponed(folder: Path, *, of_all: bool) -> list[Path]:
     """Files of artifacts that were put aside: by this process, or by every process of the run."""
-    own = f"{socket.gethostname()}~{os.getpid()}{_LATER}"
-    return sorted(folder.glob(f"*{_LATER}" if of_all else own)) if folder.is_dir() else []
+    return sorted(folder.glob(f"*{_LATER}" if of_all else _own_later())) if folder.is_dir() else []
+
+
+def _own_later() -> str:
+    return f"{socket.gethostname()}~{os.getpid()}{_LATER}"
 
 
 def read_postponed(path: Path) -> list[Operation]:
     """What such a file holds."""
+    return _operations(path.read_bytes())
+
+
+def _operations(lines: bytes) -> list[Operation]:
+    """The operations of whole lines; one that is no JSON is passed over."""
     found = []
-    for line in path.read_text().splitlines():
+    for line in lines.splitlines():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return found

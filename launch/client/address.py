@@ -7,13 +7,13 @@ address is that of the dashboard, which serves Ray's job API; other forms that R
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from echox.config.locations import without_secrets
 from echox.errors import LaunchError
 
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -33,8 +33,8 @@ def api_address(given: str | None, environment: Mapping[str, str] = os.environ) 
     where, address = next(((where, value) for where, value in named if value), ("", DEFAULT))
     wrong = _mistake(address)
     if wrong:
-        shown = re.sub(r"//[^/]*@", "//***@", address)
-        raise LaunchError(f"{wrong} is not the address of a job API", where=f"{where} {shown}", fix=_fix(address))
+        said = without_secrets(f"{where} {address}")
+        raise LaunchError(f"{wrong} is not the address of a job API", where=said, fix=_fix(address))
     return address.rstrip("/")
 
 
