@@ -6,7 +6,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 _FOLDER_HAS_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR, errno.ENOSYS)
@@ -16,6 +18,36 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A descriptor to read a regular file by; a pipe would keep its reader waiting, and a device has no end.
+
+    Raises:
+        OSError: it cannot be opened, or is something else.
+    """
+    # Without O_NONBLOCK, opening a named pipe waits for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_regular(path: Path) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+        OSError: see `open_regular`.
+    """
+    with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        return file.read()
 
 
 def fsync(path: Path) -> None:

@@ -46,6 +46,10 @@ def _add(corpora: Any, corpus: Corpus) -> None:
             action="store_true",
             help="keep the sound of earlier user turns, for data.history: speech",
         )
+    if corpus.name == "manifest":
+        parser.add_argument(
+            "--audio-root", type=Path, help="folder that the audio has to lie in (default: the manifest's own)"
+        )
     parser.add_argument("--per-shard", type=positive, default=256, help="utterances a shard (default: %(default)s)")
     parser.add_argument(
         "--max-seconds", type=float, default=120.0, help="longer audio is rejected (default: %(default)g)"
@@ -75,6 +79,7 @@ def run_build(args: argparse.Namespace) -> int:
         split=args.split,
         answers=args.units is not None or args.keep_answer_audio,
         history=args.history_audio,
+        audio_root=getattr(args, "audio_root", None),
     )
     settings = Settings(
         limit=args.limit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.errors import DataError
+from echox.files import read_regular
 from echox.units.identity import UnitSetIdentity
 
 
@@ -18,13 +21,27 @@ class FileAudio:
 
     Attributes:
         path: the file.
+        root: the folder that it has to lie in, links followed; None where the corpus itself has listed it.
+        start_s, seconds: the part that is meant; None is from the start, and to the end.
     """
 
     path: Path
+    root: Path | None = None
+    start_s: float | None = None
+    seconds: float | None = None
 
     def read(self) -> bytes:
-        """Its bytes, whatever libsndfile decodes."""
-        return self.path.read_bytes()
+        """Its bytes, whatever libsndfile decodes.
+
+        Raises:
+            OSError: it cannot be read, or is no regular file.
+            ValueError: no file can have that name, or it lies elsewhere.
+        """
+        # Not `resolve`, which raises an error of its own where links lead in a circle.
+        real, root = (Path(os.path.realpath(path)) for path in (self.path, self.root or "/"))
+        if not real.is_relative_to(root):
+            raise ValueError(f"{self.path} lies outside {self.root}; --audio-root names the folder of the audio")
+        return read_regular(self.path)
 
     def stands_in(self) -> Path:
         """The file whose change means that the audio may have changed."""
@@ -170,12 +187,14 @@ class Request:
         split: "train", "dev" or "test", or a finer name the corpus has.
         answers: spoken answers are wanted besides spoken questions.
         history: the sounds of earlier user turns are wanted beside their text.
+        audio_root: folder that a manifest's audio files have to lie in; None is the manifest's own.
     """
 
     task: str
     split: str = "train"
     answers: bool = False
     history: bool = False
+    audio_root: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +237,22 @@ def wrong_source(corpus: str, source: Path, looked_for: str) -> DataError:
 
 
 def clean(text: Any) -> str | None:
-    """A text without the white space around it; None for what is no text or nothing but white space.
+    """A text in Unicode's composed form, without the white space around it; None for what is no text or says nothing.
 
-    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark.
+    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes a question mark. Control characters are left
+    out, line ends and tabs stay; a text of characters that have no shape, such as zero-width spaces, says nothing.
     """
-    return text.encode("utf-8", "replace").decode().strip() or None if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    if text.isascii() and text.isprintable():
+        return text.strip() or None
+    composed = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode())
+    kept = "".join(each for each in composed if unicodedata.category(each) != "Cc" or each in "\n\t\r")
+    return kept.strip() if any(map(_has_shape, kept)) else None
+
+
+def _has_shape(character: str) -> bool:
+    return not character.isspace() and unicodedata.category(character) not in ("Cf", "Cc", "Cn", "Co", "Cs")
 
 
 def in_split(part: str, split: str) -> bool:

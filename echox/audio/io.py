@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,9 @@ import numpy as np
 import soundfile
 import soxr
 
+from echox.audio.containers import pieces
 from echox.errors import DataError
+from echox.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,39 +31,50 @@ _RATES = (1_000, 768_000)
 _MOST_CHANNELS = 64
 _FULL_RATE = 48_000
 """Of a file of a higher rate, fewer seconds are read: memory is bounded by samples."""
+_LARGEST = 1 << 30
+"""Bytes of a compressed file that are read."""
+_WHOLE = (b"RIFF", b"RF64", b"fLaC", b"FORM")
 _BLOCK = 1 << 21
 """Values decoded at a time, of all channels together."""
 
 
-def read_audio(source: str | Path | bytes) -> Waveform:
+def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S) -> Waveform:
     """Decode, downmix and resample.
 
     Args:
         source: a file, or the bytes of one (WAV, FLAC, OGG, MP3: whatever libsndfile reads).
+        longest_s: what is longer is refused, and decoded no further, seconds.
 
     Returns:
         float32 [samples], 16 kHz mono, nominally within -1 and 1.
 
-    A length that the header does not know, as of a stream that was written into a pipe, is found by decoding.
+    A length that the header does not know, as of a stream that was written into a pipe, is found by decoding; a file
+    that was joined of several (see `pieces`) is read to its end.
 
     Raises:
-        DataError: no such file, not audio, no samples in it, more than `LONGEST_S`, or some that are not finite.
+        DataError: no such file, not audio, no samples in it, more than `longest_s`, or some that are not finite.
     """
     name = f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source)
     fix = "Give a file that libsndfile can decode, such as WAV or FLAC."
+    found: list[Waveform] = []
+    left = longest_s
     try:
-        with _in_memory(source) if isinstance(source, bytes) else nullcontext(source) as file:
-            mono, rate = _decode(file, name)
+        for part in pieces(source) if isinstance(source, bytes) else _parts(Path(source)):
+            with _in_memory(part) if isinstance(part, bytes) else open_regular(part) as file:
+                mono, rate = _decode(file, name, left, longest_s)
+            found.append(resample(mono, rate))
+            left -= len(mono) / rate
     except (soundfile.LibsndfileError, OSError) as error:
         # The whole message of libsndfile names bytes by their address in memory.
-        known = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+        known = error.error_string if isinstance(error, soundfile.LibsndfileError) else error.strerror or str(error)
         reason = known.rstrip(".").splitlines()[0]
         raise DataError(f"Cannot decode {name}: {reason}", where=name, fix=fix) from error
-    if len(mono) == 0:
+    samples = found[0] if len(found) == 1 else np.concatenate(found)
+    if len(samples) == 0:
         raise DataError(f"The audio of {name} is empty", where=name, fix="Give a recording with sound in it.")
-    if not np.isfinite(mono).all():
+    if not np.isfinite(samples).all():
         raise DataError(f"The audio of {name} has samples that are not finite numbers", where=name, fix=fix)
-    return resample(mono, rate)
+    return samples
 
 
 def header_seconds(content: bytes | memoryview) -> float | None:
@@ -70,21 +83,33 @@ def header_seconds(content: bytes | memoryview) -> float | None:
     Raises:
         soundfile.LibsndfileError: it is no audio.
     """
-    seconds = float(soundfile.info(io.BytesIO(content)).duration)
+    seconds = sum(float(soundfile.info(io.BytesIO(piece)).duration) for piece in pieces(bytes(content)))
     return seconds if seconds <= LONGEST_S else None
 
 
-def _decode(file: str | Path | int, name: str) -> tuple[Waveform, int]:
-    """Mono samples at the file's own rate, decoded in blocks; and the rate."""
+def sayable(seconds: float) -> int:
+    """Characters that can be said in a time: twice what a fast reader says, and some for digits that are read out."""
+    return int(50 * seconds) + 50
+
+
+def _parts(path: Path) -> Sequence[bytes | Path]:
+    """A file, as itself where libsndfile reads it to its end whatever its header says; it may be a long one."""
+    with open_regular(path) as file:
+        whole = os.pread(file, 4, 0)[:4] in _WHOLE
+        return [path] if whole else pieces(os.pread(file, _LARGEST, 0))
+
+
+def _decode(file: int, name: str, left_s: float, longest_s: float) -> tuple[Waveform, int]:
+    """Mono samples at the file's own rate, decoded in blocks, of `longest_s` the last `left_s`; and the rate."""
     with soundfile.SoundFile(file, closefd=False) as opened:
         rate, channels, claimed = opened.samplerate, opened.channels, opened.frames
         if not (_RATES[0] <= rate <= _RATES[1] and channels <= _MOST_CHANNELS):
             fix = f"Give audio of {_RATES[0]:,} to {_RATES[1]:,} Hz and at most {_MOST_CHANNELS} channels."
             raise DataError(f"The audio of {name} has {channels} channels at {rate} Hz", where=name, fix=fix)
-        most = int(LONGEST_S * min(rate, _FULL_RATE))
-        known = claimed <= most
+        most = int(left_s * min(rate, _FULL_RATE))
+        known = claimed <= int(LONGEST_S * min(rate, _FULL_RATE))
         size = max(1, min(claimed, _BLOCK // channels))
-        pieces: list[Waveform] = []
+        blocks: list[Waveform] = []
         total, more = 0, claimed > 0
         while more:
             block = np.empty((size, channels), np.float32)
@@ -100,10 +125,12 @@ def _decode(file: str | Path | int, name: str) -> tuple[Waveform, int]:
                 got, more = int(np.isfinite(block[:, 0]).sum()), False
             total += got
             if total > most:
-                fix = f"Cut it into pieces of at most {LONGEST_S / 60:.0f} minutes."
-                raise DataError(f"The audio of {name} is longer than {most / rate:.0f} s", where=name, fix=fix)
-            pieces.append(block[:got, 0] if channels == 1 else block[:got].mean(axis=1, dtype=np.float32))
-    return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, np.zeros(0, np.float32)]), rate
+                longest = longest_s * min(rate, _FULL_RATE) / rate
+                pieces_of = f"{longest / 60:.0f} minutes" if longest >= 120 else f"{longest:.0f} s"
+                fix = f"Cut it into pieces of at most {pieces_of}."
+                raise DataError(f"The audio of {name} is longer than {longest:.0f} s", where=name, fix=fix)
+            blocks.append(block[:got, 0] if channels == 1 else block[:got].mean(axis=1, dtype=np.float32))
+    return blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)]), rate
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -11,22 +12,34 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
-from echox.audio.io import SAMPLE_RATE, encode_flac, header_seconds, read_audio
+from echox.audio.containers import is_bare_flac, is_cut
+from echox.audio.io import LONGEST_S, SAMPLE_RATE, encode_flac, header_seconds, read_audio, sayable
 from echox.errors import DataError, EchoXError
 from echox.files import sha256_file
 from echox.stream.format.scan import TURN_MEMBERS
 from shards.builder.records import digest, read_json, write_json
-from shards.corpus import Audio, Utterance
+from shards.corpus import Audio, FileAudio, Utterance
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 SHORTEST_S = 0.1
 """Shorter audio holds no word."""
-_VERSION = 1
+MOST_CHARACTERS = 50_000
+"""Of a text."""
+SILENT, FULL_SCALE = 1e-4, 8.0
+"""Peaks below which nothing is heard, and above which a file of floats holds whole numbers."""
+CLIPPED = 0.005
+"""Share of samples at full scale above which a recording is noted as clipped."""
+_VERSION = 2
 """Of what is done here: another one makes all shards again."""
+_NOT_A_FILE = (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTDIR, errno.ENXIO, errno.ENODEV)
+"""What the system says of a name that no recording has."""
 _KEY_CHARACTERS = 80
 """A tar header has room for 100, and extensions follow."""
 
@@ -98,14 +111,14 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
         folder: where they go.
 
     Returns:
-        The record: {"identity", "sha256", "bytes", "samples", "members", "question_s", "answer_s", "rejected"};
-            members are counted by their extension.
+        The record: {"identity", "sha256", "bytes", "samples", "members", "question_s", "answer_s", "clipped",
+            "rejected"}; members are counted by their extension.
 
     Raises:
         EchoXError: the folder cannot be written to.
     """
     record: dict[str, Any] = {"identity": identity, "samples": 0, "members": {}, "rejected": []}
-    record |= {"question_s": 0.0, "answer_s": 0.0}
+    record |= {"question_s": 0.0, "answer_s": 0.0, "clipped": 0}
     final = tar_path(folder, job.number)
     # A worker that outlives a killed build for a moment must not write into the file of the next one.
     partial = final.with_suffix(f".{os.getpid()}")
@@ -119,6 +132,7 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
                     record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
                     continue
                 record["samples"] += 1
+                record["clipped"] += "clipped" in members["json"]
                 for seconds in ("question_s", "answer_s"):
                     record[seconds] += members["json"][seconds] or 0.0
                 count_members(record["members"], members)
@@ -193,17 +207,23 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
     if utterance.task == "tts":
         _need(utterance.answer or utterance.units, "no spoken answer")
     members: dict[str, Any] = {}
+    noted: dict[str, float] = {}
     question_s = answer_s = None
     if utterance.question is not None:
-        members["question.flac"], question_s = _flac(utterance.question, "question", longest_s)
+        members["question.flac"], question_s = _flac(utterance.question, "question", longest_s, noted)
     if utterance.answer is not None:
-        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s)
+        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted)
     if utterance.units is not None:
         members["answer.units"] = np.asarray(utterance.units, dtype="<u2").tobytes()
+    for what, text, seconds in (
+        ("transcript", utterance.question_text, question_s),
+        ("answer text", utterance.answer_text, answer_s),
+    ):
+        _check_length(what, text or "", seconds)
     turns = [dict(turn) for turn in utterance.turns]
     for number, (name, audio) in enumerate(zip(TURN_MEMBERS, utterance.turn_audio, strict=False)):
         if audio is not None:
-            members[name], _ = _flac(audio, f"turn {number}", longest_s)
+            members[name], _ = _flac(audio, f"turn {number}", longest_s, {})
             turns[number]["audio"] = name
     members["json"] = {
         "id": utterance.id,
@@ -215,6 +235,7 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
         "source": utterance.source,
         "split": utterance.split,
         "turns": turns,
+        **({"clipped": noted} if noted else {}),
         **utterance.extra,
     }
     return members
@@ -225,38 +246,76 @@ def _need(value: object, otherwise: str) -> None:
         raise Rejected(otherwise)
 
 
-def _flac(audio: Audio, what: str, longest_s: float) -> tuple[bytes, float]:
-    """16 kHz mono FLAC and its seconds; bytes that are that already stay as they are, once decoded to the end."""
+def _check_length(what: str, text: str, seconds: float | None) -> None:
+    """Refuse a text that nobody can say in the time: it belongs to other audio, or is none."""
+    most = MOST_CHARACTERS if seconds is None else min(MOST_CHARACTERS, sayable(seconds))
+    if len(text) > most:
+        during = "" if seconds is None else f" for {seconds:.2f} s of audio"
+        raise Rejected(f"{what}: {len(text):,} characters{during}, more than {most:,}")
+
+
+def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) -> tuple[bytes, float]:
+    """16 kHz mono FLAC and its seconds; bytes that are that already stay as they are, once decoded to the end.
+
+    Where it is clipped, `noted` gets the share of its samples that are.
+    """
+    part = audio if isinstance(audio, FileAudio) and (audio.start_s or audio.seconds) else None
     try:
         data = audio.read()
-        samples = read_audio(data)
         info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
+        if is_cut(data):
+            raise Rejected(f"{what}: the file is cut short")
+        if part is None and promised is not None and promised > longest_s:
+            raise _outside(what, promised, longest_s)
+        samples = read_audio(data) if part else read_audio(data, min(longest_s + 1, LONGEST_S))
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
-    except DataError as error:
-        raise Rejected(f"{what}: {error.what}") from error
+    except soundfile.LibsndfileError as error:
+        raise Rejected(f"{what}: Cannot decode {len(data)} bytes of audio: {error.error_string}") from error
+    except (DataError, ValueError) as error:
+        raise Rejected(f"{what}: {error.what if isinstance(error, DataError) else error}") from error
     except OSError as error:
+        if error.errno in _NOT_A_FILE:
+            raise Rejected(f"{what}: {error.strerror}") from error
         # Not the utterance's fault: a share that is away must not cost a corpus its samples.
         raise EchoXError(
             f"Cannot read audio: {error.strerror or error}",
             where=str(audio.stands_in()),
             fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
-    seconds = len(samples) / SAMPLE_RATE
-    if _is_cut(data) or (promised is not None and seconds < 0.98 * promised):
+    if promised is not None and len(samples) / SAMPLE_RATE < 0.98 * promised:
         raise Rejected(f"{what}: the file is cut short")
+    if part is not None:
+        first = round((part.start_s or 0.0) * SAMPLE_RATE)
+        samples = samples[first:][: None if part.seconds is None else round(part.seconds * SAMPLE_RATE)]
+    seconds = len(samples) / SAMPLE_RATE
     if not SHORTEST_S <= seconds <= longest_s:
-        raise Rejected(f"{what}: {seconds:.2f} s of audio, outside {SHORTEST_S:g} to {longest_s:g} s")
+        raise _outside(what, seconds, longest_s)
+    if share := _clipped(samples, what, info.channels):
+        noted[what] = share
     fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
-    # One of unknown length is encoded again: other programs believe the header.
-    return data if fits and promised is not None else encode_flac(samples), round(seconds, 3)
+    # One of unknown length is encoded again: other programs believe the header. So is one with tags and pictures.
+    kept = fits and promised is not None and part is None and is_bare_flac(data)
+    return data if kept else encode_flac(samples), round(seconds, 3)
 
 
-def _is_cut(data: bytes) -> bool:
-    """Whether a WAV promises more bytes than there are: libsndfile then decodes what is left without an error."""
-    promised = int.from_bytes(data[4:8], "little")
-    # Programs that write WAV into a pipe cannot know its length, and promise nothing or everything.
-    return data[:4] == b"RIFF" and promised < 0x7FFFFFFF and promised + 8 > len(data)
+def _outside(what: str, seconds: float, longest_s: float) -> Rejected:
+    return Rejected(f"{what}: {seconds:.2f} s of audio, outside {SHORTEST_S:g} to {longest_s:g} s")
+
+
+def _clipped(samples: NDArray[np.float32], what: str, channels: int) -> float:
+    """Share of samples at full scale, 0 where it is small.
+
+    Raises:
+        Rejected: there is no sound, or one in another scale.
+    """
+    peak = float(np.abs(samples).max())
+    if peak < SILENT:
+        raise Rejected(f"{what}: silent" if channels == 1 else f"{what}: silent, or its {channels} channels cancel out")
+    if peak > FULL_SCALE:
+        raise Rejected(f"{what}: its samples reach {peak:,.0f} where 1 is full scale: whole numbers as floats")
+    share = float((np.abs(samples) >= 0.99).mean())
+    return round(share, 4) if share > CLIPPED else 0.0
 
 
 def _files(utterance: Utterance) -> list[Path]:

@@ -87,9 +87,11 @@ def build_corpus(
         jobs = _jobs(itertools.chain([first], found), source, settings)
         records = _Run(work, settings, meter, say).run(jobs)
         described = publish(work, out, records, settings.workers)
+    clipped = sum(record["clipped"] for record in records)
     say(
         f"{corpus.name}: {described['samples']:,} samples in {len(described['shards']):,} shards, "
         f"{described['hours']:.2f} h of audio, {sum(len(r['rejected']) for r in records):,} utterances rejected"
+        + (f", {clipped:,} clipped (`clipped` in their json)" if clipped else "")
     )
     return described
 

@@ -57,7 +57,7 @@ def put_archive(path: Path, examples: Any, sounds: Mapping[str, bytes]) -> Path:
 def build(name: str, source: Path, out: Path, *, task: str | None = None, split: str = "train", **more: Any) -> Any:
     """Build a corpus; samples as webdataset reads them, by id, and the ledger."""
     corpus = CORPORA[name]
-    wanted = {name: more.pop(name, False) for name in ("answers", "history")}
+    wanted = {name: more.pop(name) for name in ("answers", "history", "audio_root") if name in more}
     request = Request(task=corpus.tasks[0] if task is None else task, split=split, **wanted)
     build_corpus(corpus, source, out, request, Settings(**{"max_rejected": 1.0, **more}))
     return read(out), ledger(out)

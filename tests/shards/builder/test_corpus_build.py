@@ -26,6 +26,7 @@ from webdataset.writer import TarWriter
 import shards.builder.convert
 import shards.builder.corpus_build
 import shards.builder.publish
+import shards.corpus
 from echox.errors import DataError, EchoXError
 from shards.builder.convert import Job, keys, write_sample
 from shards.builder.corpus_build import Settings, build_corpus
@@ -109,7 +110,7 @@ def test_shards_without_sounds_of_turns_are_known_as_before_there_were_any() -> 
     plain = Utterance(
         id="a", task="sqa", source="s", question=FileAudio(Path("/x/q.wav")), turns=({"role": "user", "text": "t"},)
     )
-    known = "724d4ad6f64c930f8fb53489020447b495836f283b1ac028294c035b44075d0d"
+    known = "5f5a2bafacb3539ed24ed210f7e5e85f1dd51bffd3c78496a1cb712aa7957031"
     assert Job(0, Path("/x"), 2.0, [("k", plain)]).digest() == known
     spoken = dataclasses.replace(plain, turn_audio=(FileAudio(Path("/x/t.wav")),))
     assert Job(0, Path("/x"), 2.0, [("k", spoken)]).digest() != known
@@ -285,6 +286,75 @@ def test_a_file_that_was_cut_is_bad(tmp_path: Path) -> None:
     assert rejected["cut.flac"].startswith("question: Cannot decode")
 
 
+def test_sound_that_says_nothing_is_rejected_and_sound_that_is_clipped_is_noted(tmp_path: Path) -> None:
+    loud = np.clip(clip(2, 1.0).astype(np.float32) / 4000, -1, 1)
+    sounds = {
+        "silent": np.zeros(16_000, np.float32),
+        "cancels": np.stack([loud, -loud], 1),
+        "integers": clip(1, 1.0).astype(np.float32),
+        "clipped": loud,
+        "fine": loud / 2,
+    }
+    for name, samples in sounds.items():
+        put(tmp_path / f"{name}.wav", encoded(samples, subtype="FLOAT"))
+    said: list[str] = []
+    rows = [{"audio": f"{name}.wav", "text": "t"} for name in sounds]
+    run(put_lines(tmp_path / "mine.jsonl", rows), tmp_path / "out", said.append, max_rejected=1.0)
+    assert ledger(tmp_path / "out") == {
+        "silent": "question: silent",
+        "cancels": "question: silent, or its 2 channels cancel out",
+        "integers": "question: its samples reach 8,086 where 1 is full scale: whole numbers as floats",
+    }
+    metas = {name: sample["json"] for name, sample in read(tmp_path / "out").items()}
+    assert metas["clipped"]["clipped"] == {"question": pytest.approx(float((np.abs(loud) >= 0.99).mean()), abs=1e-3)}
+    assert "clipped" not in metas["fine"] and said[-1].endswith("1 clipped (`clipped` in their json)")
+
+
+def test_a_text_that_nobody_can_say_in_the_time_is_rejected(tmp_path: Path) -> None:
+    put(tmp_path / "a.wav", encoded(clip(1, 2.0)))
+    rows = [
+        {"audio": "a.wav", "text": "x" * 150, "id": "fast"},
+        {"audio": "a.wav", "text": "x" * 151, "id": "faster"},
+        {"audio": "a.wav", "text": "who", "answer_text": "y" * 50_000, "id": "long answer"},
+        {"audio": "a.wav", "text": "who", "answer_text": "y" * 50_001, "id": "longer answer"},
+        {"answer_audio": "a.wav", "answer_text": "y" * 1000, "id": "spoken"},
+    ]
+    samples, rejected = build("manifest", put_lines(tmp_path / "mine.jsonl", rows), tmp_path / "out", task="")
+    assert list(samples) == ["fast", "long answer"]
+    assert rejected == {
+        "faster": "transcript: 151 characters for 2.00 s of audio, more than 150",
+        "longer answer": "answer text: 50,001 characters, more than 50,000",
+        "spoken": "answer text: 1,000 characters for 2.00 s of audio, more than 150",
+    }
+
+
+def test_an_hour_of_sound_is_rejected_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(*args: Any) -> None:
+        raise AssertionError("decoded")
+
+    put(tmp_path / "hour.flac", encoded(np.zeros(16_000 * 600, np.int16), kind="FLAC"))
+    source = put_lines(tmp_path / "mine.jsonl", [{"audio": "hour.flac", "text": "t"}])
+    monkeypatch.setattr(shards.builder.convert, "read_audio", decode)
+    with pytest.raises(DataError, match="Not one utterance"):
+        run(source, tmp_path / "out", max_rejected=1.0)
+    assert "600.00 s of audio, outside" in (tmp_path / ".out.building" / "ready" / "rejected.jsonl").read_text()
+
+
+def test_tags_and_pictures_of_a_recording_stay_behind(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 16_000, 1, format="FLAC", subtype="PCM_16") as file:
+        file.artist = "A. Person"
+        file.write(clip(1))
+    put(tmp_path / "a.flac", buffer.getvalue())
+    samples, _ = build(
+        "manifest", put_lines(tmp_path / "m.jsonl", [{"audio": "a.flac", "text": "t"}]), tmp_path / "out"
+    )
+    np.testing.assert_array_equal(samples["a"]["question.flac"], clip(1))
+    assert (
+        b"A. Person" in buffer.getvalue() and b"A. Person" not in (tmp_path / "out" / "shard-000000.tar").read_bytes()
+    )
+
+
 def weakly_packed(samples: np.ndarray) -> bytes:
     """FLAC as this project would not write it."""
     buffer = io.BytesIO()
@@ -378,7 +448,7 @@ def test_a_full_disk_and_a_share_that_is_away_are_one_sentence_and_cost_nothing(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", stale)
+        patch.setattr(shards.corpus, "read_regular", stale)
         with pytest.raises(EchoXError, match=r"Cannot read audio: Stale file handle .*0\.wav"):
             run(source, tmp_path / "out")
     assert run(source, tmp_path / "out")["samples"] == 18

@@ -367,9 +367,8 @@ def test_manifest(tmp_path: Path) -> None:
     assert meta["question_s"] == pytest.approx(1.0, abs=0.06) and meta["answer_s"] == 0.3
     assert pitch(samples["q.2"]["question.flac"]) == pytest.approx(240, abs=2)
     np.testing.assert_array_equal(samples["voice/3"]["answer.flac"], clip(3))
-    fields = "the fields are audio, text, answer_text, answer_audio, id, split, turns"
     assert rejected == {
-        "line 4 of mine.jsonl": f"unknown field txt; {fields}",
+        "line 4 of mine.jsonl": "unknown field txt; did you mean text?",
         "line 5 of mine.jsonl": "not a JSON object",
         "no text": "no transcript",
         "line 7 of mine.jsonl": "neither id nor audio",
