@@ -124,7 +124,7 @@ def respond(recipe: Recipe, *, world: World | None = None, progress: Say | None 
         raise RecipeError(f"recipe {recipe.name} is of stage {recipe.stage}", fix="give the recipe of a stage echo")
     began, world = time.monotonic(), world or _alone()
     text = TextTools.load(recipe)
-    sources = {source.key: source for source in open_sources((*recipe.data.train, *recipe.data.valid))}
+    sources = {source.key: source for source in open_sources(recipe, (*recipe.data.train, *recipe.data.valid))}
     work = _Work(recipe, text, world, progress or (lambda what, done, total: None))
     found = tuple(work.answer(source) for source in sources.values())
     return Summary(datasets=found, seconds=round(time.monotonic() - began, 1))

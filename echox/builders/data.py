@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from echox.config.paths import resolve_data
-from echox.errors import EchoXError
+from echox.errors import DataError, EchoXError
 from echox.stream.format.catalogue import DATASET_NAME
+from echox.stream.format.scan import AUDIO, ENCODED, TASKS, UNITS
 from echox.stream.quarantine import Allowance
 from echox.stream.reader import StreamReader
 from echox.stream.sampling.batching import Budget, CostBudget, SampleBudget
 from echox.stream.sampling.plan import Plan
-from echox.stream.sampling.source import Source
+from echox.stream.sampling.source import SERVE, Source
 from echox.stream.storage.remote import is_remote, locate
 from echox.stream.storage.store import ShardStore, open_catalogue
 from echox.stream.validation import ValidReader
@@ -22,23 +26,70 @@ if TYPE_CHECKING:
     from echox.config.schema import Recipe, SourceConfig
     from echox.stream.collate import Collate
 
+log = logging.getLogger(__name__)
 
-def open_sources(configs: Iterable[SourceConfig]) -> list[Source]:
-    """The datasets of a recipe.
+
+def open_sources(recipe: Recipe, configs: Iterable[SourceConfig], *, quiet: bool = True) -> list[Source]:
+    """Datasets of a recipe.
+
+    Args:
+        recipe: what trains on them.
+        configs: `recipe.data.train` or `recipe.data.valid`.
+        quiet: does not say how many samples of a dataset serve, where it is not all of them.
 
     Raises:
-        DataError: one is absent, has no catalogue, or is not what its catalogue says.
+        DataError: one is absent, has no catalogue, is not what its catalogue says, or has no sample that serves.
     """
-    return [
+    sources = [
         Source(
             path=config.path,
             task=config.task,
             catalogue=open_catalogue(locate(config.path)),
             repeat=config.repeat,
             weight=config.weight,
+            members=needed_members(recipe, config.task),
         )
         for config in configs
     ]
+    for source in sources:
+        if source.serving is None:
+            continue
+        counted = (
+            f"{source.samples} of {source.catalogue.samples} samples of {source.path} serve for task {source.task}"
+        )
+        if not source.samples:
+            tasks, members = sorted(SERVE[source.task]), ", ".join(sorted(source.members))
+            raise DataError(
+                f"{counted}: it takes those of task {' or '.join(tasks)}, or of none, that have {members}; there are "
+                f"{_found(source)}",
+                where=source.catalogue.location,
+                fix="correct data's task for it, or build the dataset for this stage",
+            )
+        if not quiet:
+            log.info("%s; there are %s", counted, _found(source))
+    return sources
+
+
+def needed_members(recipe: Recipe, task: str) -> frozenset[str]:
+    """Members that a sample must have to serve for a task in a stage."""
+    speech = recipe.model.speech_encoder
+    if task == "tts":
+        return frozenset({UNITS})
+    annotated = recipe.stage == "echo" and task == "sqa" and recipe.model.echo.labels == "annotated"
+    heard = ENCODED if speech is not None and speech.precomputed else AUDIO
+    return frozenset({heard, *((UNITS,) if annotated else ())})
+
+
+def _found(source: Source) -> str:
+    """Samples by their task and members, the most first."""
+    catalogue = source.catalogue
+    tasks = np.zeros(catalogue.samples, np.uint8) if catalogue.tasks is None else catalogue.tasks
+    pairs, counts = np.unique(np.stack([tasks, catalogue.records["layout"]]), axis=1, return_counts=True)
+    named = [
+        f"{count} {TASKS[task] or 'of no task'} with {', '.join(sorted(catalogue.layouts[layout]))}"
+        for count, (task, layout) in sorted(zip(counts.tolist(), pairs.T.tolist(), strict=True), reverse=True)
+    ]
+    return "; ".join([*named[:3], *(["others"] if len(named) > 3 else [])])
 
 
 def listings(configs: Iterable[SourceConfig]) -> dict[str, Path]:
@@ -120,7 +171,7 @@ def transcripts(sources: Iterable[Source]) -> Iterator[str]:
     for source in sources:
         store = ShardStore(source.catalogue)
         try:
-            for number in range(source.catalogue.samples):
+            for number in source.numbers().tolist():
                 yield str(store.read(number, ()).meta.get("question_text") or "")
         finally:
             store.close()

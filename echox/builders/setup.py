@@ -67,7 +67,8 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
     other_prompt = difference(recipe.model.llm.prompt, text.tokenizer, recipe.model.llm.path)
     if other_prompt and rank == 0:
         log.warning(other_prompt)
-    train, valid = open_sources(recipe.data.train), open_sources(recipe.data.valid)
+    train = open_sources(recipe, recipe.data.train, quiet=rank > 0)
+    valid = open_sources(recipe, recipe.data.valid)
     _check_encoded(recipe, [*train, *valid])  # before any model is loaded
     check_inits(recipe)
     check_units(recipe, [*train, *valid], text.language, quiet=rank > 0)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from echox.models.s2t import S2TModel
     from echox.stream.batch import SpeechBatch
 
-EMPTY, LOOPING, CUT, DAMAGED = "empty", "looping", "cut", "damaged"
-"""Why an answer is not used: it says nothing, repeats itself, has no end, or its question cannot be read."""
+EMPTY, LOOPING, CUT, DAMAGED, NO_USE = "empty", "looping", "cut", "damaged", "of no use"
+"""Why an answer is not used: it says nothing, repeats itself, has no end, its question cannot be read, or is none."""
 LONGEST_LOOP, LOOPS = 32, 6
 """An answer loops that has up to so many tokens so many times in a row; a sentence has about 20."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echox.errors import CorruptSampleError
-from echox.responses.decoding import DAMAGED
+from echox.responses.decoding import DAMAGED, NO_USE
 from echox.responses.table import Answer
 from echox.stream.collate import Item
 
@@ -36,6 +36,10 @@ def read_batch(
     """A batch of the samples of these numbers, None without any; and those that cannot be read, as rejected answers."""
     rows, damaged = [], []
     for number in numbers:
+        if not source.serves(number):
+            key, text = source.catalogue.key(number), f"of no use for task {source.task}"
+            damaged.append(Answer(number=number, id=key, tokens=[], text=text, rejected=NO_USE))
+            continue
         try:
             sample = store.read(number, collate.members)
             rows.append(collate.decode(Item(sample, source.task, source=source.key)))

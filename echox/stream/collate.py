@@ -16,11 +16,10 @@ from echox.audio.io import SAMPLE_RATE, read_audio
 from echox.errors import CorruptSampleError, DataError, EchoXError
 from echox.stream.batch import SpeechBatch, UnitBatch
 from echox.stream.dialogue import History, Turn, hear, newest, spoken_tokens, turns_of, vectors
-from echox.stream.format.encoded_features import MEMBER, pad_features, unpack
-from echox.stream.format.scan import TURN_MEMBERS, UNITS
+from echox.stream.format.encoded_features import pad_features, unpack
+from echox.stream.format.scan import AUDIO, ENCODED, TURN_MEMBERS, UNITS
 from echox.stream.storage.store import Sample
 
-AUDIO = "question.flac"
 _BLANK_FRAMES = 32
 ValueT = TypeVar("ValueT")
 
@@ -216,7 +215,7 @@ class SpeechCollate:
         """The question, as audio or encoded, earlier turns where they are heard, and units where they are labels."""
         earlier = TURN_MEMBERS if self.history is not None and self.history.spoken else ()
         units = () if self.labels is None else (UNITS,)
-        return frozenset({AUDIO if self.precomputed is None else MEMBER, *earlier, *units})
+        return frozenset({AUDIO if self.precomputed is None else ENCODED, *earlier, *units})
 
     def decode(self, item: Item) -> SpeechRow:
         """Decode the audio, or take what it was encoded to.
@@ -229,6 +228,8 @@ class SpeechCollate:
         sample = item.sample
         speech, cut_s = self._audio(sample) if self.precomputed is None else self._features(sample)
         question, answer = (text_of(sample, name) for name in ("question_text", "answer_text"))
+        if item.task == "asr":
+            answer = question if question.strip() else answer  # of a question with an answer, what is asked is to be written
         _need(sample, "answer_text", answer, "the end token would be all that it teaches to say")
         if self.needs_transcript:
             _need(sample, "question_text", question, "CTC would learn that nothing is said in it")
@@ -351,10 +352,11 @@ class SpeechCollate:
         return clip[: self.max_samples], max(0, len(clip) - self.max_samples) / SAMPLE_RATE
 
     def _features(self, sample: Sample) -> tuple[Tensor, float]:
-        features_Td = decoded(sample, MEMBER, unpack)
-        if features_Td.shape[1:] != (self.precomputed,):
+        features_Td = decoded(sample, ENCODED, unpack)
+        shape = tuple(features_Td.shape)
+        if shape[1:] != (self.precomputed,):
             raise CorruptSampleError(
-                f"sample {sample.key}: {MEMBER} has shape {tuple(features_Td.shape)}, not [frames, {self.precomputed}]",
+                f"sample {sample.key}: {ENCODED} has shape {shape}, not [frames, {self.precomputed}]",
                 kind="schema",
                 fix="run `echox shards encode` again",
             )

@@ -49,11 +49,11 @@ class ValidReader:
     ) -> None:
         self._source, self._store, self._collate = source, store, collate
         self._threads, self._prefetch = threads, max(1, prefetch)
-        every = slice(0, source.catalogue.samples)
-        lengths_N = source.tokens(every) if by_tokens else source.seconds(every)
+        numbers = source.numbers()
+        lengths_N = source.tokens(numbers) if by_tokens else source.seconds(numbers)
         order = np.argsort(lengths_N, kind="stable").astype(np.int64)
         cut = budget.cut(lengths_N[order]) if len(order) else []
-        micro = [order[indices] for step in cut for indices in step if len(indices)]
+        micro = [numbers[order[indices]] for step in cut for indices in step if len(indices)]
         micro += [order[:0]] * (-len(micro) % world_size)
         self._micro: list[SampleIndices] = micro[rank::world_size]
 

@@ -17,7 +17,8 @@ from echox.config.paths import resolve_data
 from echox.config.schema import Recipe
 from echox.release.pretrained import load_whisper_encoder
 from echox.stream.collate import pad_audio
-from echox.stream.format.encoded_features import MEMBER, pack
+from echox.stream.format.encoded_features import pack
+from echox.stream.format.scan import ENCODED
 from shards.builder.records import PER_SHARD, read_json, write_json
 from shards.builder.rewrite import read_samples, rewrite
 
@@ -108,7 +109,7 @@ def encode_folder(folder: Path, model: ModelConfig, progress: Progress | None = 
         cut = f", {encoder.cut} cut at max_audio_s" if encoder.cut else ""
         say(f"{folder.name}: {samples} questions encoded{cut}")
         for sample, row in zip(group, features, strict=True):
-            yield {**sample, MEMBER: pack(row)}
+            yield {**sample, ENCODED: pack(row)}
 
     rewrite(folder, encoded())
     write_json(folder / RECORD, identity)

@@ -40,7 +40,7 @@ B = replace(A, centroids="cc")
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ECHOX_CACHE", str(tmp_path))
     for seed, name in enumerate(("one", "two", "held")):
-        make_dataset(tmp_path / "data" / name, 6, per_shard=3, seed=seed, task="tts")
+        make_dataset(tmp_path / "data" / name, 6, per_shard=3, seed=seed, task="sqa")
     return tmp_path / "data"
 
 

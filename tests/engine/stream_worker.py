@@ -51,7 +51,7 @@ class Build:
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         collate = UnitCollate(lambda text: [12 + ord(c) % 30 for c in text], tiny.Words(lambda units: units % 9))
-        train_sources, valid_sources = open_sources(recipe.data.train), open_sources(recipe.data.valid)
+        train_sources, valid_sources = (open_sources(recipe, each) for each in (recipe.data.train, recipe.data.valid))
         loader: Any = train_reader(recipe, train_sources, collate, rank, world_size)
         if self.witness is not None:
             loader = Witness(loader, self.witness / f"rank-{rank}.jsonl")

@@ -102,7 +102,7 @@ def with_end(recipe: Recipe) -> Recipe:
 def batches_alone(recipe: Recipe, name: str) -> Any:
     """Each sample of a dataset as a batch of its own."""
     configs = (*recipe.data.train, *recipe.data.valid)
-    (source,) = open_sources(config for config in configs if config.path.endswith(name))
+    (source,) = open_sources(recipe, (config for config in configs if config.path.endswith(name)))
     collate = build_speech_collate(recipe, TextTools.load(recipe))
     for found in read_folder(source.path):
         yield found.number, collate([Item(found, "sqa", source=source.key)], -1)

@@ -10,7 +10,7 @@ from typing import Literal, cast
 import numpy as np
 
 from echox.stream.format.catalogue import Catalogue
-from echox.stream.format.scan import RECORD
+from echox.stream.format.scan import JSON, RECORD
 from echox.stream.format.writer import write_shards
 from echox.stream.sampling.source import Source
 
@@ -61,5 +61,7 @@ def sized(
         samples=len(records),
         shard_starts=np.cumsum([0, *shards]),
         records=records,
+        tasks=None,
+        layouts=[(JSON,)],
     )
     return Source(name, task, cast(Catalogue, catalogue), repeat, weight)

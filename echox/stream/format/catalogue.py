@@ -44,7 +44,7 @@ class Catalogue:
     """All samples of one dataset, numbered in shard order.
 
     Open one with `Catalogue.open`, or with `open_catalogue` of the store where it may be remote. Opening maps the file
-    and checks its header, its shard table and its records; keys and member places are checked by `verify`, and by
+    and checks its header, its shard table, its records and their tasks; keys and member places are checked by `verify`, and by
     `ShardStore` with every sample it reads.
 
     Attributes:
@@ -73,7 +73,7 @@ class Catalogue:
         self.optional: tuple[str, ...] = tuple(header["optional"])
         self.sources: list[str] = header["sources"]
         self.layouts: list[tuple[str, ...]] = [tuple(layout) for layout in header["layouts"]]
-        self._check(("shards", "shard_names", "records"))
+        self._check([name for name in ("shards", "shard_names", "records", "tasks") if name in self._segments])
         self.records: NDArray[Any] = self._table("records", RECORD)
         self._members: NDArray[Any] = self._table("members", MEMBER)
         self._shards: NDArray[Any] = self._table("shards", SHARD)
@@ -123,6 +123,11 @@ class Catalogue:
     def shard_sha256(self, shard: int) -> str:
         """Hash of one shard's file."""
         return bytes(self._shards["sha256"][shard]).hex()
+
+    @cached_property
+    def tasks(self) -> NDArray[np.uint8] | None:
+        """Own task of every sample, as a place in `TASKS`; [N], or None in a catalogue from before they were noted."""
+        return self._segment("tasks") if "tasks" in self._segments else None
 
     def key(self, sample: int) -> str:
         """Name of one sample."""

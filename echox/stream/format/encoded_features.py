@@ -9,9 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEMBER = "question.encoded.npy"
-"""Features of one clip: float16 [frames, width], margin included."""
-
 
 def pack(features_Td: Tensor) -> bytes:
     """A clip's features as the bytes of its member."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int, int], None]
 """Called with shards done, shards in all, samples so far."""
-_SEGMENTS = ("shards", "shard_names", "records", "members", "keys")
+_SEGMENTS = ("shards", "shard_names", "records", "tasks", "members", "keys")
 
 
 class CatalogueBuilder:
@@ -91,6 +91,7 @@ class CatalogueBuilder:
             ("records", records.tobytes()),
             ("members", table.members.tobytes()),
             ("keys", "".join(table.keys).encode()),
+            ("tasks", table.tasks.tobytes()),
         ):
             self._files[segment].write(content)
         self._hashes.append(np.array([xxh3_64_intdigest(key.encode()) for key in table.keys], dtype=np.uint64))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 JSON = "json"
+AUDIO = "question.flac"
+ENCODED = "question.encoded.npy"
+"""What the frozen speech encoder makes of the question: float16 [frames, width], margin included."""
 UNITS = "answer.units"
 TURN_MEMBERS = tuple(f"turn-{number:02d}.flac" for number in range(100))
 """Sounds of earlier turns of the dialogue, by the number of the turn in `turns` of the `json` member."""
@@ -53,6 +56,9 @@ its first row of the member table. `key`: where its name begins among the names.
 catalogue's lists. `units`, `question_chars`, `answer_chars`, `question_s`, `answer_s`: lengths, 0 where absent.
 """
 
+TASKS = ("", "asr", "sqa", "tts")
+"""What a sample's own `task` may be; the catalogue holds its place here, 0 where there is none or another."""
+
 MEMBER = np.dtype([("checksum", "<u8"), ("offset", "<u4"), ("size", "<u4")])
 """One file. `checksum`: XXH3-64 of its bytes. `offset`: from the start of its sample."""
 
@@ -65,6 +71,7 @@ class ShardTable:
         bytes, sha256: of the file.
         keys: sample names.
         records, members: rows, see `RECORD` and `MEMBER`; [N], [M].
+        tasks: places in `TASKS`; [N].
         sources, layouts: what `source` and `layout` number.
         end: where the last sample ends.
     """
@@ -74,6 +81,7 @@ class ShardTable:
     keys: list[str]
     records: NDArray[Any]
     members: NDArray[Any]
+    tasks: NDArray[np.uint8]
     sources: list[str]
     layouts: list[tuple[str, ...]]
     end: int
@@ -143,6 +151,7 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
         xxh3_64_intdigest(view[start : start + size])
         for start, size in zip(spans.members.data.tolist(), spans.members.sizes.tolist(), strict=True)
     ]
+    tasks = np.zeros(count, dtype=np.uint8)
     sources: dict[str, int] = {}
     layouts: dict[tuple[str, ...], int] = {}
     required: frozenset[str] | None = None
@@ -164,7 +173,7 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
             described = describe(payload)
         except ValueError as error:
             raise defect(shard, offset, f"sample {key}: {error}", "repair its json member") from error
-        source = described.pop("source")
+        source, tasks[number] = described.pop("source"), TASKS.index(described.pop("task"))
         record = records[number]
         record["source"] = sources.setdefault(source, len(sources))
         record["layout"] = layouts.setdefault(extensions, len(layouts))
@@ -177,6 +186,7 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
         keys=spans.keys,
         records=records,
         members=members,
+        tasks=tasks,
         sources=list(sources),
         layouts=list(layouts),
         end=int(spans.starts[-1]),
@@ -189,7 +199,7 @@ def _content(extensions: tuple[str, ...], checksums: NDArray[Any]) -> int:
 
 
 def describe(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of one sample as the catalogue has it: lengths, turns, hash of the texts, source.
+    """Metadata of one sample as the catalogue has it: lengths, turns, hash of the texts, source, task.
 
     Durations that the metadata leaves out are those of the audio.
 
@@ -208,6 +218,7 @@ def describe(members: Mapping[str, Any]) -> dict[str, Any]:
         "turns": min(len(turns) if isinstance(turns, list) else turns if isinstance(turns, int) else 1, 65535),
         "text": xxh3_64_intdigest(f"{question}\0{answer}".encode()) if question or answer else 0,
         "source": str(meta.get("source") or ""),
+        "task": meta["task"] if meta.get("task") in TASKS else "",
     }
 
 

@@ -69,7 +69,7 @@ class Union:
         self._seed = seed
         columns: list[NDArray[np.int64]] = []
         for index, source in enumerate(sources):
-            starts = np.asarray(source.catalogue.shard_starts, dtype=np.int64)
+            starts = source.shard_starts
             filled = np.flatnonzero(np.diff(starts))
             for turn in range(source.repeat):
                 columns.append(
@@ -85,7 +85,7 @@ class Union:
         self._source, self._turn, self._first, self._size = np.concatenate(columns, axis=1)
         if not len(self._size):
             raise _nothing(sources)
-        self._sources = len(sources)
+        self._sources = sources
         self._windows = -(-len(self._size) // window_shards)
         self._order = lru_cache(2)(self._permuted)
 
@@ -100,17 +100,18 @@ class Union:
         numbers = np.concatenate(
             [np.arange(first, first + size) for first, size in zip(self._first[shards], sizes, strict=True)]
         )
-        return SampleTable(
+        rows = SampleTable(
             np.repeat(self._source[shards], sizes),
             numbers,
             np.repeat(self._turn[shards], sizes),
             np.full(len(numbers), epoch, dtype=np.int64),
         )
+        return _numbered(rows, self._sources)
 
     def cursors(self, epoch: int, window: int) -> list[dict[str, int]]:
         """Samples of each source in the windows before."""
         shards = self._order(epoch)[: self._edge(window)]
-        taken = np.bincount(self._source[shards], weights=self._size[shards], minlength=self._sources)
+        taken = np.bincount(self._source[shards], weights=self._size[shards], minlength=len(self._sources))
         return [{"epoch": epoch, "samples": int(count)} for count in taken]
 
     def _edge(self, window: int) -> int:
@@ -185,7 +186,7 @@ class Blend:
         self._window_samples = window_samples
         self.versions = tuple(versions)
         for source, rate in zip(sources, versions[-1].rates, strict=True):
-            if not source.catalogue.samples:
+            if not source.samples:
                 raise _nothing([source])
             if rate * window_samples < sum(versions[-1].rates):
                 raise DataError(
@@ -209,12 +210,13 @@ class Blend:
             if start < stop
             for part in self._run(epoch, index, start, stop)
         ]
-        return SampleTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        rows = SampleTable(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        return _numbered(rows, self._sources)
 
     def cursors(self, epoch: int, window: int) -> list[dict[str, int]]:
         """From the closed form."""
         taken = self._version(window).taken(window, self._window_samples)
-        turns = [divmod(count, source.catalogue.samples) for count, source in zip(taken, self._sources, strict=True)]
+        turns = [divmod(count, source.samples) for count, source in zip(taken, self._sources, strict=True)]
         return [{"epoch": turn, "samples": samples} for turn, samples in turns]
 
     def with_versions(self, versions: Sequence[BlendVersion]) -> Blend:
@@ -240,7 +242,7 @@ class Blend:
 
     def _run(self, epoch: int, index: int, start: int, stop: int) -> list[SampleTable]:
         """Samples `start` to `stop` of one source's endless sequence."""
-        size, parts = self._sources[index].catalogue.samples, []
+        size, parts = self._sources[index].samples, []
         for turn in range(start // size, -(-stop // size)):
             numbers = self._slice(epoch, index, turn, max(start - turn * size, 0), min(stop - turn * size, size))
             filled = [np.full(len(numbers), value, dtype=np.int64) for value in (index, 0, turn)]
@@ -249,7 +251,7 @@ class Blend:
 
     def _slice(self, epoch: int, index: int, turn: int, start: int, stop: int) -> NDArray[np.int64]:
         shards, ends = self._shards(epoch, index, turn)
-        starts = self._sources[index].catalogue.shard_starts
+        starts = self._sources[index].shard_starts
         found = []
         for position in range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop)) + 1):
             shard, end = int(shards[position]), int(ends[position])
@@ -259,10 +261,19 @@ class Blend:
         return np.concatenate(found)
 
     def _permuted(self, epoch: int, index: int, turn: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        sizes = np.diff(self._sources[index].catalogue.shard_starts)
+        sizes = np.diff(self._sources[index].shard_starts)
         filled = np.flatnonzero(sizes)
         shards = filled[permutation(len(filled), self._seed, epoch, self._sources[index].key, turn, "shards")]
         return shards, np.cumsum(sizes[shards])
+
+
+def _numbered(rows: SampleTable, sources: Sequence[Source]) -> SampleTable:
+    """Rows that count the samples that serve, with their numbers in the catalogues."""
+    numbers = rows.number_N.copy()
+    for index in np.unique(rows.source_N):
+        here = rows.source_N == index
+        numbers[here] = sources[index].numbers(rows.number_N[here])
+    return rows._replace(number_N=numbers)
 
 
 def largest_remainder(total: int, rates: Sequence[int]) -> list[int]:
@@ -282,9 +293,9 @@ def _rates(sources: Sequence[Source], weights: Sequence[float], by: WeightBy) ->
 
 
 def _mean(source: Source, by: WeightBy) -> float:
-    if not source.catalogue.samples:
+    if not source.samples:
         raise _nothing([source])
-    every = slice(0, source.catalogue.samples)
+    every = source.numbers()
     return float((source.seconds(every) if by == "seconds" else source.tokens(every)).mean())
 
 

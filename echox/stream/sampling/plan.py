@@ -127,7 +127,7 @@ class Plan:
     @property
     def samples_per_epoch(self) -> int:
         """Samples in one pass over the union; over all sources once, for a blend."""
-        return sum(source.catalogue.samples * source.repeat for source in self.sources)
+        return sum(source.samples * source.repeat for source in self.sources)
 
     def data(self) -> list[DatasetRecord]:
         """The datasets, in order; JSON types."""
@@ -190,8 +190,8 @@ class Plan:
 
     def _window_samples(self) -> int:
         """Samples in a window of a blend: as many as its shards hold on average, and at least those of a step."""
-        samples = sum(source.catalogue.samples for source in self.sources)
-        shards = sum(len(source.catalogue.shard_starts) - 1 for source in self.sources)
+        samples = sum(source.samples for source in self.sources)
+        shards = sum(len(source.shard_starts) - 1 for source in self.sources)
         wanted = max(1, samples * self.window_shards // max(shards, 1))
         if isinstance(self.budget, SampleBudget):  # no step is left short
             return -(-wanted // self.budget.step) * self.budget.step
