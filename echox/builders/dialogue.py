@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from echox.builders.plain_text import PlainText
 from echox.builders.prompt import ANSWERED, PARTS, SPOKEN, render, rendered_prompt, split
 from echox.config.model_schema import PromptConfig
 from echox.errors import RecipeError
@@ -35,6 +36,7 @@ class DialogueTemplate:
 
     def __init__(self, prompt: PromptConfig, tokenizer: Any, model: str) -> None:
         self._tokenizer = tokenizer
+        self._plain = PlainText(tokenizer)
         self._model = model
         self._before, self._after, self._end = (str(getattr(prompt, part)) for part in PARTS)
         self._by_template = False
@@ -53,7 +55,8 @@ class DialogueTemplate:
             RecipeError: the chat template does not render these turns.
         """
         said = [
-            _Message(turn.role, "" if turn.clip is not None else turn.text, turn.clip is not None) for turn in turns
+            _Message(turn.role, "" if turn.clip is not None else self._plain(turn.text), turn.clip is not None)
+            for turn in turns
         ]
         said.append(_Message("user", "", heard=True))
         if not self._by_template:

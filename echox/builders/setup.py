@@ -18,6 +18,7 @@ from echox.builders.data import open_sources, train_reader, transcripts, valid_r
 from echox.builders.dialogue import DialogueTemplate
 from echox.builders.encoded import check_encoded, encoding_identity
 from echox.builders.labels import keep_labels
+from echox.builders.plain_text import PlainText
 from echox.builders.prompt import PARTS, difference, prompt_of
 from echox.builders.responses import build_decoder, find_answers
 from echox.builders.stages import (
@@ -110,6 +111,7 @@ class TextTools:
         prefix, header: T2C template tokens; empty where the recipe has no T2C.
         language: unit language, where the recipe has a T2C.
         dialogue: renders the turns before a spoken one.
+        plain: keeps control tokens out of the data's texts.
     """
 
     tokenizer: Any
@@ -119,6 +121,7 @@ class TextTools:
     header: list[int]
     language: UnitLanguage | None
     dialogue: DialogueTemplate
+    plain: PlainText
 
     @classmethod
     def load(cls, recipe: Recipe) -> TextTools:
@@ -160,10 +163,15 @@ class TextTools:
             ids(t2c.unit_header) if t2c else [],
             language,
             DialogueTemplate(template, tokenizer, llm.path),
+            PlainText(tokenizer),
         )
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
+        """Token ids of a text of the data, which holds no special token whatever it spells out."""
+        return _ids(self.tokenizer, self.plain(text))
+
+    def tokenize_template(self, text: str) -> list[int]:
+        """Token ids of a rendered template, with the special tokens that it spells out."""
         return _ids(self.tokenizer, text)
 
     def characters(self, t2c: T2cConfig) -> list[int] | None:
@@ -333,7 +341,7 @@ def _history(recipe: Recipe, text: TextTools) -> History | None:
     data = recipe.data
     if not data.history_tokens:
         return None
-    return History(text.dialogue, data.history_tokens, spoken=data.history == "speech")
+    return History(text.dialogue, text.tokenize_template, data.history_tokens, spoken=data.history == "speech")
 
 
 def build_refresh(

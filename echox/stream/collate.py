@@ -178,7 +178,7 @@ class SpeechCollate:
     the metadata tell it (`question_s`).
 
     Args:
-        tokenize: text to LLM token ids, without special tokens.
+        tokenize: text of the data to LLM token ids, none of them a special token.
         prompt: template tokens.
         log_mel: features of the speech encoder.
         max_samples: longest audio, in samples of 16 kHz.
@@ -229,7 +229,9 @@ class SpeechCollate:
         speech, cut_s = self._audio(sample) if self.precomputed is None else self._features(sample)
         question, answer = (text_of(sample, name) for name in ("question_text", "answer_text"))
         if item.task == "asr":
-            answer = question if question.strip() else answer  # of a question with an answer, what is asked is to be written
+            answer = (
+                question if question.strip() else answer
+            )  # of a question with an answer, what is asked is to be written
         _need(sample, "answer_text", answer, "the end token would be all that it teaches to say")
         if self.needs_transcript:
             _need(sample, "question_text", question, "CTC would learn that nothing is said in it")
@@ -328,7 +330,8 @@ class SpeechCollate:
             return None
         before, after = self.history.render(turns)
         clips = [turn.clip[: self.max_samples] for turn in turns if turn.clip is not None]
-        return RowPrompt([self.tokenize(piece) for piece in before], self.tokenize(after), clips)
+        tokenize = self.history.tokenize
+        return RowPrompt([tokenize(piece) for piece in before], tokenize(after), clips)
 
     def _asked_after(self, turns: Sequence[Turn]) -> RowPrompt | None:
         """The same for turns in memory, with those left out that have no room."""

@@ -54,11 +54,13 @@ class History:
     Attributes:
         render: turns to text; a turn with a clip is a gap for its speech vectors. Raises `EchoXError` for turns that
             the chat template refuses.
+        tokenize: a rendered text to token ids, with the special tokens of the template.
         tokens: most tokens of the turns' texts and sounds; the oldest turns give way, see `newest`.
         spoken: user turns that have audio are heard, not read.
     """
 
     render: Callable[[Sequence[Turn]], RenderedTurns]
+    tokenize: Callable[[str], list[int]]
     tokens: int
     spoken: bool = False
 

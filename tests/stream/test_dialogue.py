@@ -38,7 +38,7 @@ def letters(text: str) -> list[int]:
 
 
 def collate(tokens: int = 100, *, spoken: bool = False) -> SpeechCollate:
-    return SpeechCollate(letters, PROMPT, LogMel(8), 16000, history=History(render, tokens, spoken))
+    return SpeechCollate(letters, PROMPT, LogMel(8), 16000, history=History(render, letters, tokens, spoken))
 
 
 def wave(seconds: float, level: float = 0.1) -> np.ndarray:
