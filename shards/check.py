@@ -21,6 +21,7 @@ from echox.stream.format.scan import JSON, decode_meta, describe, member_rule
 from echox.stream.format.tar_headers import ShardDefect, Spans, mapped, walk
 
 AUDIO = (".flac", ".wav", ".ogg", ".mp3", ".opus")
+_TEXTS = {"asr": {"question_text"}, "sqa": {"question_text", "answer_text"}, "tts": {"answer_text"}}
 _TOLERANCE_S = 0.05
 """Most that a length in the metadata may differ from the audio's."""
 
@@ -181,11 +182,22 @@ def _sample_defects(members: Mapping[str, memoryview], recorded: Mapping[str, in
         else:
             if not isinstance(meta.get("id"), str) or not meta["id"]:
                 yield "its json member has no id"
+            yield from _text_defects(meta)
     for name, content in members.items():
         if name.endswith(AUDIO):
             yield from _audio_defects(name, content, meta)
         elif name.endswith(".units"):
             yield from _unit_defects(name, content, members)
+
+
+def _text_defects(meta: Mapping[str, Any]) -> Iterator[str]:
+    said = {name for name in ("question_text", "answer_text") if str(meta.get(name) or "").strip()}
+    task = str(meta.get("task") or "")
+    missing = sorted(_TEXTS.get(task, set()) - said)
+    if missing:
+        yield f"its json member has no {' and no '.join(missing)}, which task {task} needs"
+    elif not said:
+        yield "its json member has no question_text and no answer_text"
 
 
 def _audio_defects(name: str, content: memoryview, meta: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from echox.audio.features import LogMel
-from echox.audio.io import SAMPLE_RATE, read_audio
+from echox.audio.io import SAMPLE_RATE, read_audio, sayable
 from echox.errors import CorruptSampleError, DataError, EchoXError
 from echox.stream.batch import SpeechBatch, UnitBatch
 from echox.stream.dialogue import History, Turn, hear, newest, spoken_tokens, turns_of, vectors
@@ -21,6 +21,10 @@ from echox.stream.format.scan import AUDIO, ENCODED, TURN_MEMBERS, UNITS
 from echox.stream.storage.store import Sample
 
 _BLANK_FRAMES = 32
+ENCODED_PER_S = 50
+"""Frames that the speech encoder makes of a second."""
+FEWEST_UNITS_PER_S = 5
+"""Slow speech has so many units, each counted once while it lasts; quick speech has some thirty."""
 ValueT = TypeVar("ValueT")
 
 
@@ -229,12 +233,12 @@ class SpeechCollate:
         speech, cut_s = self._audio(sample) if self.precomputed is None else self._features(sample)
         question, answer = (text_of(sample, name) for name in ("question_text", "answer_text"))
         if item.task == "asr":
-            answer = (
-                question if question.strip() else answer
-            )  # of a question with an answer, what is asked is to be written
+            answer = question if question.strip() else answer  # also where the question has an answer
         _need(sample, "answer_text", answer, "the end token would be all that it teaches to say")
         if self.needs_transcript:
             _need(sample, "question_text", question, "CTC would learn that nothing is said in it")
+            heard_s = len(speech) / (SAMPLE_RATE if isinstance(speech, np.ndarray) else ENCODED_PER_S)
+            _said_in(sample, "question_text", question, heard_s + cut_s)
         address = (item.source, sample.number)
         units = None
         if self.labels is not None and item.task == "sqa":
@@ -442,6 +446,7 @@ class UnitCollate:
         units = decoded(item.sample, UNITS, partial(_known_units, self.language))
         text = text_of(item.sample, "answer_text")
         _need(item.sample, "answer_text", text, "its units would stand for no words")
+        _said_in(item.sample, "answer_text", text, len(units) / FEWEST_UNITS_PER_S)
         return UnitRow(id_of(item.sample), item.weight, self.tokenize(text), units)
 
     def join(self, rows: Sequence[UnitRow], step: int) -> UnitBatch:
@@ -514,6 +519,16 @@ def _need(sample: Sample, name: str, text: str, otherwise: str) -> None:
         f"sample {sample.key}: {name} is empty; {otherwise}",
         kind="empty",
         fix="build the shard again without it, or with its text",
+    )
+
+
+def _said_in(sample: Sample, name: str, text: str, seconds: float) -> None:
+    if len(text) <= sayable(seconds):
+        return
+    raise CorruptSampleError(
+        f"sample {sample.key}: {name} has {len(text):,} characters, more than can be said in {seconds:.1f} s",
+        kind="schema",
+        fix="build the shard again without it, or with the text of its audio",
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from echox.units.identity import UnitPart
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
 MEMBER = "answer.flac"
 UNIT_SET = "unit_set"
 """Key of a JSON line that says which units it holds."""
@@ -235,30 +235,43 @@ def run_decode(args: argparse.Namespace) -> int:
 def read_recordings(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Name and waveform of every recording below a folder: members of its shards, or audio files.
 
+    One that cannot be decoded is left out, and named on standard error.
+
     Raises:
-        DataError: no recording there, or one that cannot be decoded.
+        DataError: no recording there.
     """
     from echox.audio.io import read_audio
-    from echox.stream.format.catalogue import DATASET_NAME
-    from echox.stream.storage.store import read_folder
 
-    empty = True
-    if (source / DATASET_NAME).is_file():
-        for sample in read_folder(source, {MEMBER}):
-            if MEMBER in sample.members:
-                empty = False
-                yield sample.key, read_audio(sample[MEMBER])
-    else:
-        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                empty = False
-                yield str(path.relative_to(source) if source.is_dir() else path), read_audio(path)
-    if empty:
+    found = left_out = 0
+    for name, audio in _recordings(source):
+        try:
+            clip = read_audio(audio)
+        except DataError as error:
+            left_out += 1
+            print(f"left out: {name}: {error.what}", file=sys.stderr)
+            continue
+        found += 1
+        yield name, clip
+    if not found:
         raise DataError(
-            "No recordings found",
+            f"Not one of {left_out} recordings can be used" if left_out else "No recordings found",
             where=str(source),
             fix=f"Name a folder of shards with {MEMBER}, or of {', '.join(AUDIO_SUFFIXES)} files.",
         )
+
+
+def _recordings(source: Path) -> Iterator[tuple[str, bytes | Path]]:
+    from echox.stream.format.catalogue import DATASET_NAME
+    from echox.stream.storage.store import read_folder
+
+    if (source / DATASET_NAME).is_file():
+        for sample in read_folder(source, {MEMBER}):
+            if MEMBER in sample.members:
+                yield sample.key, sample[MEMBER]
+        return
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        if path.suffix.lower() in AUDIO_SUFFIXES:
+            yield str(path.relative_to(source) if source.is_dir() else path), path
 
 
 def read_units(source: Path) -> tuple[list[NDArray[np.int64]], list[UnitPart]]:

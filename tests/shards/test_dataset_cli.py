@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,25 @@ def test_index_names_shard_byte_and_reason_and_exits_4(folder: Path, capsys: pyt
     assert f"shard-000001.tar, byte {at}: the checksum of a tar header is wrong" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", ["catalogue", "idx"])
+def test_index_on_a_full_disk_is_one_sentence_and_leaves_nothing_half(
+    folder: Path, step: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    real = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if str(target).endswith(step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main(["shards", "index", str(folder), "--workers", "1"]) == 1
+    said = capsys.readouterr().err
+    assert f"The index cannot be written: No space left on device [{folder}]" in said and "Traceback" not in said
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_index_of_shards_behind_a_url(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = list(read_folder(folder))
     (folder / CATALOGUE_NAME).unlink()
@@ -102,6 +123,9 @@ def test_check_finds_what_indexing_cannot_see(tmp_path: Path, capsys: pytest.Cap
         sample(3, json={**meta, "id": "", "question_s": 0.25}),
         sample(4, **{"answer.units": b"\1\0\2"}),
         sample(5),
+        sample(6, json={"id": "s6", "question_s": 0.25, "question_text": " "}),
+        sample(7, json={**meta, "id": "s7", "question_s": 0.5, "answer_text": None, "task": "sqa"}),
+        sample(8, json={**meta, "id": "s8", "answer_text": None, "task": "asr"}),
     ]
     write_shards(tmp_path / "set", broken, per_shard=4)
     code, defects = checked(tmp_path / "set", capsys)
@@ -112,6 +136,8 @@ def test_check_finds_what_indexing_cannot_see(tmp_path: Path, capsys: pytest.Cap
         ("s02", "member question.flac lasts 0.75 s where its json member says 9.00 s"),
         ("s03", "its json member has no id"),
         ("s04", "member answer.units has 3 bytes, which are no 16-bit numbers"),
+        ("s06", "its json member has no question_text and no answer_text"),
+        ("s07", "its json member has no answer_text, which task sqa needs"),
     ]
     assert "Cannot decode" in defects[0]["reason"]
 

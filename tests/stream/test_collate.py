@@ -181,6 +181,19 @@ def test_what_cannot_be_used_is_named(
     assert caught.value.kind == kind
 
 
+def test_a_text_that_cannot_be_said_in_the_time_is_no_target() -> None:
+    long_text = "x" * 150
+    fits = sample(0, members={"question.flac": encode_flac(np.full(32_000, 0.1, np.float32))}, question_text=long_text)
+    assert strict().decode(Item(fits, "sqa")).question == long_text
+    longer = sample(1, members=fits.members, question_text=long_text + "x")
+    with pytest.raises(CorruptSampleError, match=r"question_text has 151 characters, more than can be said in 2.0 s"):
+        strict().decode(Item(longer, "sqa"))
+    assert speech().decode(Item(longer, "sqa")).question == long_text + "x", "no loss reads it"
+    spoken = sample(2, members={"answer.units": np.arange(10, dtype="<u2").tobytes()}, answer_text="y" * 151)
+    with pytest.raises(CorruptSampleError, match=r"answer_text has 151 characters, more than can be said in 2.0 s"):
+        units().decode(Item(spoken, "tts"))
+
+
 def test_without_ctc_no_transcript_is_needed() -> None:
     batch = speech()([Item(sample(1, question_text=None), "sqa")], 0)
     assert batch.transcript_lengths_B.tolist() == [0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from transformers import HubertConfig, HubertModel, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
@@ -210,3 +212,19 @@ def test_units_words_and_lines_carry_their_unit_set(tmp_path: Path, capsys: pyte
     assert "the unit language" in capsys.readouterr().err
     code, said = language("bare.jsonl")
     assert code == 0 and "warning" not in said and UnitLanguage.load(tmp_path / "l.json").unit_set is None
+
+
+def test_a_recording_that_is_none_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from echox.units.cli import read_recordings
+
+    write_audio(tmp_path / "a.wav", np.full(800, 0.1, np.float32))
+    (tmp_path / "b.wav").write_bytes(b"no audio")
+    soundfile.write(tmp_path / "c.opus", np.full(4800, 0.1, np.float32), 48_000, format="OGG", subtype="OPUS")
+    os.mkfifo(tmp_path / "d.wav")
+    assert [name for name, _ in read_recordings(tmp_path)] == ["a.wav", "c.opus"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in said] == ["b.wav", "d.wav"]
+    (tmp_path / "a.wav").unlink()
+    (tmp_path / "c.opus").unlink()
+    with pytest.raises(DataError, match="Not one of 2 recordings can be used"):
+        list(read_recordings(tmp_path))

@@ -44,8 +44,8 @@ class Catalogue:
     """All samples of one dataset, numbered in shard order.
 
     Open one with `Catalogue.open`, or with `open_catalogue` of the store where it may be remote. Opening maps the file
-    and checks its header, its shard table, its records and their tasks; keys and member places are checked by `verify`, and by
-    `ShardStore` with every sample it reads.
+    and checks its header, its shard table, its records and their tasks; keys and member places are checked by `verify`,
+    and by `ShardStore` with every sample it reads.
 
     Attributes:
         location: folder or URL of the shards.
@@ -255,17 +255,20 @@ def write_segments(path: Path, header: dict[str, Any], segments: dict[str, Path]
     text = json.dumps({**header, "segments": layout}, sort_keys=True).encode()
     digest = xxh3_64_hexdigest(text)
     scratch = path.with_name(f".{path.name}.part")
-    with scratch.open("wb") as out:
-        out.write(PREAMBLE.pack(MAGIC, VERSION, len(text), digest.encode()) + text)
-        for name, file in segments.items():
-            out.seek(layout[name]["offset"])
-            with file.open("rb") as source:
-                while block := source.read(1 << 22):
-                    out.write(block)
-        out.truncate(max(at, out.tell()))
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(scratch, path)
+    try:
+        with scratch.open("wb") as out:
+            out.write(PREAMBLE.pack(MAGIC, VERSION, len(text), digest.encode()) + text)
+            for name, file in segments.items():
+                out.seek(layout[name]["offset"])
+                with file.open("rb") as source:
+                    while block := source.read(1 << 22):
+                        out.write(block)
+            out.truncate(max(at, out.tell()))
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
     return digest
 
 

@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from echox.errors import DataError
+from echox.errors import DataError, EchoXError
 from echox.files import write_atomically
 from echox.stream.format.catalogue import CATALOGUE_NAME, DATASET_NAME, SHARD, Catalogue, write_segments
 from echox.stream.format.scan import RECORD, ShardTable, check_optional, member_rule, scan_shard, write_index
@@ -181,17 +181,25 @@ def index_folder(
 
     Raises:
         DataError: no shards, or what `scan_shard` and `CatalogueBuilder` refuse; the old index is then still there.
+        EchoXError: the folder cannot be written to, or a shard not be read.
     """
     folder = Path(folder)
     shards = find_shards(folder)
     declared = earlier_optional(folder) if optional is None else tuple(optional)
-    with CatalogueBuilder(folder, declared) as builder:
-        for done, (shard, table) in enumerate(scan_shards(shards, declared, workers), 1):
-            write_index(shard, table)
-            builder.add(shard.name, table)
-            if progress:
-                progress(done, len(shards), builder.samples)
-        return builder.finish()
+    try:
+        with CatalogueBuilder(folder, declared) as builder:
+            for done, (shard, table) in enumerate(scan_shards(shards, declared, workers), 1):
+                write_index(shard, table)
+                builder.add(shard.name, table)
+                if progress:
+                    progress(done, len(shards), builder.samples)
+            return builder.finish()
+    except OSError as error:
+        raise EchoXError(
+            f"The index cannot be written: {error.strerror or error}",
+            where=str(folder),
+            fix="make room, or get the right to write there, and run the same command again",
+        ) from error
 
 
 def find_shards(folder: Path) -> list[Path]:

@@ -129,8 +129,11 @@ def write_index(shard: Path, table: ShardTable) -> None:
     """Write `x.tar.idx` beside a shard: N + 1 little-endian u64, first byte of each sample and end of the last."""
     path = shard.with_name(f"{shard.name}.idx")
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_bytes(table.starts.tobytes())
-    os.replace(scratch, path)
+    try:
+        scratch.write_bytes(table.starts.tobytes())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]) -> ShardTable:
