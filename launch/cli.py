@@ -13,6 +13,7 @@ from echox.errors import LaunchError
 from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 
 if TYPE_CHECKING:
+    from launch.client.job_environment import JobEnvironment
     from launch.client.jobs import Job, Jobs
 
 ADDRESS_HELP = "address of the cluster's dashboard; default: $RAY_ADDRESS, then a head on this machine"
@@ -34,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     resume.add_argument("job", metavar="RUN", help=RUN_HELP)
     resume.set_defaults(run=run_resume)
     for command in (submit, resume):
+        _add_environment(command)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
         command.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
         command.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
@@ -51,6 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     logs.set_defaults(run=run_logs)
     stop = _command(subparsers, "stop", "let a run save and end, and wait for it", "echox stop demo-s2t")
     stop.add_argument("job", metavar="RUN", help=RUN_HELP)
+    stop.add_argument("--force", action="store_true", help="also a run that another user has submitted")
     stop.set_defaults(run=run_stop)
 
 
@@ -63,7 +66,7 @@ def run_resume(args: argparse.Namespace) -> int:
     """Submit the recipe that a run's folder holds, with changes."""
     from launch.client.status import resolved_recipe
 
-    jobs = connect(args.address)
+    jobs = connect(args)
     return _submit(args, str(resolved_recipe(args.job, jobs.list())))
 
 
@@ -98,7 +101,7 @@ def run_logs(args: argparse.Namespace) -> int:
     from launch.events import follow_events, line, read_events, read_progress
 
     by_folder = os.sep in args.job or Path(args.job).is_dir()
-    jobs, found = _jobs_if_any(args) if by_folder or args.errors else (connect(args.address), [])
+    jobs, found = _jobs_if_any(args) if by_folder or args.errors else (connect(args), [])
     folder = locate(args.job, found) if by_folder or args.errors else None
     if args.errors:
         if folder is None and jobs is not None:
@@ -133,23 +136,25 @@ def run_stop(args: argparse.Namespace) -> int:
         request_stop(Path(args.job), "echox stop")
         _print(args, {"folder": args.job}, f"the run in {args.job} will save and end")
         return 0
-    jobs = connect(args.address)
+    jobs = connect(args)
     job = jobs.find(args.job)
-    status = jobs.stop(job)
+    status = jobs.stop(job, force=args.force)
     _print(args, {"id": job, "status": status}, f"{job} {status}")
     return 0
 
 
-def connect(address: str | None) -> Jobs:
-    """The job API at an address, at $RAY_ADDRESS, or of a head this project left running here."""
+def connect(args: argparse.Namespace) -> Jobs:
+    """The job API at --address, at $RAY_ADDRESS, or of a head this project left running here."""
+    from launch.client.job_environment import parse_table
     from launch.client.jobs import Jobs
     from launch.client.local_head import remembered
 
-    if address is None and not os.environ.get("RAY_ADDRESS"):
+    if args.address is None and not os.environ.get("RAY_ADDRESS"):
         head = remembered()
         if head is not None:
             os.environ.update(head.environment())
-    return Jobs(address)
+    headers = parse_table(args.headers, "--headers") if args.headers else None
+    return Jobs(args.address, headers=headers, authority=args.verify)
 
 
 def _command(subparsers: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
@@ -157,8 +162,43 @@ def _command(subparsers: Any, name: str, summary: str, example: str) -> argparse
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=f"example: {example}"
     )
     parser.add_argument("--address", metavar="http://HOST:PORT", help=ADDRESS_HELP)
+    parser.add_argument("--headers", metavar="JSON", help="headers of every request; default: $RAY_JOB_HEADERS")
+    parser.add_argument("--verify", type=Path, metavar="FILE", help="certificates that the server's is checked against")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
+
+
+def _add_environment(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the job is given; the options of `ray job submit`")
+    group.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="environment variable; repeat")
+    group.add_argument("--runtime-env", type=Path, metavar="FILE", help="Ray's runtime environment: YAML or JSON")
+    group.add_argument("--image", default="", metavar="URI", help="container image that holds the project")
+    for name, kind, what in (("cpus", float, "CPUs"), ("gpus", float, "GPUs")):
+        group.add_argument(f"--entrypoint-num-{name}", type=kind, metavar="N", help=f"{what} of the entry process")
+    group.add_argument("--entrypoint-memory", type=int, metavar="BYTES", help="memory of the entry process")
+    group.add_argument("--entrypoint-resources", metavar="JSON", help="other resources of the entry process")
+
+
+def _environment(args: argparse.Namespace) -> JobEnvironment:
+    from launch.client.job_environment import (
+        EntryResources,
+        JobEnvironment,
+        parse_table,
+        parse_variables,
+        read_runtime_env,
+    )
+
+    return JobEnvironment(
+        variables=parse_variables(args.env),
+        described={} if args.runtime_env is None else read_runtime_env(args.runtime_env),
+        image=args.image,
+        resources=EntryResources(
+            cpus=args.entrypoint_num_cpus,
+            gpus=args.entrypoint_num_gpus,
+            memory=args.entrypoint_memory,
+            named=parse_table(args.entrypoint_resources, "--entrypoint-resources"),
+        ),
+    )
 
 
 def _submit(args: argparse.Namespace, recipe: str) -> int:
@@ -173,13 +213,15 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
         overrides = [*overrides, f"name={load_recipe(recipe, overrides).name}{RESPOND_SUFFIX}"]
         extra += ["--train", RESPOND]
 
+    environment = _environment(args)
+
     def submit(jobs: Jobs) -> str:
-        return jobs.submit(recipe, overrides, extra_arguments=extra)
+        return jobs.submit(recipe, overrides, environment=environment, extra_arguments=extra)
 
     if args.follow or args.retries:
-        state = submit_and_follow(partial(connect, args.address), submit, retries=args.retries, write=_write)
+        state = submit_and_follow(partial(connect, args), submit, retries=args.retries, write=_write)
         return 0 if state == "SUCCEEDED" else 1
-    jobs = connect(args.address)
+    jobs = connect(args)
     job = submit(jobs)
     _print(args, {"id": job, "address": jobs.address}, f"submitted {job}; follow it: echox logs {job} -f")
     return 0
@@ -188,14 +230,14 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
 def _follow(args: argparse.Namespace, jobs: Jobs, job: str) -> int:
     from launch.client.resubmit import follow_to_end
 
-    _, state = follow_to_end(partial(connect, args.address), jobs, job, write=_write)
+    _, state = follow_to_end(partial(connect, args), jobs, job, write=_write)
     return 0 if state == "SUCCEEDED" else 1
 
 
 def _jobs_if_any(args: argparse.Namespace) -> tuple[Jobs | None, list[Job]]:
     """The cluster and its jobs; none where a run's folder may say enough without it."""
     try:
-        jobs = connect(args.address)
+        jobs = connect(args)
         return jobs, jobs.list()
     except LaunchError:
         from launch.client.status import locate

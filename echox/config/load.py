@@ -93,6 +93,9 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+_MOST_ALIASES = 32
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 numbers and booleans, and no key twice: `1e-4` is a number, `no` is a word."""
 
@@ -122,10 +125,23 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says.
+
+    Raises:
+        yaml.YAMLError: it is none, or repeats itself by so many aliases that a short text becomes a huge tree.
+    """
+    aliases = [token for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
+    if len(aliases) > _MOST_ALIASES:
+        mark = aliases[_MOST_ALIASES].start_mark
+        raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_ALIASES} aliases", mark)
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The tree of one YAML file; RecipeError with line and column when it is not YAML, or no mapping."""
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = parse_yaml(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{_for_people(file)}:{mark.line + 1}:{mark.column + 1}" if mark else _for_people(file)
@@ -142,7 +158,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> list[Mistake]:
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", key):
         return [Mistake("", f"override {shown(override)} is not key=value", "write for example optim.steps=100")]
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         return [Mistake(key, f"override value {shown(text)} is not valid YAML", "quote it")]
     *parents, leaf = key.split(".")

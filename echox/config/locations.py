@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 _SIGNED = re.compile(
     r"([?&][^=&\s]*(?:signature|credential|token|secret|password|sig|key)[^=&\s]*=)[^&\s]*", re.IGNORECASE
 )
+SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
+"""Names of environment variables that hold a secret."""
 _DATABASE_LOGIN = "write postgresql://USER@HOST/DB and put the password into PGPASSWORD or ~/.pgpass of every node"
 _TRACKING_LOGIN = "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
 _DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
@@ -44,15 +46,16 @@ def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]
         shown = without_secrets(storage)
         yield Unfit("storage", f"storage={shown} is a URL, and runs are written to a folder", "mount it on every node")
     uri = tracking_uri or ""
-    if _has_password(uri):
+    if has_password(uri):
         fix = _TRACKING_LOGIN if uri.startswith("http") else _DATABASE_LOGIN
         yield Unfit("tracking.uri", f"tracking.uri={without_secrets(uri)} holds a password", fix)
     for key, place in data.items():
-        if _has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
+        if has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
             yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", _DATA_LOGIN)
 
 
-def _has_password(place: str) -> bool:
+def has_password(place: str) -> bool:
+    """Whether a URL has a login that is a secret."""
     try:
         parts = urlsplit(place)
         # A user alone is a name in a database's URI, and a token for a web server.

@@ -22,6 +22,7 @@ from echox.config.load import find_recipe, load_recipe
 from echox.config.paths import project_root
 from echox.errors import LaunchError
 from launch.client.address import LOOPBACK, api_address, on_this_machine, without_variables
+from launch.client.job_environment import JobEnvironment, parse_table, passed_on
 from launch.paths import HOME, RESOLVED
 
 if TYPE_CHECKING:
@@ -29,18 +30,8 @@ if TYPE_CHECKING:
 
     from echox.config.schema import Recipe
 
-EXCLUDES = (
-    *("/.git", "/.venv", "/venv", "/runs", "/mlruns", "/caches", "/dist", "/build", "/tests"),
-    *("**/__pycache__", "**/*.pyc", "**/.mypy_cache", "**/.ruff_cache", "**/.pytest_cache", "**/*.egg-info"),
-    *("**/*.tar", "**/*.safetensors", "**/*.bin", "**/*.pt", "**/*.onnx", "**/*.wav", "**/*.flac", "**/*.db"),
-)
-"""What is not code does not travel: Ray ships the folder as one message with a size limit."""
 STOP_WAIT_S = 120
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
-PASSED_ON = ("MLFLOW_", "HF_", "ECHOX_")
-SECRET = re.compile(r"(TOKEN|PASSWORD|SECRET|KEY|CREDENTIALS?)$")
-"""Names of variables that do not travel: whoever may ask the job API sees what a job was given."""
-
 log = logging.getLogger("launch")
 
 
@@ -60,6 +51,7 @@ class Job(TypedDict):
     Attributes:
         id: submission id.
         run: name of the run it trains, or the id where it is none of ours.
+        user: who submitted it; empty where it is none of ours.
         attempt: how often the run had been submitted.
         status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
         message: Ray's words on it.
@@ -70,6 +62,7 @@ class Job(TypedDict):
 
     id: str
     run: str
+    user: str
     attempt: int
     status: str
     message: str
@@ -84,13 +77,25 @@ class Jobs:
 
     Args:
         address: `http://host:port` of the dashboard; None takes $RAY_ADDRESS, then Ray's default on this machine.
+        headers: sent with every request, beside that of Ray's token; None takes $RAY_JOB_HEADERS.
+        authority: file or folder of the certificates that the server's is checked against; None is the system's.
 
     Raises:
         LaunchError: the address has another form, nothing answers, or the token is missing or wrong.
     """
 
-    def __init__(self, address: str | None = None) -> None:
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        authority: Path | None = None,
+    ) -> None:
         self.address = api_address(address)
+        if headers is None:
+            headers = parse_table(os.environ.get("RAY_JOB_HEADERS"), "RAY_JOB_HEADERS")
+        self._headers = {**token_header(), **headers}
+        self._authority = authority
         self._client: JobSubmissionClient = self._call(self._connect)
 
     def submit(
@@ -98,7 +103,7 @@ class Jobs:
         recipe: str,
         overrides: Sequence[str] = (),
         *,
-        env: Mapping[str, str] | None = None,
+        environment: JobEnvironment | None = None,
         extra_arguments: Sequence[str] = (),
         stop_wait_s: int = STOP_WAIT_S,
     ) -> str:
@@ -107,7 +112,7 @@ class Jobs:
         Args:
             recipe: YAML file or short name.
             overrides: `key=value` each.
-            env: variables the job gets besides the ones passed on.
+            environment: what it gets beside the project's code and the variables that are passed on.
             extra_arguments: further arguments of `launch.train`.
             stop_wait_s: seconds between the polite and the final signal when the job is stopped.
 
@@ -116,7 +121,7 @@ class Jobs:
             LaunchError: the run already has a job, or the cluster refuses it.
         """
         checked = load_recipe(recipe, overrides)
-        root = project_root()
+        root, environment = project_root(), environment or JobEnvironment()
         busy = [job for job in self.list(checked.name) if job["status"] not in TERMINAL]
         if busy:
             raise LaunchError(
@@ -125,13 +130,15 @@ class Jobs:
                 fix=f"follow it with `echox logs {busy[0]['id']} -f`, stop it with `echox stop`, or give another name=",
             )
         attempt = 1 + max((job["attempt"] for job in self.list(checked.name)), default=0)
-        python = sys.executable if self.is_local else "python"
-        words = [python, "-m", "launch.train", self._shipped(recipe, root), *overrides, *extra_arguments]
+        own_python = self.is_local and not environment.in_image
+        shipped = recipe if environment.in_image else self._shipped(recipe, root)
+        words = [sys.executable if own_python else "python", "-m", "launch.train", shipped]
+        words += [*overrides, *extra_arguments]
         variables = self._variables()
         if self.is_local:
             variables.setdefault(HOME, os.getcwd())
-        variables |= {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s), **(env or {})}
-        runtime_env = {"working_dir": str(root), "excludes": list(EXCLUDES), "env_vars": variables}
+        variables |= {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s)}
+        runtime_env = environment.runtime_env(root, variables)
         metadata = {
             "run": checked.name,
             "folder": self._run_folder(checked),
@@ -139,7 +146,7 @@ class Jobs:
             "scale": checked.scale,
             "recipe": str(recipe),
             "attempt": str(attempt),
-            "user": _user(),
+            "user": user_name(),
             "git": _git_revision(root),
         }
         return str(
@@ -149,19 +156,19 @@ class Jobs:
                     submission_id=f"{checked.name}-a{attempt}",
                     runtime_env=runtime_env,
                     metadata=metadata,
+                    **environment.resources.arguments(),
                 )
             )
         )
 
     def _variables(self) -> dict[str, str]:
         """What the job gets of this process's variables."""
-        named = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
-        secret = sorted(key for key in named if SECRET.search(key))
+        named, secret = passed_on()
         if secret and not self.is_local:
             log.warning(
                 "not passed on, for a job's variables are no secret: %s; set them on the nodes", ", ".join(secret)
             )
-        return {key: value for key, value in named.items() if key not in secret}
+        return named
 
     @cached_property
     def is_local(self) -> bool:
@@ -187,6 +194,7 @@ class Jobs:
                 {
                     "id": job.submission_id,
                     "run": metadata.get("run", job.submission_id),
+                    "user": metadata.get("user", ""),
                     "attempt": int(re.sub(r"\D", "", metadata.get("attempt", "")) or 0),
                     "status": _text(job.status),
                     "message": job.message or "",
@@ -255,8 +263,20 @@ class Jobs:
             time.sleep(poll_s)
         return status
 
-    def stop(self, job: str, *, timeout_s: float = STOP_WAIT_S + 30) -> str:
-        """Ask a job to stop and wait until it has; returns its final status."""
+    def stop(self, job: str, *, force: bool = False, timeout_s: float = STOP_WAIT_S + 30) -> str:
+        """Ask a job to stop and wait until it has; returns its final status.
+
+        Args:
+            job: submission id.
+            force: also one that another user has submitted.
+            timeout_s: how long to wait for its end.
+
+        Raises:
+            LaunchError: it is another user's.
+        """
+        owner = next((entry["user"] for entry in self.list() if entry["id"] == job), "")
+        if owner not in ("", user_name()) and not force:
+            raise LaunchError(f"job {job} is {owner}'s, and you are {user_name()}", fix="add --force to stop it anyway")
         if self.status(job) not in TERMINAL:
             self._call(lambda: self._client.stop_job(job))
         deadline = time.monotonic() + timeout_s
@@ -273,7 +293,8 @@ class Jobs:
         for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
             logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)  # they list every file that does not travel
         with without_variables():
-            return JobSubmissionClient(self.address, headers=token_header())
+            verify = True if self._authority is None else str(self._authority)
+            return JobSubmissionClient(self.address, headers=self._headers, verify=verify)
 
     def _nodes(self) -> Any:
         if urlsplit(self.address).hostname not in LOOPBACK:
@@ -291,6 +312,11 @@ class Jobs:
 
     def _explained(self, error: Exception) -> LaunchError:
         text = str(error)
+        if any("CERTIFICATE_VERIFY_FAILED" in str(each) for each in (error, error.__cause__, error.__context__)):
+            return LaunchError(
+                f"the certificate of {self.address} is not trusted here",
+                fix="name that of its authority with --verify FILE, or add it to the system's",
+            )
         if "Authentication required" in text or "401" in text:
             return LaunchError(
                 f"the Ray cluster at {self.address} asks for a token and got none (401)",
@@ -334,7 +360,8 @@ def _text(status: object) -> str:
     return str(getattr(status, "value", status))
 
 
-def _user() -> str:
+def user_name() -> str:
+    """Who works here, by the system's word."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):

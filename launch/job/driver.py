@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from echox.config.load import find_recipe, load_recipe, resolved
+from echox.config.locations import SECRET_NAME
 from echox.config.schema import Recipe, worker_counts
 from echox.engine.stop import clear_stop, read_stop, request_stop
 from echox.errors import EchoXError, LaunchError
@@ -298,7 +299,9 @@ def grace_s() -> float:
 def worker_environment(recipe: Recipe) -> dict[str, str]:
     """Environment of the workers: what they need of the driver's, plus thread counts and library switches."""
     threads = str(max(1, int(recipe.scaling.cpus_per_worker)))
-    passed = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
+    # A secret stays on its node: what Ray is told of workers is shown by its dashboard.
+    own = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
+    passed = {key: value for key, value in own.items() if key.startswith(PASSED_ON)}
     switches = {
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",

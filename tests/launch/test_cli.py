@@ -11,7 +11,8 @@ import pytest
 from echox.errors import LaunchError
 from launch import cli
 from launch.client import local_head
-from launch.client.jobs import EXCLUDES, Jobs, token_header
+from launch.client.job_environment import EXCLUDES, JobEnvironment
+from launch.client.jobs import Jobs, token_header
 from launch.client.resubmit import submit_and_follow
 
 
@@ -22,8 +23,11 @@ class FakeJobs:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def submit(self, recipe: str, overrides: list[str], *, extra_arguments: list[str]) -> str:
+    def submit(
+        self, recipe: str, overrides: list[str], *, environment: JobEnvironment, extra_arguments: list[str]
+    ) -> str:
         self.calls.append((recipe, overrides, *extra_arguments))
+        self.environment = environment
         return "demo-s2t-a1"
 
     def list(self, run: str | None = None) -> list[dict[str, Any]]:
@@ -53,14 +57,14 @@ class FakeJobs:
     def wait(self, job: str) -> str:
         return self.final
 
-    def stop(self, job: str) -> str:
-        return "STOPPED"
+    def stop(self, job: str, *, force: bool) -> str:
+        return f"STOPPED{' by force' * force}"
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> FakeJobs:
     fake = FakeJobs()
-    monkeypatch.setattr(cli, "connect", lambda address: fake)
+    monkeypatch.setattr(cli, "connect", lambda args: fake)
     return fake
 
 
@@ -198,7 +202,7 @@ def test_the_job_apis_errors_become_sentences(error: Exception, words: str) -> N
 def test_no_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_head, "remembered", lambda: None)
     with pytest.raises(LaunchError, match="no Ray cluster answers at http://127.0.0.1:9"):
-        cli.connect("http://127.0.0.1:9")
+        run("status", "--address", "http://127.0.0.1:9")
 
 
 def test_the_token_comes_from_where_ray_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

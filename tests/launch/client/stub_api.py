@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,19 @@ class StubApi(ThreadingHTTPServer):
     Attributes:
         asked: method and path of every request.
         sent: body of every request that had one.
+        headers: of every GET.
+        jobs: what it knows; a job that is stopped ends at once.
         nodes: what `/nodes?view=summary` answers; None is an error of the server.
     """
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        if context is not None:
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.headers: list[Any] = []
+        self.jobs: list[dict[str, Any]] = []
         self.asked: list[str] = []
         self.sent: list[bytes] = []
         self.nodes: Any = None
@@ -41,16 +48,26 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def do_POST(self) -> None:
-        body = json.loads(self._take("POST"))
+        content = self._take("POST")
+        if self.path.endswith("/stop"):
+            self._named()["status"] = "STOPPED"
+            return self._answer({"stopped": True})
+        body = json.loads(content)
         self._answer({"job_id": body["submission_id"], "submission_id": body["submission_id"]})
 
     def do_GET(self) -> None:
         import ray
 
         self.server.asked.append(f"GET {self.path}")
+        self.server.headers.append(self.headers)
+        if self.path.startswith("/api/jobs/") and self.path != "/api/jobs/":
+            return self._answer(self._named())
         version = {"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": "stub"}
-        answers: dict[str, Any] = {"/api/version": version, "/api/jobs/": [], "/nodes": self.server.nodes}
+        answers: dict[str, Any] = {"/api/version": version, "/api/jobs/": self.server.jobs, "/nodes": self.server.nodes}
         self._answer(answers.get(self.path.partition("?")[0]))
+
+    def _named(self) -> dict[str, Any]:
+        return next(job for job in self.server.jobs if job["submission_id"] == self.path.split("/")[3])
 
     def _take(self, method: str) -> bytes:
         self.server.asked.append(f"{method} {self.path}")
@@ -72,9 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stub_api() -> Iterator[StubApi]:
-    """A server for the length of the block."""
-    server = StubApi()
+def stub_api(context: ssl.SSLContext | None = None) -> Iterator[StubApi]:
+    """A server for the length of the block; over TLS with a context."""
+    server = StubApi(context)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
