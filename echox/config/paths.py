@@ -78,6 +78,12 @@ def run_dir(storage: str, name: str) -> Path:
     return Path(storage).expanduser() / name
 
 
+def model_place(ref: str) -> Path:
+    """Where the folder of a model is or would be, whether or not it is there."""
+    given = Path(ref).expanduser()
+    return given if given.is_dir() else cache_dir() / "models" / ref
+
+
 def resolve_model(ref: str, *, weights: bool = True) -> Path:
     """Folder of a model given by path, or by name below $ECHOX_CACHE/models.
 
@@ -88,8 +94,7 @@ def resolve_model(ref: str, *, weights: bool = True) -> Path:
     Raises:
         MissingModelError: no such folder, or it lacks files; says which and how to get them.
     """
-    given = Path(ref).expanduser()
-    folder = given if given.is_dir() else cache_dir() / "models" / ref
+    folder = model_place(ref)
     if not folder.is_dir():
         raise MissingModelError(
             f"model {ref} was not found: it is no folder, and {folder} does not exist",

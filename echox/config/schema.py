@@ -263,6 +263,13 @@ class ScalingConfig(Section):
         "torch's default on a CPU",
     )
 
+    least_busbw: float = Field(
+        0.0,
+        ge=0,
+        description="refuse to start where the bus bandwidth of an all-reduce between all ranks is lower, GB/s; 0 only "
+        "reports it",
+    )
+
     @property
     def bounds(self) -> tuple[int, int]:
         """Least and most workers; the same number twice where it is fixed."""

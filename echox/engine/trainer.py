@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from echox.config.paths import model_place
 from echox.engine import rng_state, run_files
 from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_checkpoint
 from echox.engine.checkpoint.manifest import Checkpoint, Choice, set_aside, sweep
@@ -28,6 +29,7 @@ from echox.engine.monitor.update_check import UpdateCheck, UpdateReport
 from echox.engine.monitor.watchdog import Watchdog
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
 from echox.engine.run_files import RunFileEntry
+from echox.engine.start_check import check_start
 from echox.engine.stop import StopListener, signals_stop
 from echox.engine.world import World
 from echox.errors import CheckpointError, DataError, EchoXError
@@ -108,6 +110,13 @@ class _Attempt:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
         prepare_deepspeed(world.device)
         folder = RunDir(context.storage / recipe.name)
+        proof = check_start(
+            folder.path,
+            _models(recipe),
+            world,
+            least_busbw=recipe.scaling.least_busbw,
+            sqlite=world.broadcast(not isinstance(tracker, NullTracker) and _in_sqlite(recipe.tracking.uri)),
+        )
         found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
         if world.is_main:
             attempt = 0
@@ -126,6 +135,7 @@ class _Attempt:
         except OSError as error:
             raise problem or _unwritable(folder.path, error) from error
         reporter = Reporter(recipe, folder, log, tracker, world.is_main, attempt)
+        reporter.event("start_check", **asdict(proof))
         if problem is not None or chosen is None:
             reporter.event("failed", error=str(problem))
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
@@ -401,6 +411,18 @@ class _Attempt:
                 path = self.reporter.folder.path / name
                 path.write_text(json.dumps(contents, indent=1))
                 self.reporter.tracker.artifact(path)
+
+
+def _models(recipe: Recipe) -> dict[str, Path]:
+    """Where the pretrained models of a recipe are, by the name it has for them."""
+    refs = [recipe.model.llm.path]
+    if recipe.stage != "t2c" and recipe.model.speech_encoder is not None:
+        refs.append(recipe.model.speech_encoder.path)
+    return {} if recipe.model.random_init else {ref: model_place(ref) for ref in refs}
+
+
+def _in_sqlite(uri: str | None) -> bool:
+    return uri is None or uri.startswith("sqlite:")
 
 
 def _unwritable(folder: Path, error: OSError) -> CheckpointError:
