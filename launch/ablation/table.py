@@ -14,6 +14,8 @@ from echox.evaluate.text import wer
 from launch.ablation.arms import BASE, CASCADE, Arm, Sign
 from launch.ablation.scoring import Scores
 
+ALL = "all"
+"""The sets together, where there are several."""
 RESAMPLES, AT_ONCE, SEED = 10_000, 500, 0
 _ZERO = 1e-12
 """Means of differences that are nothing but rounding."""
@@ -28,7 +30,7 @@ class Row:
     """One arm on one held-out set; shares are 0 to 1.
 
     Attributes:
-        arm, set: which.
+        arm, set: which; `ALL` for the sets together.
         seeds: of its runs.
         n: items of all seeds.
         s2t_strict_acc, s2s_strict_acc: entity and gold answer in the text, and heard in the speech.
@@ -61,15 +63,22 @@ class Row:
 
 
 def compare(arms: Sequence[Arm], scores: ArmScores) -> list[Row]:
-    """One row a set and arm, in the order of the base arm's sets and of the arms.
+    """One row a set and arm, in the order of the base arm's sets and of the arms, behind those of all sets together.
 
     Args:
         arms: those to compare; the base among them.
         scores: of the trained arms; the cascade is made from the base arm's.
     """
-    known = {**scores, CASCADE: {seed: spoken_by_teacher(found) for seed, found in scores[BASE].items()}}
-    sets = next(iter(scores[BASE].values()))
-    return [_row(arm, name, known) for name in sets for arm in arms]
+    spoken = {**scores, CASCADE: {seed: spoken_by_teacher(found) for seed, found in scores[BASE].items()}}
+    sets = list(next(iter(scores[BASE].values())))
+    known = {arm: {seed: together(found) for seed, found in by_seed.items()} for arm, by_seed in spoken.items()}
+    return [_row(arm, name, known) for name in ([ALL] if len(sets) > 1 else []) + sets for arm in arms]
+
+
+def together(scores: Scores) -> Scores:
+    """The scores of every set, and of all of them as one, in which a question bears the name of its set."""
+    items = [{**item, "id": f"{name}/{item['id']}"} for name, row in scores.items() for item in row["items"]]
+    return {**scores, ALL: {"items": items}}
 
 
 def spoken_by_teacher(scores: Scores) -> Scores:

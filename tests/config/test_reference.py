@@ -46,6 +46,7 @@ UNITS = {
     r"spike_sigma$": "standard deviations",
     r"hang_factor$": "times",
     r"dropout$|share$": "share",
+    r"busbw$": "GB",
 }
 """What the description of a number calls what it counts, by the end of the key."""
 WITHOUT_UNIT = {
