@@ -34,7 +34,7 @@ COMMANDS: dict[str, str] = {
     "runs": "echox.tracking.cli",
     "bench": "echox.bench.cli",
     "ablate": "launch.ablation.cli",
-    "doctor": "echox.doctor",
+    "doctor": "launch.client.cluster_doctor",
 }
 INTERRUPTED = 130
 

@@ -51,9 +51,9 @@ class Finding:
     fix: str = ""
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register `echox doctor`."""
-    parser = subparsers.add_parser(
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Register `echox doctor`; returns its parser."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
         "doctor",
         help="show what is installed, found and missing, and how to fix it",
         description="Exit code 0 where training can run, 1 where it cannot.",
@@ -62,6 +62,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

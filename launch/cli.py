@@ -161,11 +161,16 @@ def _command(subparsers: Any, name: str, summary: str, example: str) -> argparse
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=f"example: {example}"
     )
+    add_connection(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def add_connection(parser: Any) -> None:
+    """Options that say which cluster is meant and how it is reached, see `connect`."""
     parser.add_argument("--address", metavar="http://HOST:PORT", help=ADDRESS_HELP)
     parser.add_argument("--headers", metavar="JSON", help="headers of every request; default: $RAY_JOB_HEADERS")
     parser.add_argument("--verify", type=Path, metavar="FILE", help="certificates that the server's is checked against")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser
 
 
 def _add_environment(parser: argparse.ArgumentParser) -> None:

@@ -216,12 +216,12 @@ def model_hash(folder: Path) -> str:
 def _shared_storage(folder: Path, world: World, leaders: Sequence[int]) -> list[str]:
     """Rank 0 writes a number that the others read, and they write one each that rank 0 reads; what this rank found."""
     nonce = world.broadcast(uuid.uuid4().hex)
-    mine, leads = _proof(folder, nonce, world.rank), world.rank in leaders
-    found = _tried(lambda: _write_proof(mine, nonce, make=world.is_main), folder) if leads and world.is_main else []
+    mine, leads = proof_path(folder, nonce, world.rank), world.rank in leaders
+    found = _tried(lambda: write_proof(mine, nonce, make=world.is_main), folder) if leads and world.is_main else []
     stop = bool(world.broadcast(found))
     if leads and not world.is_main and not stop:
-        if _seen(_proof(folder, nonce, 0), nonce):
-            found = _tried(lambda: _write_proof(mine, nonce, make=False), folder)
+        if seen(proof_path(folder, nonce, 0), nonce):
+            found = _tried(lambda: write_proof(mine, nonce, make=False), folder)
         else:
             found = [
                 f"{socket.gethostname()}: what rank 0 writes to {folder} cannot be read here: it is no folder that the "
@@ -229,7 +229,7 @@ def _shared_storage(folder: Path, world: World, leaders: Sequence[int]) -> list[
             ]
     written = [not problems for problems in world.all_gather(found)]
     if world.is_main and not found:
-        missing = [rank for rank in leaders if written[rank] and not _seen(_proof(folder, nonce, rank), nonce)]
+        missing = [rank for rank in leaders if written[rank] and not seen(proof_path(folder, nonce, rank), nonce)]
         found = [f"rank 0 cannot read what rank {rank} writes to {folder}" for rank in missing]
     world.barrier()
     if leads:
@@ -238,11 +238,13 @@ def _shared_storage(folder: Path, world: World, leaders: Sequence[int]) -> list[
     return found
 
 
-def _proof(folder: Path, nonce: str, rank: int) -> Path:
+def proof_path(folder: Path, nonce: str, rank: int) -> Path:
+    """Where a rank leaves its proof."""
     return folder / f".start-{nonce}-{rank}"
 
 
-def _write_proof(path: Path, nonce: str, *, make: bool) -> None:
+def write_proof(path: Path, nonce: str, *, make: bool) -> None:
+    """Write a proof to the disk; `make` makes its folder."""
     if make:
         path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="ascii") as file:
@@ -259,7 +261,7 @@ def _tried(write: Callable[[], None], folder: Path) -> list[str]:
     return []
 
 
-def _seen(path: Path, nonce: str) -> bool:
+def seen(path: Path, nonce: str) -> bool:
     """Whether a file of this content comes into sight in time."""
     deadline = time.monotonic() + PATIENCE_S
     while True:

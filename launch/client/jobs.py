@@ -130,15 +130,8 @@ class Jobs:
                 fix=f"follow it with `echox logs {busy[0]['id']} -f`, stop it with `echox stop`, or give another name=",
             )
         attempt = 1 + max((job["attempt"] for job in self.list(checked.name)), default=0)
-        own_python = self.is_local and not environment.in_image
         shipped = recipe if environment.in_image else self._shipped(recipe, root)
-        words = [sys.executable if own_python else "python", "-m", "launch.train", shipped]
-        words += [*overrides, *extra_arguments]
-        variables = self._variables()
-        if self.is_local:
-            variables.setdefault(HOME, os.getcwd())
-        variables |= {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s)}
-        runtime_env = environment.runtime_env(root, variables)
+        variables = {"RAY_JOB_STOP_SIGNAL": "SIGTERM", "RAY_JOB_STOP_WAIT_TIME_S": str(stop_wait_s)}
         metadata = {
             "run": checked.name,
             "folder": self._run_folder(checked),
@@ -149,13 +142,38 @@ class Jobs:
             "user": user_name(),
             "git": _git_revision(root),
         }
+        words = ["launch.train", shipped, *overrides, *extra_arguments]
+        return self.submit_module(words, f"{checked.name}-a{attempt}", environment, metadata, variables)
+
+    def submit_module(
+        self,
+        words: Sequence[str],
+        job: str,
+        environment: JobEnvironment,
+        metadata: Mapping[str, str],
+        variables: Mapping[str, str] | None = None,
+    ) -> str:
+        """Submit a module of the project with its arguments as a job; returns the submission id.
+
+        Args:
+            words: name of the module, and its arguments.
+            job: submission id.
+            environment: what the job gets.
+            metadata: what others see of it.
+            variables: more of ours.
+        """
+        python = sys.executable if self.is_local and not environment.in_image else "python"
+        own = self._variables()
+        if self.is_local:
+            own.setdefault(HOME, os.getcwd())
+        runtime_env = environment.runtime_env(project_root(), {**own, **(variables or {})})
         return str(
             self._call(
                 lambda: self._client.submit_job(
-                    entrypoint=shlex.join(words),
-                    submission_id=f"{checked.name}-a{attempt}",
+                    entrypoint=shlex.join([python, "-m", *words]),
+                    submission_id=job,
                     runtime_env=runtime_env,
-                    metadata=metadata,
+                    metadata=dict(metadata),
                     **environment.resources.arguments(),
                 )
             )

@@ -13,6 +13,7 @@ import pytest
 from test_ray import STAND_INS, progress
 
 from launch.client import local_head
+from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
 from launch.client.resubmit import submit_and_follow
 
@@ -45,7 +46,7 @@ def test_a_restarted_head_gets_the_run_again(tmp_path: Path, monkeypatch: pytest
         return jobs.submit(
             "demo/s2t",
             [f"storage={tmp_path}", "name=kept", "optim.steps=19610", "engine.checkpoint_every=10"],
-            env={"PYTHONPATH": STAND_INS},
+            environment=JobEnvironment(variables={"PYTHONPATH": STAND_INS}),
             extra_arguments=["--train", "stand_ins:train_steps", "--setup", "stand_ins:setup"],
             stop_wait_s=30,
         )

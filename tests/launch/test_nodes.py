@@ -10,14 +10,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 from test_ray import STAND_INS, progress, wait
 
+from echox.cli import main
 from launch.client import local_head
+from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
 from launch.client.status import run_status
 from launch.events import read_events
@@ -27,9 +29,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 class Node:
-    """A raylet with one CPU that joins a head on this machine."""
+    """A raylet with one CPU that joins a head on this machine.
 
-    def __init__(self, head: local_head.Head) -> None:
+    Args:
+        head: which one.
+        around: words that run the command in other surroundings, such as a namespace of its own.
+    """
+
+    def __init__(self, head: local_head.Head, around: Sequence[str] = ()) -> None:
         noted = Path(head.folder) / "ray_current_cluster"  # Ray writes it after the head answers
         deadline = time.monotonic() + 60
         while not noted.exists() and time.monotonic() < deadline:
@@ -41,7 +48,7 @@ class Node:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
         command += [f"--temp-dir={self._folder}"]
         self._process = subprocess.Popen(
-            [*command, "--block", "--disable-usage-stats", "--object-store-memory=100000000"],
+            [*around, *command, "--block", "--disable-usage-stats", "--object-store-memory=100000000"],
             env={**os.environ, **head.environment(), local_head.MARK: head.mark, "RAY_ADDRESS": ""},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -88,10 +95,44 @@ def submit(jobs: Jobs, storage: Path, name: str, *overrides: str) -> str:
     return jobs.submit(
         "demo/s2t",
         [f"storage={storage}", f"name={name}", "optim.steps=19610", "engine.checkpoint_every=10", *overrides],
-        env={"PYTHONPATH": STAND_INS, "ECHOX_AUTOSCALED": "1"},
+        environment=JobEnvironment(variables={"PYTHONPATH": STAND_INS, "ECHOX_AUTOSCALED": "1"}),
         extra_arguments=["--train", "stand_ins:train_steps", "--setup", "stand_ins:setup"],
         stop_wait_s=30,
     )
+
+
+def test_a_node_without_the_shared_storage_is_found(
+    head: local_head.Head, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own host name, and an empty file system where the others have the runs."""
+    storage = tmp_path / "shared"
+    storage.mkdir()
+    alone = f'hostname node-b && mount -t tmpfs none {storage} && exec "$@"'
+    around = ["unshare", "--mount", "--uts", "sh", "-c", alone, "sh"]
+    if subprocess.run([*around, "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces here")
+    assert main(["doctor", "--cluster", "--storage", str(storage / "runs"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    node = Node(head, around)
+    try:
+        deadline = time.monotonic() + 120
+        while ("node-b", "ALIVE") not in nodes_of(Jobs()):
+            assert time.monotonic() < deadline, nodes_of(Jobs())
+            time.sleep(0.3)
+        assert main(["doctor", "--cluster", "--storage", str(storage / "runs"), "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["nodes"]) == 2 and len({each["code"] for each in found["nodes"]}) == 1
+        (problem,) = found["problems"]
+        assert problem.startswith("node-b: what the head writes to ") and "no folder that nodes share" in problem
+        assert list((storage / "runs").iterdir()) == [], "what was written for the proof is gone"
+    finally:
+        node.kill()
+
+
+def nodes_of(jobs: Jobs) -> list[tuple[str, str]]:
+    """Host name and state of every node, by the head's word."""
+    nodes = jobs._nodes()["data"]["summary"]
+    return [(node["raylet"].get("nodeManagerHostname", ""), node["raylet"].get("state", "")) for node in nodes]
 
 
 def world_of(run: Path) -> int:

@@ -15,10 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
 
+from echox.cli import main
 from echox.errors import LaunchError, RecipeError
 from launch.client import local_head
+from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
 from launch.client.status import error_report, run_status
 from launch.events import read_events
@@ -63,11 +66,23 @@ def jobs(head: local_head.Head, patched: pytest.MonkeyPatch) -> Jobs:
     return Jobs()
 
 
+def test_the_doctor_asks_the_nodes(jobs: Jobs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--cluster", "--storage", str(tmp_path / "runs"), "--model", "no/model"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("ok    ") and "no GPU" in said[0] and f"ray {ray.__version__}" in said[0]
+    assert said[-1] == "1 nodes, 0 problems" and list((tmp_path / "runs").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert main(["doctor", "--cluster", "--storage", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].endswith(f"nothing can be written to {tmp_path / 'file'}: File exists")
+    assert said[-1] == "1 nodes, 1 problems"
+
+
 def submit(jobs: Jobs, storage: Path, train: str, *overrides: str) -> str:
     return jobs.submit(
         RECIPE,
         [f"storage={storage}", f"name={train}", *overrides],
-        env={"PYTHONPATH": STAND_INS},
+        environment=JobEnvironment(variables={"PYTHONPATH": STAND_INS}),
         extra_arguments=["--train", f"stand_ins:{train}", "--setup", "stand_ins:setup"],
         stop_wait_s=30,
     )
