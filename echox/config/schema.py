@@ -279,8 +279,13 @@ class ScalingConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow keeps the run."""
 
-    uri: str | None = Field(None, description="MLflow tracking URI; null is a SQLite file under the run's storage")
-    experiment: str = Field("echox", description="MLflow experiment that holds the run")
+    uri: str | None = Field(
+        None,
+        description="MLflow tracking URI; null is $MLFLOW_TRACKING_URI, else a SQLite file under the run's storage",
+    )
+    experiment: str = Field(
+        "echox", description="MLflow experiment that holds the run; $MLFLOW_EXPERIMENT_NAME takes the default's place"
+    )
     parent_run: str | None = Field(None, description="name of the parent run that groups the stages; null is `name`")
     system_metrics: bool = Field(True, description="log CPU, memory and GPU memory of each node every 10 seconds")
     deliver_hours: float = Field(

@@ -183,6 +183,11 @@ class BuildSetup(Protocol):
 class Tracker(Protocol):
     """Where metrics of a run go; only rank 0 is given a real one. No method may block or fail training."""
 
+    @property
+    def in_one_file(self) -> bool:
+        """Whether all runs are recorded in one file of the storage, which several nodes must not write to."""
+        ...
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics of one step."""
         ...
@@ -214,6 +219,8 @@ class Tracker(Protocol):
 
 class NullTracker:
     """A tracker that records nothing."""
+
+    in_one_file = False
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record nothing."""

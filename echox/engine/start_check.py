@@ -83,7 +83,7 @@ class StartCheck:
 
 
 def check_start(
-    folder: Path, models: Mapping[str, Path], world: World, *, least_busbw: float = 0.0, sqlite: bool = False
+    folder: Path, models: Mapping[str, Path], world: World, *, least_busbw: float = 0.0, in_one_file: bool = False
 ) -> StartCheck:
     """Ask every node, compare, and measure an all-reduce; every rank calls it.
 
@@ -94,7 +94,7 @@ def check_start(
         models: folder of each pretrained model, by the name that the recipe has for it.
         world: the processes.
         least_busbw: bandwidth below which the fabric is not what it should be.
-        sqlite: whether the run is tracked in a SQLite file.
+        in_one_file: whether runs are tracked in a file of the storage.
 
     Raises:
         LaunchError: naming everything that is wrong on every node; on every rank.
@@ -111,7 +111,7 @@ def check_start(
     clocks = {hosts[rank]: at for rank, (_, at, _) in enumerate(gathered)}
     found = [problem for _, _, those in gathered for problem in those]
     found += compare(nodes)
-    if sqlite and len(nodes) > 1:
+    if in_one_file and len(nodes) > 1:
         found.append(
             f"runs are tracked in a SQLite file, which {len(nodes)} nodes must not share; run on one of them `mlflow "
             "server --host 0.0.0.0 --backend-store-uri sqlite:////local/mlflow.db --artifacts-destination "

@@ -115,7 +115,7 @@ class _Attempt:
             _models(recipe),
             world,
             least_busbw=recipe.scaling.least_busbw,
-            sqlite=world.broadcast(not isinstance(tracker, NullTracker) and _in_sqlite(recipe.tracking.uri)),
+            in_one_file=world.broadcast(tracker.in_one_file),
         )
         found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
         if world.is_main:
@@ -419,10 +419,6 @@ def _models(recipe: Recipe) -> dict[str, Path]:
     if recipe.stage != "t2c" and recipe.model.speech_encoder is not None:
         refs.append(recipe.model.speech_encoder.path)
     return {} if recipe.model.random_init else {ref: model_place(ref) for ref in refs}
-
-
-def _in_sqlite(uri: str | None) -> bool:
-    return uri is None or uri.startswith("sqlite:")
 
 
 def _unwritable(folder: Path, error: OSError) -> CheckpointError:

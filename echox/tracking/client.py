@@ -107,6 +107,11 @@ class MlflowTracker:
         self._sender.start()
         self._writer.start()
 
+    @property
+    def in_one_file(self) -> bool:
+        """Whether the store is a SQLite file."""
+        return self.handle.uri.startswith("sqlite:")
+
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics of one step; values are host numbers.
 

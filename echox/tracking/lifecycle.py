@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from echox.tracking import spool
 from echox.tracking.database import ensure_database
 from echox.tracking.delivery import Delivery
+from echox.tracking.names import keeps_artifacts
 from echox.tracking.state import SPOOL_FOLDER, Process, fate, read_state, update_state
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _end_parent(client: MlflowClient, parent_id: str) -> None:
 
 
 def _experiment(client: MlflowClient, state: Mapping[str, Any]) -> str:
-    name, local = state["experiment"], str(state["uri"]).startswith("sqlite:")
+    name = state["experiment"]
     found = client.get_experiment_by_name(name)
     if found is not None:
         if found.lifecycle_stage == "deleted":
@@ -129,7 +130,7 @@ def _experiment(client: MlflowClient, state: Mapping[str, Any]) -> str:
             log.warning("experiment %s had been deleted; it is restored, for a run goes on in it", name)
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
-    location = Path(state["artifacts"]).as_uri() if local else None
+    location = None if keeps_artifacts(str(state["uri"])) else Path(state["artifacts"]).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 

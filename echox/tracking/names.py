@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
+from echox.config.locations import has_password, without_secrets
 from echox.errors import RecipeError
 
+EXPERIMENT = "echox"
+"""The default of a recipe."""
 KEY_LIMIT = 250
 PARAM_LIMIT = 6000
 TAG_LIMIT = 5000
@@ -56,6 +60,31 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def default_uri(storage: Path) -> str:
     """SQLite beside the runs: no server, and the store every MLflow since 3.7 reads by default."""
     return f"sqlite:///{(storage / 'mlflow.db').resolve()}"
+
+
+def tracking_uri(named: str | None, storage: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """Where a run is tracked: what its recipe names, else $MLFLOW_TRACKING_URI, else `default_uri`.
+
+    Raises:
+        RecipeError: it is a plain folder, or the variable holds a password, which would be stored with the run.
+    """
+    given = environment.get("MLFLOW_TRACKING_URI", "")
+    if not named and has_password(given):
+        raise RecipeError(
+            f"MLFLOW_TRACKING_URI={without_secrets(given)} holds a password",
+            fix="leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or PGPASSWORD",
+        )
+    return check_uri(named or given or default_uri(storage))
+
+
+def experiment_name(named: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The experiment of a run: what its recipe names, else $MLFLOW_EXPERIMENT_NAME, else `EXPERIMENT`."""
+    return named if named != EXPERIMENT else environment.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+
+
+def keeps_artifacts(uri: str) -> bool:
+    """Whether artifacts go through the store's own server; a database keeps none, and needs a folder beside it."""
+    return urlparse(uri).scheme in ("http", "https", "") or uri.startswith("databricks")
 
 
 def check_uri(uri: str) -> str:

@@ -14,7 +14,7 @@ from echox.errors import LaunchError
 from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.delivery import STAGE, Delivery
 from echox.tracking.lifecycle import finish_pending, make_client
-from echox.tracking.names import check_uri, default_uri, metric_name
+from echox.tracking.names import experiment_name, metric_name, tracking_uri
 from echox.tracking.state import (
     BEAT_S,
     Process,
@@ -57,7 +57,7 @@ def open_run(recipe: Recipe, params: Mapping[str, Any], *, storage: Path, recipe
         RecipeError: `tracking.uri` is a plain folder.
         LaunchError: the run is being trained by another process.
     """
-    uri = check_uri(recipe.tracking.uri or default_uri(storage))
+    uri = tracking_uri(recipe.tracking.uri, storage)
     run_folder = storage / recipe.name
     run_folder.mkdir(parents=True, exist_ok=True)
     state = read_state(run_folder)
@@ -73,7 +73,7 @@ def open_run(recipe: Recipe, params: Mapping[str, Any], *, storage: Path, recipe
     update_state(
         run_folder,
         name=recipe.name,
-        experiment=recipe.tracking.experiment,
+        experiment=experiment_name(recipe.tracking.experiment),
         parent=recipe.tracking.parent_run or recipe.name,
         artifacts=str(storage / "mlflow-artifacts"),
         tags={

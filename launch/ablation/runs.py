@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from echox.config.load import load_recipe
 from echox.errors import LaunchError
-from echox.tracking.names import default_uri
+from echox.tracking.names import tracking_uri
 from launch.ablation.answers import annotated_sources
 from launch.ablation.arms import BASE, Arm
 from launch.demo import run_state
@@ -169,7 +169,7 @@ class Ablation:
         return found
 
     def _of_arm(self, stage: str, name: str, seed: int) -> list[str]:
-        uri = load_recipe(f"{self.scale}/{stage}", self._own(stage)).tracking.uri or default_uri(self.storage)
+        uri = tracking_uri(load_recipe(f"{self.scale}/{stage}", self._own(stage)).tracking.uri, self.storage)
         tracking = [f"tracking.parent_run={self.parent_run}", f"tracking.uri={uri}"]
         return [f"storage={self.folder}", f"name={name}", f"seed={seed}", *tracking]
 

@@ -46,7 +46,7 @@ def _asked(plan: dict[str, Any], context: Context, scenario: dict[str, Any], wor
             models,
             world,
             least_busbw=scenario.get("least", 0.0),
-            sqlite=scenario.get("sqlite", False),
+            in_one_file=scenario.get("sqlite", False),
         )
     except EchoXError as error:
         return {"error": error.what, "code": error.exit_code}

@@ -88,10 +88,16 @@ def free_port() -> int:
 
 
 class Server:
-    """A real `mlflow server` over SQLite on loopback that can be killed and started again."""
+    """A real `mlflow server` over SQLite on loopback that can be killed and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of its files.
+        password: of the user `admin`, without whose login nothing is answered; none asks for no login.
+    """
+
+    def __init__(self, folder: Path, password: str = "") -> None:
         self._folder = folder
+        self._password = password
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -100,10 +106,20 @@ class Server:
         words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
         words += ["--artifacts-destination", str(self._folder / "served")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        if self._password:
+            words += ["--app-name", "basic-auth"]
+            environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": "x", "MLFLOW_AUTH_CONFIG_PATH": str(self._users())}
         with (self._folder / "server.log").open("ab") as log:
-            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
             self._process = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
         until(self._answers, 300)
+
+    def _users(self) -> Path:
+        file = self._folder / "auth.ini"
+        rule = "authorization_function = mlflow.server.auth:authenticate_request_basic_auth"
+        known = f"admin_username = admin\nadmin_password = {self._password}\ndefault_permission = READ"
+        file.write_text(f"[mlflow]\ndatabase_uri = sqlite:///{self._folder}/users.db\n{known}\n{rule}\n")
+        return file
 
     def kill(self) -> None:
         if self._process is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from echox.errors import RecipeError
-from echox.tracking.names import batches, check_uri, default_uri, flatten, metric_name
+from echox.tracking.names import batches, check_uri, default_uri, experiment_name, flatten, metric_name, tracking_uri
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,17 @@ def test_servers_and_databases_pass(uri: str) -> None:
 
 def test_the_default_lies_under_the_storage(tmp_path: Path) -> None:
     assert default_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_what_a_recipe_names_wins_over_mlflows_variables_and_these_over_the_default(tmp_path: Path) -> None:
+    variables = {"MLFLOW_TRACKING_URI": "http://h:5000", "MLFLOW_EXPERIMENT_NAME": "voices"}
+    assert tracking_uri("https://mine", tmp_path, variables) == "https://mine"
+    assert tracking_uri(None, tmp_path, variables) == "http://h:5000"
+    assert tracking_uri(None, tmp_path, {"MLFLOW_TRACKING_URI": ""}) == default_uri(tmp_path)
+    with pytest.raises(RecipeError, match=r"MLFLOW_TRACKING_URI=http://\*\*\*@h holds a password"):
+        tracking_uri(None, tmp_path, {"MLFLOW_TRACKING_URI": "http://me:s3cr3t@h"})
+    with pytest.raises(RecipeError, match="is a folder"):
+        tracking_uri(None, tmp_path, {"MLFLOW_TRACKING_URI": "mlruns"})
+    assert experiment_name("mine", variables) == "mine"
+    assert experiment_name("echox", variables) == "voices"
+    assert experiment_name("echox", {}) == "echox"

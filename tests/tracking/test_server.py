@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -15,7 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from echox.tracking import client as client_module
 from echox.tracking.run import attach, open_run
-from tests.tracking.parts import Server, Threads, children, on_sqlite, points, recipe, until
+from tests.tracking.parts import Server, Threads, children, on_sqlite, points, recipe, until, watchers
 
 
 @pytest.mark.slow
@@ -180,3 +182,47 @@ def test_a_server_that_answers_after_half_a_minute_still_gets_it_all(
         worker.finish()
         assert time.monotonic() - began < 12
     tracker.finish()
+
+
+@pytest.mark.slow
+def test_a_server_with_a_login_gets_all_once_the_login_is_right_and_artifacts_go_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    password, storage = "s3cr3t-9f-long-enough", tmp_path / "runs"
+    (tmp_path / "server").mkdir()
+    storage.mkdir()
+    monkeypatch.setattr(client_module, "RETRY_S", 1.0)
+    monkeypatch.setattr(client_module, "ARTIFACT_RETRY_S", 1.0)
+    server = Server(tmp_path / "server", password)
+    try:
+        server.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        tracker = open_run(recipe(), {"lr": 1}, storage=storage)
+        worker = attach(tracker.handle, "rank0")
+        worker.begin_attempt(1, 0, {})
+        for step in (1, 2, 3):
+            worker.log_metrics({"loss/total": float(step)}, step)
+        (storage / "note.txt").write_text("kept")
+        tracker.artifact(storage / "note.txt")
+        assert tracker.handle.run_id is None and "401" in caplog.text
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        run_id = until(lambda: tracker.handle.run_id)
+        worker.end_attempt("FINISHED", {})
+        worker.finish()
+        tracker.finish()
+        client = MlflowClient(server.uri)
+        assert points(client, run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+        assert client.get_run(run_id).info.status == "FINISHED"
+        experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
+        assert experiment.artifact_location.startswith("mlflow-artifacts:")
+        (served,) = (tmp_path / "server" / "served").rglob("note.txt")
+        assert served.read_text() == "kept"
+        monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    finally:
+        server.kill()
+        for pid in watchers(storage / "tiny-s2t"):
+            os.kill(pid, signal.SIGKILL)
+    kept = [path for path in storage.rglob("*") if path.is_file() and password.encode() in path.read_bytes()]
+    assert kept == [] and password not in caplog.text, "the password is nowhere"
