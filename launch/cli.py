@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.errors import LaunchError
 from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
+from launch.deploy.options import add_options
 
 if TYPE_CHECKING:
     from launch.client.job_environment import JobEnvironment
@@ -36,6 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     resume.set_defaults(run=run_resume)
     for command in (submit, resume):
         _add_environment(command)
+        add_options(command)
         command.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
         command.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
         command.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
@@ -218,6 +221,9 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
         overrides = [*overrides, f"name={load_recipe(recipe, overrides).name}{RESPOND_SUFFIX}"]
         extra += ["--train", RESPOND]
 
+    if args.cluster != "ray" or args.dry_run:
+        _print(args, *_elsewhere(args, recipe, [*overrides, *extra]))
+        return 0
     environment = _environment(args)
 
     def submit(jobs: Jobs) -> str:
@@ -230,6 +236,18 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
     job = submit(jobs)
     _print(args, {"id": job, "address": jobs.address}, f"submitted {job}; follow it: echox logs {job} -f")
     return 0
+
+
+def _elsewhere(args: argparse.Namespace, recipe: str, words: Sequence[str]) -> tuple[Any, str]:
+    """What a scheduler says of a run that it was given, or what it would get."""
+    from echox.config.load import load_recipe
+    from launch.deploy.options import submit
+
+    if args.cluster == "ray":
+        raise LaunchError("--dry-run prints what a scheduler would get", fix="name it: --cluster kuberay or slurm")
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    said = submit(args, load_recipe(recipe, overrides), [recipe, *words])
+    return {"cluster": args.cluster, "said": said}, said.rstrip("\n")
 
 
 def _follow(args: argparse.Namespace, jobs: Jobs, job: str) -> int:
