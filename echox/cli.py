@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from echox.errors import EchoXError
+from echox.errors import EchoXError, printable
 
 # Command -> module that registers it; several commands may share a module.
 COMMANDS: dict[str, str] = {
@@ -64,12 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EchoXError as error:
         if debug:
             raise
-        print(f"echox: {error}", file=sys.stderr)
+        print(printable(f"echox: {error}"), file=sys.stderr)
         return error.exit_code
     except Exception as error:
         if debug:
             raise
-        print(f"echox: {type(error).__name__}: {error}. Fix: run again with --debug for the traceback", file=sys.stderr)
+        said = f"echox: {type(error).__name__}: {error}. Fix: run again with --debug for the traceback"
+        print(printable(said), file=sys.stderr)
         return 1
 
 

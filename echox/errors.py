@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    r"""A text from outside as a terminal may show it: characters that steer one, or turn words around, are named.
+
+    Line ends and tabs stay; other control characters become `\x1b` and the like.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
 class EchoXError(Exception):
     """A failure with a cause and a remedy the user can act on.
 

@@ -40,13 +40,16 @@ def open_regular(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def read_regular(path: Path) -> bytes:
+def read_regular(path: Path, most: int) -> bytes:
     """All bytes of a regular file.
 
     Raises:
         OSError: see `open_regular`.
+        ValueError: it has more than `most`.
     """
     with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        if os.fstat(descriptor).st_size > most:
+            raise ValueError(f"{path.name} has more than {most / 2**30:g} GiB")
         return file.read()
 
 

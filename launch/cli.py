@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.errors import LaunchError
+from echox.errors import LaunchError, printable
 from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from launch.deploy.options import add_options
 
@@ -282,7 +282,7 @@ def _row(job: Job, progress: str) -> str:
 
 
 def _print(args: argparse.Namespace, result: Any, text: str) -> None:
-    print(json.dumps(result, indent=1) if args.json else text)
+    print(json.dumps(result, indent=1) if args.json else printable(text))
 
 
 def _first(message: str) -> str:

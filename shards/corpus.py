@@ -14,6 +14,9 @@ from echox.errors import DataError
 from echox.files import read_regular
 from echox.units.identity import UnitSetIdentity
 
+LARGEST = 2 << 30
+"""Bytes of a recording."""
+
 
 @dataclass(frozen=True)
 class FileAudio:
@@ -40,8 +43,8 @@ class FileAudio:
         # Not `resolve`, which raises an error of its own where links lead in a circle.
         real, root = (Path(os.path.realpath(path)) for path in (self.path, self.root or "/"))
         if not real.is_relative_to(root):
-            raise ValueError(f"{self.path} lies outside {self.root}; --audio-root names the folder of the audio")
-        return read_regular(self.path)
+            raise ValueError(f"{self.path} lies outside {self.root}; a manifest's --audio-root names its folder")
+        return read_regular(self.path, LARGEST)
 
     def stands_in(self) -> Path:
         """The file whose change means that the audio may have changed."""
@@ -65,7 +68,13 @@ class SpanAudio:
     origin: Path
 
     def read(self) -> bytes:
-        """The bytes of the span."""
+        """The bytes of the span.
+
+        Raises:
+            ValueError: they are more than a recording has.
+        """
+        if self.size > LARGEST:
+            raise ValueError(f"a member of {self.size / 2**30:.1f} GiB is no recording")
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.errors import DataError
+from echox.errors import DataError, printable
 from echox.progress import Progress
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run_check(args: argparse.Namespace) -> int:
         for defect in verdict.defects:
             defects.append(vars(defect))
             if not args.json:
-                print(defect, flush=True)
+                print(printable(str(defect)), flush=True)
     if args.json:
         print(json.dumps({"samples": samples, "defects": defects}))
     else:

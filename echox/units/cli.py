@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.errors import DataError
+from echox.errors import DataError, printable
 from echox.progress import Progress
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def read_recordings(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
             clip = read_audio(audio)
         except DataError as error:
             left_out += 1
-            print(f"left out: {name}: {error.what}", file=sys.stderr)
+            print(printable(f"left out: {name}: {error.what}"), file=sys.stderr)
             continue
         found += 1
         yield name, clip

@@ -6,7 +6,6 @@ import codecs
 import gzip
 import hashlib
 import json
-import shutil
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,9 @@ from shards.corpus import MemberAudio, SpanAudio
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
 _BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 _CHUNK = 1 << 20
+_ANY_SIZE, _MOST_TIMES = 1 << 30, 50
+"""What a decompressed archive may have in any case, and how many times its packed size beyond that."""
+_LONGEST_ITEM = 64 << 20
 
 
 def is_archive(path: Path) -> bool:
@@ -74,10 +76,11 @@ class Archives:
         try:
             plain = archive if archive.name.endswith(".tar") else self._decompress(archive)
             with tarfile.open(plain, "r:") as tar:
+                # Of a sparse member the size is not what the file holds.
                 self._spans = {
                     member.name.removeprefix("./"): (member.offset_data, member.size)
                     for member in tar
-                    if member.isfile()
+                    if member.isfile() and not member.issparse()
                 }
         except _BROKEN as error:
             raise _unreadable(archive, error) from error
@@ -91,8 +94,18 @@ class Archives:
             self._say(f"decompressing {archive.name}")
             self._scratch.mkdir(parents=True, exist_ok=True)
             partial = plain.with_suffix(".part")
+            most = max(_ANY_SIZE, _MOST_TIMES * state.st_size)
             with gzip.open(archive, "rb") as packed, partial.open("wb") as file:
-                shutil.copyfileobj(packed, file, _CHUNK)
+                while block := packed.read(_CHUNK):
+                    file.write(block)
+                    if file.tell() > most:
+                        partial.unlink()
+                        times = f"{_MOST_TIMES} times its {state.st_size:,} bytes"
+                        raise DataError(
+                            f"The archive grows to more than {times} when it is decompressed, as no sound does",
+                            where=str(archive),
+                            fix="Leave it out, or decompress it yourself if you know it.",
+                        )
             partial.rename(plain)
         return plain
 
@@ -140,9 +153,13 @@ def json_list(stream: IO[bytes], where: str) -> Iterator[Any]:
         if at < len(buffer):
             try:
                 item, end = decoder.raw_decode(buffer, at)
+            except RecursionError as error:
+                raise wrong("The JSON is nested too deeply") from error
             except json.JSONDecodeError as error:
                 if ended:
                     raise wrong(f"Broken JSON: {error.msg}") from error
+                if len(buffer) - at > _LONGEST_ITEM:
+                    raise wrong(f"An item of the JSON list is longer than {_LONGEST_ITEM >> 20} MiB") from error
             else:
                 # Only what follows tells that a number is whole: it may go on in the next piece.
                 end = _after_space(buffer, end)

@@ -30,7 +30,7 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
     def locate(path: str) -> Audio:
         parts = PurePosixPath(path).parts
         at = next((at for at, part in enumerate(parts) if part.startswith(_SOUND)), None)
-        return FileAudio(source.joinpath(*parts[at:]) if at is not None else source / path.lstrip("/"))
+        return FileAudio(source.joinpath(*parts[at:]) if at is not None else source / path.lstrip("/"), source)
 
     with listing.open("rb") as stream:
         for number, example in enumerate(json_list(stream, str(listing))):

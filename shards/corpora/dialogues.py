@@ -47,7 +47,8 @@ def read_turns(example: Mapping[str, Any]) -> list[Turn]:
     turns = next((example[name] for name in ("conversations", "messages", "chosen") if name in example), None)
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f"no list of turns among {', '.join(sorted(example)) or 'no fields'}")
-    audios = iter(example.get("audios") or ())
+    listed = example.get("audios")
+    audios = iter(listed if isinstance(listed, list) else ())
     found: list[Turn] = []
     for turn in turns:
         role = _ROLES.get(str(turn.get("from", turn.get("role"))).lower())
@@ -58,7 +59,8 @@ def read_turns(example: Mapping[str, Any]) -> list[Turn]:
         if _PLACEHOLDER in text:
             text, audio = text.replace(_PLACEHOLDER, ""), audio or clean(next(audios, None))
         wer = turn.get("wer")
-        found.append(Turn(role, clean(text) or clean(turn.get("asr")), audio, None if wer is None else float(wer)))
+        measured = float(wer) if isinstance(wer, int | float | str) else None
+        found.append(Turn(role, clean(text) or clean(turn.get("asr")), audio, measured))
     return found
 
 
@@ -168,7 +170,7 @@ def _list_utterances(path: Path, prefix: str, corpus: str, request: Request) -> 
     if path.name == LIST_NAME:
 
         def locate(name: str) -> Audio:
-            return FileAudio(path.parent / name)
+            return FileAudio(path.parent / name, path.parent)
 
         def examples() -> Iterator[Any]:
             with path.open("rb") as stream:

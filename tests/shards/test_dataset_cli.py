@@ -222,3 +222,15 @@ def test_what_is_no_dataset_is_refused_in_a_sentence(tmp_path: Path, capsys: pyt
         pass
     assert main(["shards", "index", str(tmp_path)]) == 4
     assert "compressed" in capsys.readouterr().err
+
+
+def test_names_from_outside_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "a\x1b[2Jb\u202e"
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "a.tar", [(f"{odd}.json", b"[]")])
+    assert main(["shards", "index", str(tmp_path / "set"), "--workers", "1"]) == 4
+    said = capsys.readouterr()
+    assert "\x1b" not in said.err + said.out and "\u202e" not in said.err
+    assert main(["shards", "check", str(tmp_path / "set"), "--workers", "1"]) == 4
+    said = capsys.readouterr()
+    assert "\x1b" not in said.err + said.out and r"a\x1b[2Jb\u202e" in said.out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,37 @@ def test_damaged_archives_are_refused_by_name(tmp_path: Path) -> None:
         list(archived_list(tmp_path / "c.tar.gz", "data.json"))
     with pytest.raises(DataError, match=r"The archive has no other\.json"):
         list(archived_list(tmp_path / "a.tar.gz", "other.json"))
+
+
+def test_an_archive_that_grows_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archives, "_ANY_SIZE", 1 << 20)
+    silence = put_archive(tmp_path / "bomb.tar.gz", [], {"a.wav": bytes(30 << 20)})
+    assert silence.stat().st_size < 100_000
+    found = Archives(tmp_path / "scratch", lambda line: None)
+    with pytest.raises(DataError, match=r"grows to more than 50 times its .* bytes"):
+        found.locate(MemberAudio(silence, "a.wav"))
+    assert list((tmp_path / "scratch").iterdir()) == [], "nothing of it is left"
+    honest = put_archive(tmp_path / "honest.tar.gz", [], {"a.wav": bytes(100_000)})
+    assert isinstance(found.locate(MemberAudio(honest, "a.wav")), SpanAudio)
+
+
+def test_sparse_and_huge_members_are_no_recordings(tmp_path: Path) -> None:
+    sparse = tmp_path / "sparse.bin"
+    with sparse.open("wb") as file:
+        file.truncate(50 << 20)
+    words = ["tar", "--sparse", "--format=gnu", "-cf", str(tmp_path / "a.tar"), "-C", str(tmp_path), sparse.name]
+    subprocess.run(words, check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 1 << 20
+    found = Archives(tmp_path / "scratch", lambda line: None)
+    with pytest.raises(FileNotFoundError):
+        found.locate(MemberAudio(tmp_path / "a.tar", "sparse.bin")).read()
+    with pytest.raises(ValueError, match=r"a member of 3\.0 GiB is no recording"):
+        SpanAudio(sparse, 0, 3 << 30, sparse).read()
+
+
+def test_json_that_is_deep_or_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="nested too deeply"):
+        list(json_list(io.BytesIO(b"[" + b"[" * 200_000), "x"))
+    monkeypatch.setattr(archives, "_LONGEST_ITEM", 1 << 20)
+    with pytest.raises(DataError, match="longer than 1 MiB"):
+        list(json_list(io.BytesIO(b'["' + b"a" * (5 << 20) + b'"]'), "x"))

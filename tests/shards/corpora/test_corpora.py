@@ -407,3 +407,20 @@ def test_a_split_that_is_not_there_and_a_broken_parquet_file(tmp_path: Path) -> 
     put(tmp_path / "p" / "train" / "0000.parquet", b"not parquet")
     with pytest.raises(DataError, match="Cannot read the parquet file"):
         next(CORPORA["mls"].discover(tmp_path / "p", Request(task="asr")))
+
+
+def test_a_corpus_names_no_file_outside_of_itself(tmp_path: Path) -> None:
+    secret = put(tmp_path / "secret.wav", encoded(clip(1)))
+    folder = tmp_path / "ShareChatX" / "part"
+    inside = put(folder / "q.wav", encoded(clip(2)))
+
+    def asked(audio: str) -> Any:
+        return {"conversations": [{"from": "human", "value": "who", "audio": audio},
+                                  {"from": "gpt", "value": "me", "wer": ["odd"]}]}  # fmt: skip
+
+    examples = [asked(name) for name in ("q.wav", "../../secret.wav", str(secret), "/dev/zero", str(inside))]
+    put(folder / "data.json", json.dumps([*examples, {"audios": 5, "messages": []}, asked("x" * 400)]))
+    samples, rejected = build("sharechatx", tmp_path / "ShareChatX", tmp_path / "out", task="sqa")
+    assert len(samples) == 2 and len(rejected) == 5
+    assert sum("lies outside" in reason for reason in rejected.values()) == 3
+    assert secret.exists()
