@@ -32,7 +32,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "echox.evaluate.cli",
     "report": "echox.evaluate.cli",
     "runs": "echox.tracking.cli",
-    "bench": "echox.bench.cli",
+    "bench": "launch.recovery",
     "ablate": "launch.ablation.cli",
     "doctor": "launch.client.cluster_doctor",
 }

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 
-def add_parser(subparsers: Any) -> None:
-    """Register `echox bench`."""
+def add_parser(subparsers: Any) -> Any:
+    """Register `echox bench`; returns the kinds it has, for more to be added."""
     parser = subparsers.add_parser(
         "bench",
         help="measure speed against known limits",
@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     life.add_argument("--every", type=int, default=5, help="steps between saves (default: %(default)s)")
     life.add_argument("--rows", type=int, default=12, help="samples of a micro-batch (default: %(default)s)")
     life.set_defaults(run=run_life)
+    return kinds
 
 
 def _kind(kinds: Any, name: str, text: str, example: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -396,6 +397,8 @@ class _Attempt:
         self.reporter.event(
             "start",
             run=self.recipe.name,
+            host=socket.gethostname(),
+            pid=os.getpid(),
             stage=self.recipe.stage,
             world_size=self.world.size,
             device=self.world.device,

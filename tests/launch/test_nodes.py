@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from test_ray import STAND_INS, progress, wait
 
@@ -21,6 +17,7 @@ from echox.cli import main
 from launch.client import local_head
 from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
+from launch.client.local_node import LocalNode
 from launch.client.status import run_status
 from launch.events import read_events
 from launch.job.ray_context import DRAINED
@@ -28,52 +25,15 @@ from launch.job.ray_context import DRAINED
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
-class Node:
-    """A raylet with one CPU that joins a head on this machine.
+def announce_loss(head: local_head.Head, node: LocalNode) -> None:
+    """What a cloud's notice of preemption becomes: Ray drains the node."""
+    from ray.util.state import list_nodes
 
-    Args:
-        head: which one.
-        around: words that run the command in other surroundings, such as a namespace of its own.
-    """
-
-    def __init__(self, head: local_head.Head, around: Sequence[str] = ()) -> None:
-        noted = Path(head.folder) / "ray_current_cluster"  # Ray writes it after the head answers
-        deadline = time.monotonic() + 60
-        while not noted.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        address = self._address = noted.read_text().strip()
-        self._head = head
-        # A folder of its own: a node that comes or goes tidies up what others on the same disk still use.
-        self._folder = tempfile.mkdtemp(prefix="echox-node-", dir="/tmp")
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={address}", "--num-cpus=1"]
-        command += [f"--temp-dir={self._folder}"]
-        self._process = subprocess.Popen(
-            [*around, *command, "--block", "--disable-usage-stats", "--object-store-memory=100000000"],
-            env={**os.environ, **head.environment(), local_head.MARK: head.mark, "RAY_ADDRESS": ""},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def announce_loss(self) -> None:
-        """What a cloud's notice of preemption becomes: Ray drains the node."""
-        from ray.util.state import list_nodes
-
-        mine = next(n for n in list_nodes(address=self._head.address) if not n.is_head_node and n.state == "ALIVE")
-        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={self._address}"]
-        command += [f"--node-id={mine.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
-        command += ["--reason-message=spot instance reclaimed", "--deadline-remaining-seconds=120"]
-        subprocess.run(command, check=True, env={**os.environ, **self._head.environment(), "RAY_ADDRESS": ""})
-
-    def kill(self) -> None:
-        """Lose the node with all that runs on it."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self._process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-        self._process.kill()
-        self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    mine = next(n for n in list_nodes(address=head.address) if not n.is_head_node and n.state == "ALIVE")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={node.address}"]
+    command += [f"--node-id={mine.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message=spot instance reclaimed", "--deadline-remaining-seconds=120"]
+    subprocess.run(command, check=True, env={**os.environ, **head.environment(), "RAY_ADDRESS": ""})
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +73,7 @@ def test_a_node_without_the_shared_storage_is_found(
         pytest.skip("no namespaces here")
     assert main(["doctor", "--cluster", "--storage", str(storage / "runs"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
-    node = Node(head, around)
+    node = LocalNode(head, around=around)
     try:
         deadline = time.monotonic() + 120
         while ("node-b", "ALIVE") not in nodes_of(Jobs()):
@@ -140,13 +100,13 @@ def world_of(run: Path) -> int:
 
 
 def test_a_lost_node_is_waited_for_and_training_goes_on(head: local_head.Head, tmp_path: Path) -> None:
-    jobs, node, run = Jobs(), Node(head), tmp_path / "fixed"
+    jobs, node, run = Jobs(), LocalNode(head), tmp_path / "fixed"
     job = submit(jobs, tmp_path, "fixed", "scaling.workers=2", "scaling.max_failures=1")
     try:
         wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
         lost = progress(run)["step"]
         node.kill()
-        node = Node(head)
+        node = LocalNode(head)
         wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
         assert world_of(run) == 2 and progress(run)["step"] >= lost - lost % 10 - 10
         known = run_status(run)
@@ -159,7 +119,7 @@ def test_a_lost_node_is_waited_for_and_training_goes_on(head: local_head.Head, t
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
     head: local_head.Head, tmp_path: Path
 ) -> None:
-    jobs, node, run = Jobs(), Node(head), tmp_path / "elastic"
+    jobs, node, run = Jobs(), LocalNode(head), tmp_path / "elastic"
     time.sleep(5)  # a node takes a while to be counted, and the run would begin without it
     job = submit(jobs, tmp_path, "elastic", "scaling.workers=[1,2]", "scaling.max_failures=1")
     try:
@@ -168,7 +128,7 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
         wait(jobs, job, lambda: progress(run)["attempt"] > 1 and progress(run)["state"] == "training")
         assert world_of(run) == 1
         shrunk = progress(run)["attempt"]
-        node = Node(head)
+        node = LocalNode(head)
         wait(jobs, job, lambda: progress(run)["attempt"] > shrunk and progress(run)["state"] == "training")
         assert world_of(run) == 2
         assert jobs.stop(job) == "STOPPED" and progress(run)["state"] == "stopped"
@@ -177,16 +137,16 @@ def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_grows_again(
 
 
 def test_a_node_that_is_taken_away_with_notice_costs_no_step(head: local_head.Head, tmp_path: Path) -> None:
-    jobs, node, run = Jobs(), Node(head), tmp_path / "drained"
+    jobs, node, run = Jobs(), LocalNode(head), tmp_path / "drained"
     job = submit(jobs, tmp_path, "drained", "scaling.workers=2", "scaling.max_failures=0")
     try:
         wait(jobs, job, lambda: progress(run).get("step", 0) > 10)
-        node.announce_loss()
+        announce_loss(head, node)
         wait(jobs, job, lambda: any(event["event"] == "job_stopped" for event in read_events(run)))
         stopped = next(event for event in read_events(run) if event["event"] == "job_stopped")
         assert stopped["why"].startswith(DRAINED)
         node.kill()
-        node = Node(head)
+        node = LocalNode(head)
         wait(jobs, job, lambda: progress(run)["attempt"] == 2 and progress(run)["state"] == "training")
         assert json.loads((run / "pids.json").read_text())["first"] == stopped["step"]
         assert run_status(run)["failure"] is None
