@@ -79,6 +79,14 @@ def test_what_is_cut_is_known_to_be(samples: np.ndarray, kind: str, subtype: str
     assert is_cut(whole[: int(len(whole) * share)])
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_without_its_last_page_is_cut(samples: np.ndarray, subtype: str) -> None:
+    whole = encoded(samples, "OGG", subtype)
+    without = whole[: whole.rindex(b"OggS")]
+    assert is_cut(without) and seconds(without) < 5.9
+    assert is_cut(whole + without), "of a chain, too"
+
+
 def test_sizes_of_a_wav_that_are_not_known_or_a_little_off(samples: np.ndarray) -> None:
     whole = encoded(samples, "WAV", "PCM_16")
     assert whole[36:40] == b"data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 from echox.audio.io import encode_flac
-from echox.builders.data import build_plan, open_sources, transcripts
+from echox.builders.data import build_plan, open_sources, transcripts, valid_readers
 from echox.config.load import load_recipe
 from echox.errors import DataError
+from echox.stream.collate import Item
 from echox.stream.format.catalogue import CATALOGUE_NAME, DATASET_NAME, Catalogue
 from echox.stream.format.indexing import index_folder
 from echox.stream.sampling.source import Source
@@ -78,6 +80,31 @@ def test_an_epoch_is_of_the_samples_that_serve(mixed: Path, task: str, stage: st
     lengths = plan.window(0, 0)
     seconds = [sample(number)["json"]["question_s"] for number in lengths.number_N.tolist()]
     assert task == "tts" or np.allclose(lengths.seconds_N, seconds)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_validation_reads_the_samples_that_serve(mixed: Path, rank: int) -> None:
+    wanted = recipe(mixed, "sqa", "s2t")
+    (source,) = open_sources(wanted, wanted.data.train)
+    (reader,) = valid_readers(wanted, [source], Names(), rank, 2).values()
+    (other,) = valid_readers(wanted, [source], Names(), 1 - rank, 2).values()
+    read = [name for part in (reader, other) for batch in part for name in batch]
+    assert sorted(read) == [f"k{number:03d}" for number in serving("sqa")]
+
+
+class Names:
+    """A collate whose batch is the names of its samples."""
+
+    members = frozenset[str]()
+
+    def decode(self, item: Item) -> str:
+        return item.sample.key
+
+    def join(self, rows: Sequence[str], step: int) -> list[str]:
+        return list(rows)
+
+    def blank(self, step: int) -> list[str]:
+        return []
 
 
 def test_transcripts_are_those_of_the_samples_that_serve(mixed: Path) -> None:

@@ -64,14 +64,14 @@ def test_all_sets_together_come_first_and_their_questions_are_different_ones() -
     def two(first: list[bool], second: list[bool]) -> dict[str, Any]:
         return {"phrasing": scores(first)[NAME], "open": scores(second)[NAME]}
 
-    base, other = two([True, True, False], [True, False]), two([False, True, False], [True, True])
+    base, other = two([True, True, True], [False, False]), two([False, False, False], [True, True])
     rows = compare([ECHO, REFERENCE], {"echo": {17: base}, "reference": {17: other}})
     assert [(row.set, row.arm, row.n) for row in rows] == [
         ("all", "echo", 5), ("all", "reference", 5),
         ("phrasing", "echo", 3), ("phrasing", "reference", 3), ("open", "echo", 2), ("open", "reference", 2),
     ]  # fmt: skip
-    assert [row.s2s_strict_acc for row in rows[:2]] == [0.6, 0.6]
-    assert rows[1].difference == pytest.approx(0.0) and rows[5].difference == pytest.approx(0.5)
+    assert [row.s2s_strict_acc for row in rows[:2]] == [0.6, 0.4]
+    assert rows[1].difference == pytest.approx(-0.2) and rows[5].difference == pytest.approx(1.0)
 
 
 def test_the_cascade_is_the_base_arm_s_text_in_the_teacher_s_speech() -> None:
