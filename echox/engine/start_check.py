@@ -135,7 +135,7 @@ def check_start(
         hosts=list(dict.fromkeys(hosts)),
         seconds=round(time.monotonic() - began, 2),
         allreduce_gb_s=None if speed is None else round(speed, 3),
-        notes=_skews(clocks),
+        notes=[*_skews(clocks), *_short_of_room(nodes)],
     )
 
 
@@ -167,8 +167,6 @@ def compare(nodes: Sequence[NodeReport]) -> list[str]:
             if model != first.models[name]:
                 here = "is absent" if model == "absent" else f"has other files than on {first.host}"
                 found.append(f"{host}: model {name} {here}")
-        if node.free is not None and node.free < LEAST_FREE:
-            found.append(f"{host}: {node.free / 2**20:.0f} MiB are left on the storage, too few for a checkpoint")
         if node.gpus and node.shared is not None and node.shared < LEAST_SHARED:
             found.append(
                 f"{host}: /dev/shm has {node.shared / 2**20:.0f} MiB, too few for NCCL; start the container with "
@@ -282,6 +280,12 @@ def _differences(node: NodeReport, first: NodeReport) -> Iterable[str]:
             yield f"{node.host}: {name} {here} where {first.host} has {there}"
     if node.code != first.code:
         yield f"{node.host}: the project's code is another than on {first.host} ({node.code}, {first.code})"
+
+
+def _short_of_room(nodes: Sequence[NodeReport]) -> list[str]:
+    # No mistake: a small run's checkpoints may fit, and a save that does not is borne.
+    low = [node for node in nodes if node.free is not None and node.free < LEAST_FREE]
+    return [f"{node.host}: {(node.free or 0) / 2**20:.0f} MiB are left on the storage" for node in low]
 
 
 def _skews(clocks: Mapping[str, float]) -> list[str]:

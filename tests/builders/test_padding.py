@@ -84,7 +84,9 @@ def losses(models: Path, name: str, layout: str) -> dict[str, tuple[Tensor, int]
     assert isinstance(stage, S2TStage)
     assert stage.s2t.causal_lm.config.pad_token_id == text.tokenizer.pad_token_id
     noise = np.random.default_rng(2)
-    batch = build_speech_collate(recipe, text).from_audio(
+    collate = build_speech_collate(recipe, text)
+    collate.tokenize = text.tokenize_template  # no text of the data holds these tokens, but the LLM's own answers may
+    batch = collate.from_audio(
         [noise.standard_normal(size).astype(np.float32) for size in (16000, 5000, 9000)],
         ["sqa", "asr", "sqa"],
         ["ab", "c", "<unk>"],
@@ -92,7 +94,7 @@ def losses(models: Path, name: str, layout: str) -> dict[str, tuple[Tensor, int]
         ids=["0", "1", "2"],
         weights=[1.0, 1.0, 1.0],
     )
-    assert {text.prompt.end, *text.tokenize("<unk>")} < set(batch.response_BR.flatten().tolist())
+    assert {text.prompt.end, *text.tokenize_template("<unk>")} < set(batch.response_BR.flatten().tolist())
     with torch.no_grad():
         return {key: (term.total, int(term.count)) for key, term in stage(batch).items()}
 
