@@ -444,7 +444,7 @@ def test_a_full_disk_and_a_share_that_is_away_are_one_sentence_and_cost_nothing(
         with pytest.raises(EchoXError, match="Cannot write a shard: No space left on device"):
             run(source, tmp_path / "out")
 
-    def stale(path: Path) -> bytes:
+    def stale(path: Path, most: int) -> bytes:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     with monkeypatch.context() as patch:
