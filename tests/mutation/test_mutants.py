@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 
 import pytest
+import yaml
 
 from tests.mutation.mutants import mutants_of, rewritten
-from tests.mutation.run import MODULES, NAMED, ROOT, equivalents
+from tests.mutation.run import MODULES, NAMED, ROOT, equivalents, named
 
 SOURCE = '''
 """Says nothing."""
@@ -57,6 +58,11 @@ def test_a_mutant_that_was_thought_of_must_still_have_its_place() -> None:
     assert mutant.lines == (15, 15) and mutant.rank("0") < mutants_of("a.py", SOURCE)[0].rank("0")
     with pytest.raises(ValueError, match="2 times"):
         rewritten("which", "a.py", SOURCE, "LIMIT", "")
+
+
+def test_every_named_mistake_still_has_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = yaml.safe_load(NAMED.read_text(encoding="utf-8"))
+    assert len(list(named(None))) == len(entries) > 10, capsys.readouterr().out
 
 
 def test_modules_and_reasons_are_there() -> None:
