@@ -47,7 +47,7 @@ MODULES = (
 )
 TESTS = (
     *("tests/stages", "tests/builders/test_build_stage.py", "tests/speak/test_pipeline.py"),
-    *(f"tests/models/test_{name}.py" for name in ("echo", "t2c", "s2t", "ragged", "padded_rows")),
+    *(f"tests/models/test_{name}.py" for name in ("echo", "t2c", "s2t", "ragged", "padded_rows", "history")),
     *("tests/units/test_language.py", "tests/units/test_language_fit.py"),
     *(f"tests/evaluate/test_{name}.py" for name in ("text", "spoken", "scores")),
 )
