@@ -222,7 +222,7 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
         extra += ["--train", RESPOND]
 
     if args.cluster != "ray" or args.dry_run:
-        _print(args, *_elsewhere(args, recipe, [*overrides, *extra]))
+        _print(args, *_elsewhere(args, recipe, overrides, extra))
         return 0
     environment = _environment(args)
 
@@ -238,15 +238,16 @@ def _submit(args: argparse.Namespace, recipe: str) -> int:
     return 0
 
 
-def _elsewhere(args: argparse.Namespace, recipe: str, words: Sequence[str]) -> tuple[Any, str]:
+def _elsewhere(
+    args: argparse.Namespace, recipe: str, overrides: Sequence[str], extra: Sequence[str]
+) -> tuple[Any, str]:
     """What a scheduler says of a run that it was given, or what it would get."""
     from echox.config.load import load_recipe
     from launch.deploy.options import submit
 
     if args.cluster == "ray":
         raise LaunchError("--dry-run prints what a scheduler would get", fix="name it: --cluster kuberay or slurm")
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    said = submit(args, load_recipe(recipe, overrides), [recipe, *words])
+    said = submit(args, load_recipe(recipe, overrides), [recipe, *overrides, *extra])
     return {"cluster": args.cluster, "said": said}, said.rstrip("\n")
 
 

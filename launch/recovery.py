@@ -13,7 +13,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -224,8 +223,6 @@ def _overrides(folder: Path) -> list[str]:
         for number, row in enumerate(units)
     )
     write_shards(folder / "shards", samples, per_shard=50)
-    with suppress(FileNotFoundError):
-        (folder / "runs").mkdir()
     changed = {
         "name": "recovery",
         "storage": folder / "runs",

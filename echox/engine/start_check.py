@@ -46,7 +46,6 @@ class NodeReport:
         versions: package to version; Python's among them.
         code: hash over the project's modules.
         models: reference to a hash over its files, or "absent".
-        clock: Unix time when all were asked.
         free: bytes left on the storage; None where nobody can say.
         shared: bytes of /dev/shm; None where there is none.
         gpus: whether it trains on GPUs.
@@ -58,7 +57,6 @@ class NodeReport:
     versions: Mapping[str, str]
     code: str
     models: Mapping[str, str]
-    clock: float
     free: int | None
     shared: int | None
     gpus: bool
@@ -147,7 +145,6 @@ def report_node(rank: int, folder: Path, models: Mapping[str, Path], *, gpus: bo
         versions=installed(),
         code=code_hash(),
         models={name: model_hash(path) for name, path in models.items()},
-        clock=time.time(),
         free=_free(folder),
         shared=_free(Path("/dev/shm"), whole=True),
         gpus=gpus,

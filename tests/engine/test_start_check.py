@@ -90,9 +90,7 @@ def test_models_clocks_and_bandwidth(outcomes: dict[str, Any]) -> None:
 
 def test_shared_memory_of_a_container_is_too_small_for_gpus_alone() -> None:
     def node(gpus: bool, shared: int | None) -> NodeReport:
-        return NodeReport(
-            rank=0, host="a", versions={}, code="", models={}, clock=0, free=None, shared=shared, gpus=gpus
-        )
+        return NodeReport(rank=0, host="a", versions={}, code="", models={}, free=None, shared=shared, gpus=gpus)
 
     (said,) = compare([node(True, 64 << 20)])
     assert said.startswith("a: /dev/shm has 64 MiB") and "--shm-size" in said
