@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.config.paths import storage_folder
 from echox.errors import EchoXError, RecipeError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run_respond(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     if TorchrunContext.detected():
-        with TorchrunContext(Path(recipe.storage), timeout_s=recipe.scaling.collective_timeout_s) as context:
+        with TorchrunContext(storage_folder(recipe.storage), timeout_s=recipe.scaling.collective_timeout_s) as context:
             world = World.of(context.rank, context.world_size, device_of(context))
             summary, is_main = respond(recipe, world=world, progress=Progress()), world.is_main
     else:
@@ -165,7 +166,7 @@ class _Work:
         from echox.responses.table import complete
 
         identity = with_questions(self._identity, source)
-        folder, table, answered = self._agreed(lambda: _state(source, identity, Path(self.recipe.storage).expanduser()))
+        folder, table, answered = self._agreed(lambda: _state(source, identity, storage_folder(self.recipe.storage)))
         new = 0
         if table is None:
             new = source.catalogue.samples - len(answered)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
-    from echox.engine.interfaces import TrainResult
+    from echox.engine.interfaces import Tracker, TrainResult
 
 ACCEPT_NEW_DATA = "--accept-new-data"
 ACCEPT_NEW_DATA_HELP = (
@@ -47,10 +47,11 @@ def add_parser(subparsers: Any) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """Train; rank 0 tracks the run and prints the result."""
     from echox.config.load import load_recipe
+    from echox.config.paths import storage_folder
     from echox.engine.context import LocalContext, TorchrunContext
 
     recipe = load_recipe(args.recipe, args.overrides)
-    storage = Path(recipe.storage).resolve()
+    storage = storage_folder(recipe.storage).resolve()
     if TorchrunContext.detected():
         with TorchrunContext(storage, timeout_s=recipe.scaling.collective_timeout_s) as world:
             result = _tracked(recipe, args, world)
@@ -67,20 +68,33 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
     """Train with an MLflow run that rank 0 opens and always ends."""
     from echox.builders.setup import build_setup
     from echox.engine.interfaces import NullTracker
-    from echox.engine.stop import clear_stop
+    from echox.engine.object_store.mirror import mirrored
+    from echox.engine.stop import STOP_FILE, clear_stop
     from echox.engine.trainer import train
-    from echox.tracking.run import open_run
-    from echox.tracking.system import SystemMetrics
 
     options = {"accept_new_data": args.accept_new_data, "allow": args.allow}
     if context.rank != 0:
-        return train(recipe, context, build_setup, NullTracker(), **options)
-    clear_stop(context.storage / recipe.name)
-    tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.recipe)
+        with mirrored(recipe.storage, recipe.name, local_rank=context.local_rank, first=False):
+            return train(recipe, context, build_setup, NullTracker(), **options)
+    with mirrored(recipe.storage, recipe.name, first=True) as mirror:
+        clear_stop(context.storage / recipe.name)
+        if mirror is not None:
+            mirror.store.remove(STOP_FILE)
+        return _owned(recipe, args.recipe, lambda tracker: train(recipe, context, build_setup, tracker, **options))
+
+
+def _owned(recipe: Recipe, recipe_name: str, train: Callable[[Tracker], TrainResult]) -> TrainResult:
+    """Train with an MLflow run of which this process is the owner, and end that in any case."""
+    from echox.config.paths import storage_folder
+    from echox.tracking.run import open_run
+    from echox.tracking.system import SystemMetrics
+
+    storage = storage_folder(recipe.storage).resolve()
+    tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=storage, recipe_name=recipe_name)
     sampler = SystemMetrics(tracker) if recipe.tracking.system_metrics else None
     status = "FAILED"
     try:
-        result = train(recipe, context, build_setup, tracker, **options)
+        result = train(tracker)
         status = "KILLED" if result.stopped else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

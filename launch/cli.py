@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.config.paths import is_url
 from echox.errors import LaunchError, printable
 from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 from launch.deploy.options import add_options
@@ -118,6 +119,8 @@ def run_logs(args: argparse.Namespace) -> int:
             raise LaunchError(f"{args.job} is no run folder", fix="see `echox status`")
 
         def going_on() -> bool:
+            if is_url(args.job):
+                locate(args.job)
             return args.follow and read_progress(folder).get("state") not in ("finished", "failed", "stopped")
 
         for event in follow_events(folder, going_on):
@@ -133,8 +136,13 @@ def run_logs(args: argparse.Namespace) -> int:
 
 def run_stop(args: argparse.Namespace) -> int:
     """Stop the job politely; Ray kills it only when it does not end in time."""
-    from echox.engine.stop import request_stop
+    from echox.engine.object_store.run_store import RunStore
+    from echox.engine.stop import STOP_FILE, request, request_stop
 
+    if is_url(args.job):
+        RunStore(args.job).write(STOP_FILE, request("echox stop").encode())
+        _print(args, {"folder": args.job}, f"the run in {args.job} will save and end")
+        return 0
     if Path(args.job).is_dir():
         request_stop(Path(args.job), "echox stop")
         _print(args, {"folder": args.job}, f"the run in {args.job} will save and end")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from echox.config.paths import is_url
 from echox.config.schema import Recipe
 
 HOME = "ECHOX_HOME"
@@ -28,10 +29,10 @@ def home() -> Path:
 
 
 def make_absolute(recipe: Recipe, start: Path) -> Recipe:
-    """The recipe with `storage`, `init.*` and a relative SQLite URI made absolute, starting from `start`."""
+    """The recipe with folders in `storage` and `init.*` and a relative SQLite URI made absolute, from `start`."""
 
     def absolute(path: str | None) -> str | None:
-        return None if path is None else str((start / Path(path).expanduser()).absolute())
+        return path if path is None or is_url(path) else str((start / Path(path).expanduser()).absolute())
 
     init = recipe.init.model_copy(update={part: absolute(getattr(recipe.init, part)) for part in ("s2t", "t2c")})
     uri = recipe.tracking.uri

@@ -7,15 +7,17 @@ mistakes is final.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from echox.config.load import load_recipe
+from echox.config.paths import run_dir
+from echox.engine.object_store.run_store import RunStore
 from echox.errors import EchoXError
 from launch import paths
-from launch.events import JobLog
+from launch.events import DRIVER_FILE, LOG, JobLog
 from launch.job.command_line import arguments, said
 from launch.job.supervisor import Supervisor
 
@@ -28,9 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = paths.make_absolute(load_recipe(args.recipe, args.overrides), paths.home())
     except EchoXError as error:
         return said(error, debug=args.debug)
-    log = JobLog(Path(recipe.storage) / recipe.name)
+    log = JobLog(run_dir(recipe.storage, recipe.name))
     log("begin", pid=os.getpid())
-    return Supervisor(words, log, budget=recipe.scaling.max_failures).run()
+    code = Supervisor(words, log, budget=recipe.scaling.max_failures).run()
+    store = RunStore.of(recipe.storage, recipe.name)
+    if store is not None:
+        with contextlib.suppress(EchoXError):  # the driver, which is gone, has sent all but the last lines
+            store.write(f"{LOG}/{DRIVER_FILE}", log.path.read_bytes())
+    return code
 
 
 if __name__ == "__main__":

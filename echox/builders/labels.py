@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from echox.config.paths import run_dir
 from echox.config.schema import Recipe
 from echox.errors import EchoXError
 from echox.files import append_line
@@ -81,7 +82,7 @@ def _packed(numbers: Any) -> bytes:
 def keep_labels(recipe: Recipe, stage: EchoStage, rank: int) -> None:
     """Give a stage the labels that its run has kept, where the recipe wants them cached."""
     if recipe.model.echo.labels == "cached":
-        folder = Path(recipe.storage).expanduser() / recipe.name / FOLDER / teacher_identity(stage)
+        folder = run_dir(recipe.storage, recipe.name) / FOLDER / teacher_identity(stage)
         stage.label_store = LabelFile(folder, rank)
 
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from echox.config.paths import storage_folder
 from echox.config.schema import Recipe
 from echox.engine.run_files import RunFile
 from echox.responses.decoding import Decoder
@@ -41,7 +41,7 @@ def find_answers(recipe: Recipe, prompt: PromptTokens, train: list[Source], vali
     if recipe.stage != "echo" or recipe.model.echo.pseudo_text != "generated":
         return OwnAnswers({}, {})
     model = model_identity(recipe, prompt)
-    storage = Path(recipe.storage).expanduser()
+    storage = storage_folder(recipe.storage)
     tables = {source.key: find_table(source, with_questions(model, source), storage) for source in (*train, *valid)}
     return OwnAnswers(tables, {f"responses-{source.name}.json": _run_file(tables[source.key]) for source in train})
 

@@ -31,11 +31,12 @@ from echox.builders.stages import (
 )
 from echox.builders.unit_sets import check_units, run_files
 from echox.config.model_schema import T2cConfig
-from echox.config.paths import resolve_data_file
+from echox.config.paths import is_url, resolve_data_file
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import MANIFEST, newest_manifest
 from echox.engine.interfaces import StageSetup, TrainLoader
+from echox.engine.object_store.reading import local_checkpoint
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
 from echox.models.causal_lm import check_parts
@@ -374,7 +375,7 @@ def frozen_models(recipe: Recipe) -> dict[str, Path]:
         refs["speech_encoder"] = recipe.model.speech_encoder.path
     folders = {name: model_folder(ref, random_init=recipe.model.random_init) for name, ref in refs.items()}
     if recipe.stage == "echo":
-        folders |= {f"init.{part}": find_weights(Path(ref)).parent for part, ref in _inits(recipe)}
+        folders |= {f"init.{part}": find_weights(ref).parent for part, ref in _inits(recipe)}
     return {name: folder for name, folder in folders.items() if folder is not None}
 
 
@@ -385,7 +386,7 @@ def check_inits(recipe: Recipe) -> None:
         CheckpointError: a run that `init` names has not come to its last step.
     """
     for part, ref in _inits(recipe):
-        manifest = None if (Path(ref) / MANIFEST).is_file() else newest_manifest(Path(ref))
+        manifest = _newest(ref)
         if manifest is None:
             continue  # a checkpoint that was named itself; or none at all, which loading says in full
         contents = json.loads(manifest.read_text(encoding="utf-8"))
@@ -399,6 +400,14 @@ def check_inits(recipe: Recipe) -> None:
             )
 
 
+def _newest(ref: str) -> Path | None:
+    """Manifest of the newest checkpoint of a run; None for a checkpoint that was named itself, or where none is."""
+    if is_url(ref):
+        chosen = local_checkpoint(ref)
+        return None if chosen is None else chosen.path / MANIFEST
+    return None if (Path(ref) / MANIFEST).is_file() else newest_manifest(Path(ref))
+
+
 def _inits(recipe: Recipe) -> list[tuple[str, str]]:
     given = {"s2t": recipe.init.s2t, "t2c": recipe.init.t2c}
     return [(part, ref) for part, ref in given.items() if ref]
@@ -409,7 +418,7 @@ def _load(ref: str | None) -> dict[str, Tensor]:
         return {}
     from safetensors.torch import load_file
 
-    return load_file(find_weights(Path(ref)))
+    return load_file(find_weights(ref))
 
 
 def _check_encoded(recipe: Recipe, sources: Iterable[Source]) -> None:

@@ -65,7 +65,7 @@ def check_units(
             say=say,
         )
     if recipe.stage == "echo" and recipe.init.t2c is not None and language is not None:
-        check_language(language, str(_place(recipe)), find_weights(Path(recipe.init.t2c)).parent, say=say)
+        check_language(language, str(_place(recipe)), find_weights(recipe.init.t2c).parent, say=say)
 
 
 def check_language(language: UnitLanguage, place: str, checkpoint: Path, *, say: Say = warn) -> None:

@@ -15,6 +15,8 @@ _SIGNED = re.compile(
 )
 SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
 """Names of environment variables that hold a secret."""
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
+"""Schemes of object stores that runs may lie in."""
 _DATABASE_LOGIN = "write postgresql://USER@HOST/DB and put the password into PGPASSWORD or ~/.pgpass of every node"
 _TRACKING_LOGIN = "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
 _DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
@@ -38,13 +40,16 @@ def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]
     """Every place of a recipe that is unfit.
 
     Args:
-        storage: folder of runs.
+        storage: folder of runs, or its URL.
         tracking_uri: where runs are tracked.
         data: key to dataset.
     """
-    if "://" in storage:
-        shown = without_secrets(storage)
-        yield Unfit("storage", f"storage={shown} is a URL, and runs are written to a folder", "mount it on every node")
+    scheme, found, _ = storage.partition("://")
+    if found and scheme not in OBJECT_STORES:
+        rule = f"storage={without_secrets(storage)} is neither a folder nor an object store"
+        yield Unfit("storage", rule, f"name a folder that every node sees, or {'://, '.join(OBJECT_STORES)}://")
+    elif found and (has_password(storage) or _SIGNED.search(storage)):
+        yield Unfit("storage", f"storage={without_secrets(storage)} holds a secret", _DATA_LOGIN)
     uri = tracking_uri or ""
     if has_password(uri):
         fix = _TRACKING_LOGIN if uri.startswith("http") else _DATABASE_LOGIN

@@ -6,8 +6,10 @@ laptop and on a cluster. Nothing here downloads; a missing folder is an error th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +75,26 @@ def resolve_file(ref: str) -> Path:
     return below_root if below_root.exists() else path
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is a URL rather than a folder."""
+    return "://" in place
+
+
+def storage_folder(storage: str) -> Path:
+    """The folder of runs on this node: the storage itself, or where this node keeps its copy of an object store's.
+
+    A relative folder starts at the current one. The copy lies below the cache, under a name made from the URL.
+    """
+    if not is_url(storage):
+        return Path(storage).expanduser()
+    place = storage.rstrip("/")
+    readable = re.sub(r"[^A-Za-z0-9.]+", "-", place)[:80]
+    return cache_dir() / "runs" / f"{readable}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
 def run_dir(storage: str, name: str) -> Path:
-    """Folder of one run: `<storage>/<name>`; a relative storage starts at the current folder."""
-    return Path(storage).expanduser() / name
+    """Folder of one run on this node: `<storage>/<name>`, see `storage_folder`."""
+    return storage_folder(storage) / name
 
 
 def model_place(ref: str) -> Path:

@@ -22,6 +22,7 @@ from pydantic import (
 
 from echox.config.locations import unfit_places
 from echox.config.model_schema import ModelConfig, T2cConfig
+from echox.config.paths import is_url
 from echox.config.section import Change, Free, Guarded, Section, own_mark, section_in
 
 StageName = Literal["s2t", "t2c", "echo"]
@@ -310,7 +311,9 @@ class Recipe(Section):
     stage: StageName = Field(description="s2t: Stage I, speech to text; t2c: Stage II, text to units; echo: Stage III")
     scale: Free[str] = Field(description="demo, 3b, 8b or your own; a tag to compare runs by")
     seed: Guarded[int] = Field(17, description="random seed of new weights, of dropout and of the order of the data")
-    storage: Free[str] = Field("runs", description="folder of runs; on a cluster, one that every node sees")
+    storage: Free[str] = Field(
+        "runs", description="folder of runs, on a cluster one that every node sees; or URL such as s3://bucket/runs"
+    )
     model: ModelConfig
     init: Guarded[InitConfig] = InitConfig()
     data: DataConfig
@@ -376,8 +379,13 @@ def _place_breaches(recipe: Recipe) -> list[Breach]:
         for group in ("train", "valid")
         for index, source in enumerate(getattr(recipe.data, group))
     }
-    found = unfit_places(recipe.storage, recipe.tracking.uri, data)
-    return [Breach((unfit.key,), unfit.rule, unfit.fix) for unfit in found]
+    unfit = unfit_places(recipe.storage, recipe.tracking.uri, data)
+    found = [Breach((each.key,), each.rule, each.fix) for each in unfit]
+    every = recipe.model.echo.refresh_every
+    if is_url(recipe.storage) and every:
+        rule = f"model.echo.refresh_every={every} needs a folder of runs that every node sees"
+        found.append(Breach(("storage", "model.echo.refresh_every"), rule, "set it to 0, or mount the storage"))
+    return found
 
 
 def _batch_rules(recipe: Recipe) -> list[Breach]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from echox.engine import rng_state
-from echox.engine.checkpoint.checkpointer import Checkpointer, Published, find_checkpoint
+from echox.engine.checkpoint.checkpointer import Checkpointer, Published
 from echox.engine.monitor.metrics import step_metrics
 from echox.engine.monitor.step_timer import StepTimer
 from echox.engine.rank_status import RankStatus, Vote
@@ -253,8 +253,8 @@ class Loop:
         if self.recipe.health.on_bad_step != "rewind":
             return False
         self._finish_save(last=False)
-        choice = self.world.broadcast(find_checkpoint(reporter.folder.path) if self.world.is_main else None)
-        if choice is None or choice.checkpoint is None:
+        choice = self.checkpointer.find(brings=self.context.local_rank == 0)
+        if choice.checkpoint is None:
             return False  # nothing to go back to: the step is passed over
         bad_step, cursor = self.state.step, choice.checkpoint.manifest["cursor"]
         step = self.checkpointer.load(choice.checkpoint, self.recipe.seed)

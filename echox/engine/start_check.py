@@ -6,15 +6,13 @@ shared memory. What is wrong on any node is said at once, in one error, and not 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import platform
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -22,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import echox
+from echox.engine.storage_proof import FolderProof, ProofPlace, StoreProof, proof_name, seen, written
 from echox.errors import EchoXError, LaunchError
 
 if TYPE_CHECKING:
+    from echox.engine.monitor.run_dir import RunDir
     from echox.engine.world import World
 
-PATIENCE_S = 45.0
-"""What a file may take to be seen on another node: network file systems remember for so long that it was not there."""
 LEAST_FREE, LEAST_SHARED = 256 << 20, 256 << 20
 """Bytes on the storage, and in /dev/shm beside GPUs: containers have 64 MiB of it unless told otherwise."""
 SKEW_S = 10.0
@@ -81,14 +79,14 @@ class StartCheck:
 
 
 def check_start(
-    folder: Path, models: Mapping[str, Path], world: World, *, least_busbw: float = 0.0, in_one_file: bool = False
+    folder: RunDir, models: Mapping[str, Path], world: World, *, least_busbw: float = 0.0, in_one_file: bool = False
 ) -> StartCheck:
     """Ask every node, compare, and measure an all-reduce; every rank calls it.
 
     On one node there is nothing to compare; room is looked at, and the all-reduce measured.
 
     Args:
-        folder: of the run, on the storage that all nodes share.
+        folder: of the run, on the storage that all nodes share, or in an object store.
         models: folder of each pretrained model, by the name that the recipe has for it.
         world: the processes.
         least_busbw: bandwidth below which the fabric is not what it should be.
@@ -101,8 +99,9 @@ def check_start(
     hosts = world.all_gather(socket.gethostname())
     leaders = [hosts.index(host) for host in dict.fromkeys(hosts)]
     leads = world.rank in leaders
-    problems = _shared_storage(folder, world, leaders) if len(leaders) > 1 else []
-    report = report_node(world.rank, folder, models, gpus=world.device.type == "cuda") if leads else None
+    place = FolderProof(folder.path) if folder.store is None else StoreProof(folder.store)
+    problems = _shared_storage(place, world, leaders) if len(leaders) > 1 or folder.store is not None else []
+    report = report_node(world.rank, folder.path, models, gpus=world.device.type == "cuda") if leads else None
     clock = time.time()  # all ranks have just left the same collective
     gathered = world.all_gather((report, clock, problems))
     nodes = [node for node, _, _ in gathered if node is not None]
@@ -127,7 +126,7 @@ def check_start(
         listed = "\n".join(f"  - {problem}" for problem in found)
         raise LaunchError(
             f"the {len(nodes)} nodes of this run do not fit together:\n{listed}\nNothing was trained.",
-            where=str(folder),
+            where=place.where,
         )
     return StartCheck(
         hosts=list(dict.fromkeys(hosts)),
@@ -208,66 +207,28 @@ def model_hash(folder: Path) -> str:
     return digest.hexdigest()[:12] if files else "absent"
 
 
-def _shared_storage(folder: Path, world: World, leaders: Sequence[int]) -> list[str]:
+def _shared_storage(place: ProofPlace, world: World, leaders: Sequence[int]) -> list[str]:
     """Rank 0 writes a number that the others read, and they write one each that rank 0 reads; what this rank found."""
     nonce = world.broadcast(uuid.uuid4().hex)
-    mine, leads = proof_path(folder, nonce, world.rank), world.rank in leaders
-    found = _tried(lambda: write_proof(mine, nonce, make=world.is_main), folder) if leads and world.is_main else []
+    leads = world.rank in leaders
+    found = written(place, nonce, world.rank) if leads and world.is_main else []
     stop = bool(world.broadcast(found))
     if leads and not world.is_main and not stop:
-        if seen(proof_path(folder, nonce, 0), nonce):
-            found = _tried(lambda: write_proof(mine, nonce, make=False), folder)
+        if seen(place, nonce, 0):
+            found = written(place, nonce, world.rank)
         else:
             found = [
-                f"{socket.gethostname()}: what rank 0 writes to {folder} cannot be read here: it is no folder that the "
-                "nodes share"
+                f"{socket.gethostname()}: what rank 0 writes to {place.where} cannot be read here: it is no place that "
+                "the nodes share"
             ]
-    written = [not problems for problems in world.all_gather(found)]
+    good = [not problems for problems in world.all_gather(found)]
     if world.is_main and not found:
-        missing = [rank for rank in leaders if written[rank] and not seen(proof_path(folder, nonce, rank), nonce)]
-        found = [f"rank 0 cannot read what rank {rank} writes to {folder}" for rank in missing]
+        missing = [rank for rank in leaders if good[rank] and not seen(place, nonce, rank)]
+        found = [f"rank 0 cannot read what rank {rank} writes to {place.where}" for rank in missing]
     world.barrier()
     if leads:
-        with contextlib.suppress(OSError):
-            mine.unlink()
+        place.remove(proof_name(nonce, world.rank))
     return found
-
-
-def proof_path(folder: Path, nonce: str, rank: int) -> Path:
-    """Where a rank leaves its proof."""
-    return folder / f".start-{nonce}-{rank}"
-
-
-def write_proof(path: Path, nonce: str, *, make: bool) -> None:
-    """Write a proof to the disk; `make` makes its folder."""
-    if make:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="ascii") as file:
-        file.write(nonce)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _tried(write: Callable[[], None], folder: Path) -> list[str]:
-    try:
-        write()
-    except OSError as error:
-        return [f"{socket.gethostname()}: nothing can be written to {folder}: {error.strerror or error}"]
-    return []
-
-
-def seen(path: Path, nonce: str) -> bool:
-    """Whether a file of this content comes into sight in time."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            if path.read_text(encoding="ascii") == nonce:
-                return True
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
 
 
 def _differences(node: NodeReport, first: NodeReport) -> Iterable[str]:

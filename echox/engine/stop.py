@@ -14,12 +14,13 @@ from echox.files import write_atomically
 
 STOP_FILE = "stop.json"
 POLL_S = 0.5
+_NO_REASON = "asked to stop"
 
 
 def request_stop(run_folder: Path, why: str) -> None:
     """Ask the run in a folder to finish its step, save and end; anyone who can write there may."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run_folder / STOP_FILE, json.dumps({"why": why, "time": time.time()}))
+    write_atomically(run_folder / STOP_FILE, request(why))
 
 
 def clear_stop(run_folder: Path) -> None:
@@ -30,11 +31,24 @@ def clear_stop(run_folder: Path) -> None:
 def read_stop(run_folder: Path) -> str | None:
     """Why the run was asked to stop, or None."""
     try:
-        return str(json.loads((run_folder / STOP_FILE).read_text())["why"])
+        return reason_in((run_folder / STOP_FILE).read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return "asked to stop"  # a file written by hand
+    except OSError:
+        return _NO_REASON
+
+
+def reason_in(request: bytes) -> str:
+    """Why a run is asked to stop, from the contents of a request, which may be written by hand."""
+    try:
+        return str(json.loads(request)["why"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _NO_REASON
+
+
+def request(why: str) -> str:
+    """The contents of a request."""
+    return json.dumps({"why": why, "time": time.time()})
 
 
 class StopListener:

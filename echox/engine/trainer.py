@@ -28,6 +28,9 @@ from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.startup_timer import StartupTimer
 from echox.engine.monitor.update_check import UpdateCheck, UpdateReport
 from echox.engine.monitor.watchdog import Watchdog
+from echox.engine.object_store.checkpoints import Entry, PublishedCheckpoints
+from echox.engine.object_store.mirror import StoredStop
+from echox.engine.object_store.run_store import RunStore
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
 from echox.engine.run_files import RunFileEntry
 from echox.engine.start_check import check_start
@@ -76,11 +79,16 @@ def train(
     """
     startup = StartupTimer()
     world = World.of(context.rank, context.world_size, device_of(context))
-    folder = RunDir(context.storage / recipe.name)
-    listener = StopListener(folder.path if world.is_main else None, context.stop_requested)
+    store = RunStore.of(recipe.storage, recipe.name)
+    folder = RunDir(context.storage / recipe.name, store)
+    listener = StopListener(
+        folder.path if world.is_main and store is None else None,
+        context.stop_requested,
+        *((StoredStop(store),) if world.is_main and store is not None else ()),
+    )
     try:
         with signals_stop(listener):
-            run = _Attempt.open(recipe, context, world, tracker or NullTracker(), startup, allow=allow)
+            run = _Attempt.open(recipe, context, world, folder, tracker or NullTracker(), startup, allow=allow)
             return run.run(build, listener, accept_new_data=accept_new_data)
     finally:
         listener.close()
@@ -95,6 +103,7 @@ class _Attempt:
     world: World
     reporter: Reporter
     choice: Choice
+    published: PublishedCheckpoints | None
     startup: StartupTimer
 
     @classmethod
@@ -103,6 +112,7 @@ class _Attempt:
         recipe: Recipe,
         context: RunContext,
         world: World,
+        folder: RunDir,
         tracker: Tracker,
         startup: StartupTimer,
         *,
@@ -110,27 +120,33 @@ class _Attempt:
     ) -> _Attempt:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
         prepare_deepspeed(world.device)
-        folder = RunDir(context.storage / recipe.name)
         proof = check_start(
-            folder.path,
+            folder,
             _models(recipe),
             world,
             least_busbw=recipe.scaling.least_busbw,
             in_one_file=world.broadcast(tracker.in_one_file),
         )
-        found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
+        published = None if folder.store is None else PublishedCheckpoints(folder.store)
+        found: tuple[int, Choice | None, Entry | None, EchoXError | None] = (0, None, None, None)
         if world.is_main:
-            attempt = 0
+            attempt, entry = 0, None
             try:
                 attempt = folder.next_attempt()
-                choice = find_checkpoint(folder.path, context.checkpoint_in)
+                if published is None:
+                    choice = find_checkpoint(folder.path, context.checkpoint_in)
+                else:
+                    published.begin_attempt(attempt)
+                    choice, entry = published.choose(folder.path)
                 check_fits(choice, recipe, allow)
-                found = (attempt, choice, None)
+                found = (attempt, choice, entry, None)
             except EchoXError as error:
-                found = (attempt, None, error)
+                found = (attempt, None, None, error)
             except OSError as error:
-                found = (attempt, None, _unwritable(folder.path, error))
-        attempt, chosen, problem = world.broadcast(found)
+                found = (attempt, None, None, _unwritable(folder.path, error))
+        attempt, chosen, entry, problem = world.broadcast(found)
+        if published is not None and chosen is not None:
+            chosen = published.on_every_node(chosen, entry, folder.path, world, brings=context.local_rank == 0)
         try:
             log = EventLog(folder.path, rank=world.rank, attempt=attempt)
         except OSError as error:
@@ -145,10 +161,12 @@ class _Attempt:
             reporter.state.checkpoint = chosen.checkpoint.path
         for path, why in chosen.rejected:
             reporter.event("checkpoint_rejected", path=path, why=why)
-            if world.is_main:
+            if world.is_main and published is None:
                 reporter.event("checkpoint_set_aside", path=set_aside(path))
+        if world.is_main and published is not None and chosen.rejected:
+            published.set_damaged({path.name: why for path, why in chosen.rejected})
         startup.lap("run")
-        return cls(recipe, context, world, reporter, chosen, startup)
+        return cls(recipe, context, world, reporter, chosen, published, startup)
 
     def run(self, build: BuildSetup, listener: StopListener, *, accept_new_data: bool) -> TrainResult:
         """Train, and say how the attempt ended in every case."""
@@ -223,6 +241,7 @@ class _Attempt:
                 "dtypes": census,
                 "precision": precision,
             },
+            published=self.published,
         )
         self._announce(precision, census, ds_config)
         health = LossGuard(recipe.health, world.device)

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from echox.config.schema import Recipe
@@ -73,5 +72,5 @@ def _weights(recipe: Recipe) -> str:
     """SHA-256 of the trained S2T weights; of random ones, their seed."""
     if recipe.init.s2t is None:
         return f"random, seed {recipe.seed}"
-    checkpoint = find_weights(Path(recipe.init.s2t)).parent
+    checkpoint = find_weights(recipe.init.s2t).parent
     return read_manifest(checkpoint)["files"][WEIGHTS]["sha256"]

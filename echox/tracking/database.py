@@ -7,14 +7,11 @@ at once leave a file that neither can use, and so does one that is killed meanwh
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import sqlite3
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
-from echox.files import fsync
+from echox.files import exclusive, fsync
 
 SQLITE = "sqlite:///"
 _BUSY_S = 5.0
@@ -39,7 +36,7 @@ def ensure_database(uri: str) -> None:
         return
     if not _built(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_name(f".{path.name}.lock")):
+        with exclusive(path.with_name(f".{path.name}.lock")):
             if not _built(path):
                 _build(path)
     _whole.add((str(path), path.stat().st_ino))
@@ -80,14 +77,3 @@ def _build(path: Path) -> None:
     path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     aside.replace(path)
     fsync(path.parent)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock of one that is killed goes with it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

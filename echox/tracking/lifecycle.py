@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.config.paths import is_url
 from echox.tracking import spool
 from echox.tracking.database import ensure_database
 from echox.tracking.delivery import Delivery
@@ -130,7 +131,10 @@ def _experiment(client: MlflowClient, state: Mapping[str, Any]) -> str:
             log.warning("experiment %s had been deleted; it is restored, for a run goes on in it", name)
             client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
-    location = None if keeps_artifacts(str(state["uri"])) else Path(state["artifacts"]).as_uri()
+    location = None
+    if not keeps_artifacts(str(state["uri"])):
+        kept = str(state["artifacts"])
+        location = kept if is_url(kept) else Path(kept).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 

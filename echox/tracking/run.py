@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.errors import LaunchError
+from echox.config.paths import is_url
+from echox.errors import LaunchError, RecipeError
 from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.delivery import STAGE, Delivery
 from echox.tracking.lifecycle import finish_pending, make_client
-from echox.tracking.names import experiment_name, metric_name, tracking_uri
+from echox.tracking.names import default_uri, experiment_name, metric_name, tracking_uri
 from echox.tracking.state import (
     BEAT_S,
     Process,
@@ -54,10 +55,16 @@ def open_run(recipe: Recipe, params: Mapping[str, Any], *, storage: Path, recipe
         recipe_name: the file the recipe came from, a tag.
 
     Raises:
-        RecipeError: `tracking.uri` is a plain folder.
+        RecipeError: `tracking.uri` is a plain folder, or there is none and the storage is an object store.
         LaunchError: the run is being trained by another process.
     """
     uri = tracking_uri(recipe.tracking.uri, storage)
+    if is_url(recipe.storage) and uri == default_uri(storage):
+        raise RecipeError(
+            f"runs in {recipe.storage} have no folder for a tracking database",
+            where="tracking.uri",
+            fix="start `mlflow server` on a machine that stays, and set tracking.uri or MLFLOW_TRACKING_URI to its URL",
+        )
     run_folder = storage / recipe.name
     run_folder.mkdir(parents=True, exist_ok=True)
     state = read_state(run_folder)
@@ -75,7 +82,7 @@ def open_run(recipe: Recipe, params: Mapping[str, Any], *, storage: Path, recipe
         name=recipe.name,
         experiment=experiment_name(recipe.tracking.experiment),
         parent=recipe.tracking.parent_run or recipe.name,
-        artifacts=str(storage / "mlflow-artifacts"),
+        artifacts=f"{recipe.storage.rstrip('/') if is_url(recipe.storage) else storage}/mlflow-artifacts",
         tags={
             "scale": recipe.scale,
             "stage": recipe.stage,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox import doctor
+from echox.config.paths import is_url
 from echox.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     parser = doctor.add_parser(subparsers)
     group = parser.add_argument_group("a cluster in place of this machine")
     group.add_argument("--cluster", action="store_true", help="ask every node, by a job of a few seconds")
-    group.add_argument("--storage", type=Path, metavar="FOLDER", help="folder that all nodes have to share")
+    group.add_argument("--storage", metavar="FOLDER", help="folder or URL that all nodes have to share")
     group.add_argument(
         "--model", action="append", default=[], metavar="REF", help="model that all have to have; repeat"
     )
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     return doctor.run(args)
 
 
-def check_cluster(jobs: Jobs, storage: Path | None, models: list[str], *, as_json: bool) -> int:
+def check_cluster(jobs: Jobs, storage: str | None, models: list[str], *, as_json: bool) -> int:
     """Let a job ask the nodes, print what it says, and return 1 where something is wrong.
 
     Raises:
@@ -50,7 +51,7 @@ def check_cluster(jobs: Jobs, storage: Path | None, models: list[str], *, as_jso
     from launch.job.cluster_check import RESULT
 
     words = ["launch.job.cluster_check", *(word for model in models for word in ("--model", model))]
-    words += [] if storage is None else ["--storage", str(storage.expanduser())]
+    words += [] if storage is None else ["--storage", storage if is_url(storage) else str(Path(storage).expanduser())]
     name = f"doctor-{time.time_ns() // 1_000_000}"
     job = jobs.submit_module(words, name, JobEnvironment(), {"user": user_name()})
     jobs.wait(job)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import urlsplit
 
 from echox.config.load import find_recipe, load_recipe
-from echox.config.paths import project_root
+from echox.config.paths import cache_dir, is_url, project_root
 from echox.errors import LaunchError
 from launch.client.address import LOOPBACK, api_address, on_this_machine, without_variables
 from launch.client.job_environment import JobEnvironment, parse_table, passed_on
@@ -356,6 +356,8 @@ class Jobs:
 
     def _run_folder(self, recipe: Recipe) -> str:
         """The run's folder as the job will see it; empty where only the cluster knows."""
+        if is_url(recipe.storage):
+            return f"{recipe.storage.rstrip('/')}/{recipe.name}"
         storage = Path(recipe.storage).expanduser()
         if self.is_local:
             storage = (Path(os.environ.get(HOME) or os.getcwd()) / storage).absolute()
@@ -367,7 +369,8 @@ class Jobs:
         if file.is_relative_to(root):
             return str(file.relative_to(root))
         # A run's own folder lies in storage that every node sees.
-        if self.is_local or file.name == RESOLVED:
+        copied = file.is_relative_to((cache_dir() / "runs").resolve())
+        if self.is_local or (file.name == RESOLVED and not copied):
             return str(file)
         raise LaunchError(
             f"recipe {recipe} lies outside the project folder, which is all that travels", fix=f"copy it below {root}"

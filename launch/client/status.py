@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict, cast
 
+from echox.config.paths import is_url
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.manifest import newest_manifest
 from echox.engine.monitor.run_dir import Progress
+from echox.engine.object_store.reading import bring_checkpoints, local_logs
 from echox.errors import LaunchError
 from launch import paths
 from launch.client.follow import describe
@@ -51,16 +53,25 @@ def locate(run: str, jobs: Iterable[Job] = ()) -> Path | None:
     """The folder of a run given as a folder, a job or a name; None where it cannot be seen from here.
 
     Args:
-        run: folder, submission id or run name.
+        run: folder, URL, submission id or run name.
         jobs: of the cluster, which say where their runs lie.
     """
+    if is_url(run):
+        return local_copy(run)
     given = [Path(run).expanduser()] if os.sep in run or Path(run).is_dir() else []
-    known = [Path(job["folder"]) for job in jobs if run in (job["id"], job["run"]) and job.get("folder")]
+    known = [local_copy(job["folder"]) for job in jobs if run in (job["id"], job["run"]) and job.get("folder")]
     usual = [paths.home() / str(Recipe.model_fields["storage"].default) / run]
     for folder in (*given, *reversed(known), *usual):
         if folder.is_dir():
             return folder.absolute()
     return None
+
+
+def local_copy(run: str) -> Path:
+    """The folder of a run, or this machine's copy of its logs and manifests."""
+    if is_url(run):
+        bring_checkpoints(run, whole=False)
+    return local_logs(run)
 
 
 def resolved_recipe(run: str, jobs: Iterable[Job] = ()) -> Path:

@@ -9,11 +9,11 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-from echox.config.paths import model_place
-from echox.engine.start_check import NodeReport, compare, proof_path, report_node, seen, write_proof
+from echox.config.paths import model_place, storage_folder
+from echox.engine.start_check import NodeReport, compare, report_node
+from echox.engine.storage_proof import place_of, proof_name, seen, written
 
 RESULT = "RESULT "
 """How the line begins that holds the result as JSON."""
@@ -23,7 +23,7 @@ ASK_S = 120.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask, compare and print; 1 where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m launch.job.cluster_check")
-    parser.add_argument("--storage", type=Path, help="folder that all nodes have to share")
+    parser.add_argument("--storage", help="folder or object store that all nodes have to share")
     parser.add_argument("--model", action="append", default=[], help="model that all nodes have to have")
     args = parser.parse_args(argv)
     nodes, problems = ask(args.storage, args.model)
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if problems else 0
 
 
-def ask(storage: Path | None, models: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def ask(storage: str | None, models: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """What the nodes say, and what is wrong with them; one that does not answer is wrong."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -47,12 +47,10 @@ def ask(storage: Path | None, models: Sequence[str]) -> tuple[list[dict[str, Any
     alive = [node for node in ray.nodes() if node["Alive"]]
     names = _names(alive)
     nonce, problems = uuid.uuid4().hex, []
-    if storage is not None:
-        try:
-            write_proof(proof_path(storage, nonce, 0), nonce, make=True)
-        except OSError as error:
-            problems.append(f"{socket.gethostname()}: nothing can be written to {storage}: {error.strerror}")
-            storage = None
+    place = None if storage is None else place_of(storage)
+    if place is not None and (unwritten := written(place, nonce, 0)):
+        problems += unwritten
+        storage = place = None
     task = ray.remote(num_cpus=0, max_retries=1)(_asked)
     asked = {}
     for number, node in enumerate(alive, 1):
@@ -71,34 +69,31 @@ def ask(storage: Path | None, models: Sequence[str]) -> tuple[list[dict[str, Any
             problems.append(f"{name}: cannot be asked: {str(error).strip().splitlines()[-1][:200]}")
             continue
         report = replace(report, host=name, problems=[f"{name}: {problem}" for problem in report.problems])
-        if storage is not None and not report.problems and not seen(proof_path(storage, nonce, number), nonce):
+        if place is not None and not report.problems and not seen(place, nonce, number):
             problems.append(f"what {name} writes to {storage} cannot be read on {socket.gethostname()}")
         reports.append(report)
         found.append({**asdict(report), "cpus": node["Resources"].get("CPU", 0.0), "gpus": gpus})
     problems += [f"{names[asked[each][1]['NodeID']]}: does not answer in {ASK_S:.0f} s" for each in late]
-    if storage is not None:
-        proof_path(storage, nonce, 0).unlink(missing_ok=True)
-        for number, _ in asked.values():
-            proof_path(storage, nonce, number).unlink(missing_ok=True)
+    if place is not None:
+        for number in range(len(alive) + 1):
+            place.remove(proof_name(nonce, number))
     return found, problems + compare(reports)
 
 
-def _asked(number: int, storage: Path | None, nonce: str, models: list[str]) -> tuple[NodeReport, dict[str, int]]:
+def _asked(number: int, storage: str | None, nonce: str, models: list[str]) -> tuple[NodeReport, dict[str, int]]:
     """Runs on a node: its report, and its GPUs by name."""
     import torch
 
     problems: list[str] = []
     if storage is not None:
-        if not seen(proof_path(storage, nonce, 0), nonce):
-            problems.append(f"what the head writes to {storage} cannot be read here: it is no folder that nodes share")
+        place = place_of(storage)
+        if seen(place, nonce, 0):
+            problems += written(place, nonce, number)
         else:
-            try:
-                write_proof(proof_path(storage, nonce, number), nonce, make=False)
-            except OSError as error:
-                problems.append(f"nothing can be written to {storage}: {error.strerror}")
+            problems.append(f"what the head writes to {storage} cannot be read here: it is no place that nodes share")
     names = [torch.cuda.get_device_name(place) for place in range(torch.cuda.device_count())]
     places = {model: model_place(model) for model in models}
-    report = report_node(number, storage or Path.cwd(), places, gpus=bool(names))
+    report = report_node(number, storage_folder(storage or "."), places, gpus=bool(names))
     return replace(report, problems=problems), {name: names.count(name) for name in dict.fromkeys(names)}
 
 

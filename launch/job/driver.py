@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from echox.config.load import find_recipe, load_recipe, resolved
 from echox.config.locations import SECRET_NAME
+from echox.config.paths import run_dir
 from echox.config.schema import Recipe, worker_counts
-from echox.engine.stop import clear_stop, read_stop, request_stop
+from echox.engine.object_store.mirror import Mirror, mirrored
+from echox.engine.object_store.run_store import RunStore
+from echox.engine.stop import STOP_FILE, clear_stop, read_stop, request_stop
 from echox.errors import EchoXError, LaunchError
 from launch import paths
 from launch.events import FAILED, MORE_ROOM, JobLog, read_events, read_progress
@@ -85,10 +88,10 @@ class Driver:
         self.recipe = recipe
         self.args = args
         self.signals = signals
-        self.run_folder = Path(recipe.storage) / recipe.name
+        self.run_folder = run_dir(recipe.storage, recipe.name)
         self.log = JobLog(self.run_folder)
         self.began = time.monotonic()
-        self._attempt_before = read_progress(self.run_folder).get("attempt", 0)
+        self._attempt_before = 0
 
     def run(self) -> int:
         """Train; the MLflow run is ended in every case.
@@ -96,12 +99,17 @@ class Driver:
         Raises:
             EchoXError: a worker's error the user can act on, or `LaunchError` for everything else.
         """
+        with mirrored(self.recipe.storage, self.recipe.name, first=False, follows=True) as mirror:
+            self._attempt_before = read_progress(self.run_folder).get("attempt", 0)
+            self._withdraw_old_requests(mirror)
+            return self._run()
+
+    def _run(self) -> int:
         from echox.tracking.run import open_run
 
-        self._withdraw_old_requests()
         label = _label(self.args.recipe)
         try:
-            tracker = open_run(self.recipe, resolved(self.recipe), storage=Path(self.recipe.storage), recipe_name=label)
+            tracker = open_run(self.recipe, resolved(self.recipe), storage=self.run_folder.parent, recipe_name=label)
         except EchoXError as error:
             self.log("failed", error=str(error))
             raise
@@ -157,11 +165,13 @@ class Driver:
         begun = progress.get("attempt", 0) > self._attempt_before
         return begun and progress.get("state") not in ("starting", None)
 
-    def _withdraw_old_requests(self) -> None:
+    def _withdraw_old_requests(self, mirror: Mirror | None) -> None:
         """A request to stop is not meant for a new job; a driver started again leaves all but its own."""
         why = read_stop(self.run_folder)
         if not self.args.restart or (why is not None and why.startswith(MORE_ROOM)):
             clear_stop(self.run_folder)
+            if mirror is not None:
+                mirror.store.remove(STOP_FILE)
 
     def _restarts(self, stopped: str) -> bool:
         """Whether the run stopped for its nodes' sake alone."""
@@ -223,7 +233,7 @@ class Driver:
             run_config=RunConfig(
                 # One folder an attempt: Ray resumes a folder it knows, and what to resume is the engine's decision.
                 name=f"attempt-{handle.attempt}",
-                storage_path=str(handle.run_folder / "ray"),
+                **ray_storage(recipe),
                 failure_config=failure_config,
                 # The engine reports its own life; Ray Train's lines repeat it, with a traceback a rank.
                 logging_config=LoggingConfig(log_level="INFO" if self.args.debug else "CRITICAL"),
@@ -314,11 +324,25 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
         switches |= {
             "TORCH_FR_BUFFER_SIZE": "2000",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-            "TORCH_FR_DUMP_TEMP_FILE": f"{Path(recipe.storage) / recipe.name / 'log' / 'nccl-rank-'}",
+            "TORCH_FR_DUMP_TEMP_FILE": f"{run_dir(recipe.storage, recipe.name) / 'log' / 'nccl-rank-'}",
         }
     # DeepSpeed calls ninja and the compiler by name; the worker's PATH is that of the Ray daemon.
     path = os.pathsep.join(dict.fromkeys([str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(":")]))
     return {**passed, **switches, "PATH": path}
+
+
+def ray_storage(recipe: Recipe) -> dict[str, Any]:
+    """Where Ray Train keeps its own small files: beside the run, in whatever that lies in."""
+    store = RunStore.of(recipe.storage, recipe.name)
+    if store is None:
+        return {"storage_path": str(run_dir(recipe.storage, recipe.name) / "ray")}
+    import pyarrow.fs
+
+    filesystem, root = store.filesystem()
+    return {
+        "storage_path": f"{root}/ray",
+        "storage_filesystem": pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem)),
+    }
 
 
 def connect() -> None:

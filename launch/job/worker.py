@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any, TypedDict
 
+from echox.config.paths import storage_folder
 from echox.config.schema import Recipe
+from echox.engine.object_store.mirror import mirrored
 from echox.errors import EchoXError
 from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.run import attach
@@ -53,11 +54,16 @@ def run_worker(config: WorkerConfig) -> WorkerResult:
         EchoXError: what the user can act on, for the driver to print.
         Exception: anything else; its traceback is also in `<run folder>/errors/`.
     """
+    recipe = Recipe.model_validate(config["recipe"])
+    context = RayContext(storage_folder(recipe.storage))
+    with mirrored(recipe.storage, recipe.name, first=context.rank == 0, local_rank=context.local_rank):
+        return _train(config, recipe, context)
+
+
+def _train(config: WorkerConfig, recipe: Recipe, context: RayContext) -> WorkerResult:
     from echox.engine.interfaces import NullTracker
 
-    recipe = Recipe.model_validate(config["recipe"])
     handle = config["handle"]
-    context = RayContext(Path(recipe.storage))
     traceback_file = error_file(handle.run_folder, context.rank)
     traceback_file.unlink(missing_ok=True)
     # DeepSpeed reads these even where the process group exists.

@@ -21,8 +21,9 @@ SECRET = "s3cr3t-9f"
         (f"data.train.0.path=s3://me:{SECRET}@bucket/set", "its own credentials"),
         (f"data.valid.0.path=https://host/set?X-Amz-Signature={SECRET}&X-Amz-Date=1", "its own credentials"),
         (f"data.valid.0.path=https://host/set?a=1&access_token={SECRET}", "its own credentials"),
-        ("storage=s3://bucket/runs", "mount it on every node"),
-        (f"storage=https://me:{SECRET}@host/runs", "mount it on every node"),
+        (f"storage=https://me:{SECRET}@host/runs", "a folder that every node sees"),
+        (f"storage=s3://me:{SECRET}@bucket/runs", "its own credentials"),
+        (f"storage=s3://bucket/runs?X-Amz-Credential={SECRET}", "its own credentials"),
     ],
 )
 def test_a_recipe_with_an_unfit_place_is_refused_and_its_secret_is_not_said(override: str, said: str) -> None:
@@ -41,6 +42,8 @@ def test_a_recipe_with_an_unfit_place_is_refused_and_its_secret_is_not_said(over
         "data.train.0.path=https://host/monkeys=1/set",
         "data.train.0.path=s3://bucket/set",
         "storage=/shared/runs@home",
+        "storage=s3://bucket/runs",
+        "storage=gs://bucket/deep/runs/",
     ],
 )
 def test_a_place_without_a_secret_is_taken(override: str) -> None:

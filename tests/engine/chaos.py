@@ -30,6 +30,36 @@ WORKER = Path(__file__).with_name("stream_worker.py")
 WORLD, SAMPLES = 2, 50
 
 
+class Shared:
+    """Where tormented runs lie: a folder that both ranks see.
+
+    Attributes:
+        worker: script of a rank.
+        life: steps of a life, at most.
+    """
+
+    worker = WORKER
+    life = 12
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def scenario(self, name: str, steps: int) -> dict[str, Any]:
+        """What the worker is told."""
+        return scenario(self.folder, name, steps)
+
+    def run(self, name: str) -> Path:
+        """Folder of a run, with its events."""
+        return self.folder / "runs" / name
+
+    def weights(self, name: str) -> Path:
+        """Newest whole weights of a run."""
+        return find_weights(self.run(name))
+
+    def killed(self, chance: random.Random) -> None:
+        """After each kill: what is lost with it; nothing here."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the kills did.
@@ -83,54 +113,57 @@ def scenario(folder: Path, name: str, steps: int) -> dict[str, Any]:
     }
 
 
-def torment(folder: Path, *, kills: int, steps: int, seed: int) -> Verdict:
-    """Train undisturbed, then train with `kills` kills, and compare."""
+def torment(folder: Path, *, kills: int, steps: int, seed: int, place: Shared | None = None) -> Verdict:
+    """Train undisturbed in a shared folder, then train with `kills` kills in a place, and compare."""
+    place = place or Shared(folder)
     prepare(folder)
     write_shards(folder / "train", map(sample, range(SAMPLES)), per_shard=7)
     write_shards(folder / "valid", map(sample, range(100, 108)), per_shard=3)
     calm = start(folder, WORKER, WORLD, [scenario(folder, "calm", steps)])
     assert calm.wait() == [0] * WORLD, calm.said()
-    chance, done = random.Random(seed), 0
+    chance, done, resumed = random.Random(seed), 0, 0
     while True:
-        ranks = start(folder, WORKER, WORLD, [scenario(folder, "tormented", steps)])
+        ranks = start(folder, place.worker, WORLD, [place.scenario("tormented", steps)])
         if done == kills:
             assert ranks.wait() == [0] * WORLD, ranks.said()
+            resumed += " resuming step=" in ranks.said_by(0)
             break
-        _wait_a_random_while(folder / "runs" / "tormented", ranks, chance)
+        _wait_a_random_while(ranks, chance, place.life)
         victim = ranks.processes[chance.randrange(WORLD)]
         if victim.pid is not None and victim.is_alive():
             victim.kill()
             done += 1
         ranks.wait(60)
-        assert _step(folder / "runs" / "tormented") < steps, "the run was over before its time: give it more steps"
-    return _compare(folder / "runs" / "calm", folder / "runs" / "tormented", done)
+        resumed += " resuming step=" in ranks.said_by(0)
+        assert _step(place.run("tormented")) < steps, "the run was over before its time: give it more steps"
+        place.killed(chance)
+    seen = folder / "runs"
+    expected, found = _visits(seen / "calm"), _visits(seen / "tormented")
+    lost, duplicated = (expected - found).total(), (found - expected).total()
+    same = _same(find_weights(seen / "calm"), place.weights("tormented"))
+    return Verdict(kills=done, resumed=resumed, lost=lost, duplicated=duplicated, identical=same)
 
 
-def _wait_a_random_while(run: Path, ranks: Ranks, chance: random.Random) -> None:
-    """A kill in four meets the start; the others come anywhere in the first dozen steps of this life."""
+def _wait_a_random_while(ranks: Ranks, chance: random.Random, life: int) -> None:
+    """A kill in four meets the start; the others come anywhere in the first steps of this life."""
     if chance.random() > 0.25:
-        enough = _events(run, "step") + chance.randint(1, 12)
+        enough = chance.randint(1, life)
         deadline = time.monotonic() + 120
-        while _events(run, "step") < enough and time.monotonic() < deadline:
+        while ranks.said_by(0).count(" step step=") < enough and time.monotonic() < deadline:
             if not all(process.is_alive() for process in ranks.processes):
                 break
             time.sleep(0.01)
     time.sleep(chance.uniform(0, 0.2))
 
 
-def _compare(calm: Path, tormented: Path, kills: int) -> Verdict:
-    expected, found = _visits(calm), _visits(tormented)
-    before, after = load_file(find_weights(calm)), load_file(find_weights(tormented))
-    records = [read_manifest(list_checkpoints(run)[0])["cursor"]["stream"] for run in (calm, tormented)]
-    same = before.keys() == after.keys() and all(
-        before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before
-    )
-    return Verdict(
-        kills=kills,
-        resumed=_events(tormented, "resuming"),
-        lost=(expected - found).total(),
-        duplicated=(found - expected).total(),
-        identical=same and records[0] == records[1],
+def _same(calm: Path, tormented: Path) -> bool:
+    """Whether two whole weights are the same bit for bit, and the accounts of data beside them."""
+    before, after = load_file(calm), load_file(tormented)
+    records = [read_manifest(weights.parent)["cursor"]["stream"] for weights in (calm, tormented)]
+    return (
+        records[0] == records[1]
+        and before.keys() == after.keys()
+        and all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before)
     )
 
 
@@ -147,11 +180,6 @@ def _visits(run: Path) -> Counter[str]:
             last[step] = ids
         visits.update(name for ids in last.values() for name in ids)
     return visits
-
-
-def _events(run: Path, event: str) -> int:
-    path = run / "log" / "rank-00000.jsonl"
-    return path.read_text().count(f'"event": "{event}"') if path.exists() else 0
 
 
 def _step(run: Path) -> int:

@@ -27,6 +27,7 @@ from echox.engine.context import LocalContext, TorchrunContext
 Context = LocalContext | TorchrunContext
 Scenario = dict[str, Any]
 LIMIT_S = 240
+HERE = Path(__file__).resolve().parent
 
 
 def prepare(folder: Path) -> Path:
@@ -71,6 +72,10 @@ class Ranks:
         for process in self.processes:
             assert process.pid is not None
             os.kill(process.pid, number)
+
+    def said_by(self, rank: int) -> str:
+        """All that a rank wrote."""
+        return self.logs[rank].read_text() if self.logs[rank].exists() else ""
 
     def said(self) -> str:
         """The end of what every rank wrote."""
@@ -146,7 +151,7 @@ def _rank(worker: str, plan: str, environment: Mapping[str, str], log: str) -> N
         os.environ.pop(name, None)
     os.environ.update(environment)
     sys.argv = [worker, plan]
-    sys.path[:0] = [str(Path(worker).parent), str(Path(worker).parents[2])]
+    sys.path[:0] = [str(Path(worker).parent), str(HERE), str(HERE.parents[1])]
     spec = importlib.util.spec_from_file_location("__main__", worker)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -9,8 +9,9 @@ from unittest import mock
 
 from launching import Context, work
 
-from echox.engine import start_check
+from echox.engine import start_check, storage_proof
 from echox.engine.context import device_of
+from echox.engine.monitor.run_dir import RunDir
 from echox.engine.world import World
 from echox.errors import EchoXError
 
@@ -33,7 +34,7 @@ def _asked(plan: dict[str, Any], context: Context, scenario: dict[str, Any], wor
         mock.patch("socket.gethostname", lambda: of("hosts", "one")),
         mock.patch.object(start_check, "installed", lambda: {"torch": of("torch", "2.0")}),
         mock.patch.object(start_check, "code_hash", lambda: of("code", "abc")),
-        mock.patch.object(start_check, "PATIENCE_S", 0.5),
+        mock.patch.object(storage_proof, "PATIENCE_S", 0.5),
         mock.patch.object(start_check, "LEAST_FREE", of("least_free", 0)),
         mock.patch("time.time", lambda: real() + of("clock", 0)),
     ]
@@ -42,7 +43,7 @@ def _asked(plan: dict[str, Any], context: Context, scenario: dict[str, Any], wor
     try:
         models = {"llm": Path(plan["storage"]) / of("model", "model")}
         found = start_check.check_start(
-            storage / "run",
+            RunDir(storage / "run"),
             models,
             world,
             least_busbw=scenario.get("least", 0.0),

@@ -58,7 +58,7 @@ def test_on_one_node_nothing_is_compared(outcomes: dict[str, Any]) -> None:
 
 def test_storage_that_is_not_shared_and_storage_that_takes_nothing(outcomes: dict[str, Any]) -> None:
     (said,) = problems(outcomes, "unshared")
-    assert said.startswith("b: what rank 0 writes to ") and said.endswith("it is no folder that the nodes share")
+    assert said.startswith("b: what rank 0 writes to ") and said.endswith("it is no place that the nodes share")
     (said,) = problems(outcomes, "unwritable")
     assert said.startswith("a: nothing can be written to ") and said.endswith("Not a directory")
 

@@ -83,7 +83,7 @@ def test_a_node_without_the_shared_storage_is_found(
         found = json.loads(capsys.readouterr().out)
         assert len(found["nodes"]) == 2 and len({each["code"] for each in found["nodes"]}) == 1
         (problem,) = found["problems"]
-        assert problem.startswith("node-b: what the head writes to ") and "no folder that nodes share" in problem
+        assert problem.startswith("node-b: what the head writes to ") and "no place that nodes share" in problem
         assert list((storage / "runs").iterdir()) == [], "what was written for the proof is gone"
     finally:
         node.kill()

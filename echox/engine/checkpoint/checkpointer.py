@@ -11,14 +11,16 @@ import logging
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from echox.config.paths import is_url
 from echox.engine import rng_state
 from echox.engine.checkpoint.contents import Cursor, RunContents
 from echox.engine.checkpoint.manifest import (
+    CREATED,
     MANIFEST,
     WEIGHTS,
     Checkpoint,
@@ -31,7 +33,9 @@ from echox.engine.checkpoint.manifest import (
 from echox.engine.checkpoint.recipe_diff import refused_changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.checkpoint.sharded_state import HostState, put_back, trainables, whole_shape
-from echox.engine.checkpoint.writer import Consolidation, RankPart, Save, random_file
+from echox.engine.checkpoint.writer import Consolidation, RankPart, Save, Upload, random_file
+from echox.engine.object_store.checkpoints import PublishedCheckpoints, StoreUpload
+from echox.engine.object_store.reading import local_checkpoint
 from echox.engine.rank_status import RankStatus, Vote
 from echox.errors import CheckpointError
 
@@ -50,17 +54,24 @@ _FAILURES_TOLERATED = 1
 _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "webdataset", "numpy")
 
 
-def find_weights(run_or_checkpoint: Path) -> Path:
+def find_weights(run_or_checkpoint: str | Path) -> Path:
     """The consolidated trainable weights of a checkpoint folder, or of a run's newest good checkpoint.
+
+    A run may be given by its URL in an object store; the weights are then brought to this machine.
 
     Raises:
         CheckpointError: there is no checkpoint, or none whose weights match their hash.
     """
-    folder = Path(run_or_checkpoint)
-    candidates = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
-    chosen = choose(candidates, only=(WEIGHTS,)).checkpoint
+    if is_url(str(run_or_checkpoint)):
+        chosen = local_checkpoint(str(run_or_checkpoint))
+    else:
+        folder = Path(run_or_checkpoint)
+        candidates = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
+        chosen = choose(candidates, only=(WEIGHTS,)).checkpoint
     if chosen is None:
-        raise CheckpointError("no checkpoint found", where=str(folder), fix="train the stage first: echox train RECIPE")
+        raise CheckpointError(
+            "no checkpoint found", where=str(run_or_checkpoint), fix="train the stage first: echox train RECIPE"
+        )
     return chosen.path / WEIGHTS
 
 
@@ -115,6 +126,7 @@ class Checkpointer:
         attempt: number of this attempt, part of the temporary folder's name.
         retention: which checkpoints stay.
         contents: what every manifest of this run carries, see the checkpoint contract.
+        published: the run's checkpoints in its object store; None where it lies in a folder.
     """
 
     engine: Engine
@@ -123,6 +135,7 @@ class Checkpointer:
     attempt: int
     retention: Retention
     contents: RunContents
+    published: PublishedCheckpoints | None = None
     _host: HostState = field(default_factory=HostState)
     _save: Save | None = None
     _whole: Consolidation | None = None
@@ -145,6 +158,7 @@ class Checkpointer:
             parent / f".attempt-{self.attempt}.{self._number}-{step_name(step)}",
             parent / step_name(step),
             RankPart(rank=self.world.rank, slices=self._host.tensors, random=rng_state.capture()),
+            self._upload(step),
         )
         if self.world.is_main:
             self._whole = self._describe(step, cursor, metrics)
@@ -176,6 +190,7 @@ class Checkpointer:
             self._fail(save)
         if outcome.published:
             self._save, self._failures = None, 0
+            self._clear(save)
             return Published(path=save.final, step=save.step, blocked_s=self._blocked_s, seconds=save.seconds)
         if outcome.written and not save.complete:
             began = time.monotonic()
@@ -184,7 +199,7 @@ class Checkpointer:
             if self.world.is_main:
                 assert self._whole is not None
                 merged = {name: entry for part in described for name, entry in part.items()}
-                save.publish(self._whole, merged, lambda: self.retention.apply(self.folder.path))
+                save.publish(self._whole, merged, self._retire(save.step, self._whole))
             self._blocked_s += time.monotonic() - began
         return None
 
@@ -206,6 +221,21 @@ class Checkpointer:
     def tolerates_failure(self, *, last: bool) -> bool:
         """Whether training may go on after a failed save; the last one must succeed."""
         return not last and self._failures <= _FAILURES_TOLERATED
+
+    def find(self, *, brings: bool) -> Choice:
+        """The newest verified checkpoint of the run, in this node's folder; the same on every rank.
+
+        Args:
+            brings: whether this rank fetches what its node lacks from an object store.
+
+        Raises:
+            CheckpointError: there are checkpoints and all are damaged.
+        """
+        path, published, nothing = self.folder.path, self.published, (Choice(checkpoint=None), None)
+        if published is None:
+            return self.world.broadcast(find_checkpoint(path) if self.world.is_main else nothing[0])
+        choice, entry = self.world.broadcast(published.choose(path) if self.world.is_main else nothing)
+        return published.on_every_node(choice, entry, path, self.world, brings=brings)
 
     def load(self, checkpoint: Checkpoint, seed: int) -> int:
         """Bring the engine back to a checkpoint, and the random states where as many ranks wrote it; return its step.
@@ -247,6 +277,27 @@ class Checkpointer:
             rng_state.seed_all(seed + 1000 * (self.world.rank + 1) + 7919 * step)
         return step
 
+    def _place(self, step: int) -> str:
+        """Name of a save's folder in an object store: no other save, of this attempt or another, has it."""
+        return f"{step_name(step)}.{self.attempt}.{self._number}"
+
+    def _upload(self, step: int) -> Upload | None:
+        if self.published is None:
+            return None
+        return StoreUpload(self.published, step, self._place(step), self.world.size)
+
+    def _retire(self, step: int, whole: Consolidation) -> Callable[[], object]:
+        """What deletes old checkpoints once this one is published."""
+        published, place = self.published, self._place(step)
+        if published is None:
+            return lambda: self.retention.apply(self.folder.path)
+        return lambda: published.retire(place, whole.contents["metrics"], self.retention, self.folder.path)
+
+    def _clear(self, save: Save) -> None:
+        """A node without rank 0 still has its parts where the nodes share no folder."""
+        if self.published is not None:
+            shutil.rmtree(save.temporary, ignore_errors=True)
+
     def _describe(self, step: int, cursor: Cursor, metrics: Mapping[str, float]) -> Consolidation:
         """What rank 0 adds to the parts."""
         shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
@@ -257,7 +308,7 @@ class Checkpointer:
                 "updates": self._host.updates,
                 "attempt": self.attempt,
                 "world_size": self.world.size,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "created": time.strftime(CREATED, time.gmtime()),
                 "cursor": cursor,
                 "metrics": dict(metrics),
                 "trainable": {
@@ -296,6 +347,9 @@ class Checkpointer:
         problems = self.world.all_gather(save.problem)
         if self.world.is_main:
             shutil.rmtree(save.temporary, ignore_errors=True)  # a full disk needs the room
+            if self.published is not None:
+                self.published.forget(self._place(save.step))
+        self._clear(save)
         self._save = None
         self._failures += 1
         raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         action = actions.add_parser(
             name, help=text, description=text, epilog=f"example: echox checkpoint {name} runs/demo/demo-s2t"
         )
-        action.add_argument("run_folder", type=Path, metavar="RUN", help="run folder, or one checkpoint folder")
+        action.add_argument("place", metavar="RUN", help="run folder or its URL, or one checkpoint folder")
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(run=function)
 
@@ -32,10 +33,12 @@ def add_parser(subparsers: Any) -> None:
 def run_list(args: argparse.Namespace) -> int:
     """List checkpoints, newest first; damaged manifests are named, not fatal."""
     from echox.engine.checkpoint.manifest import read_manifest
+    from echox.engine.object_store.reading import bring_checkpoints
     from echox.errors import CheckpointError
 
-    rows: list[dict[str, Any]] = []
-    for path in _checkpoints(args.run_folder):
+    folder, problems = bring_checkpoints(args.place, whole=False)
+    rows: list[dict[str, Any]] = [{"checkpoint": name, "problem": problem} for name, problem in problems.items()]
+    for path in _checkpoints(folder, problems):
         try:
             manifest = read_manifest(path)
         except CheckpointError as error:
@@ -66,10 +69,12 @@ def run_list(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Verify every checkpoint; the exit code tells whether all are whole."""
     from echox.engine.checkpoint.manifest import verify
+    from echox.engine.object_store.reading import bring_checkpoints
     from echox.errors import CheckpointError
 
-    verdicts: dict[str, str] = {}
-    for path in _checkpoints(args.run_folder):
+    folder, problems = bring_checkpoints(args.place, whole=True)
+    verdicts = dict(problems)
+    for path in _checkpoints(folder, problems):
         try:
             verify(path)
         except CheckpointError as error:
@@ -84,12 +89,12 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if all(verdict == "ok" for verdict in verdicts.values()) else CheckpointError.exit_code
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(folder: Path, problems: Mapping[str, str]) -> list[Path]:
     from echox.engine.checkpoint.manifest import MANIFEST, list_checkpoints
     from echox.errors import CheckpointError
 
     found = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
-    if not found:
+    if not found and not problems:
         raise CheckpointError(
             "no checkpoint found", where=str(folder), fix="give a run folder such as runs/demo/demo-s2t"
         )

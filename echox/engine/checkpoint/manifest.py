@@ -19,6 +19,8 @@ from echox.files import fsync, sha256_file
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
 VERSION = 2
+CREATED = "%Y-%m-%dT%H:%M:%SZ"
+"""How a manifest writes its time, which is UTC."""
 
 _STEP = re.compile(r"step-(\d{8})")
 
@@ -77,15 +79,23 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint.name} has no {MANIFEST}", where=str(checkpoint)) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(path)) from None
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """The manifest in a file's bytes; raises as `read_manifest` does."""
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=where) from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
-        raise CheckpointError(f"{MANIFEST} does not match its own hash", where=str(path))
+        raise CheckpointError(f"{MANIFEST} does not match its own hash", where=where)
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{MANIFEST} has version {manifest.get('version')}, not {VERSION}", where=str(path))
+        raise CheckpointError(f"{MANIFEST} has version {manifest.get('version')}, not {VERSION}", where=where)
     return cast(Manifest, manifest)
 
 

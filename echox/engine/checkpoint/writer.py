@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from echox.engine import rng_state
 from echox.engine.checkpoint.contents import Contents, FileEntry
@@ -31,6 +31,11 @@ Files = dict[str, FileEntry]
 def random_file(rank: int) -> str:
     """Name of a rank's random states inside a checkpoint."""
     return f"rng/rank-{rank:05d}.json"
+
+
+def part_files(ranks: int) -> list[str]:
+    """Names of the files that the ranks of a run write inside a checkpoint."""
+    return [name for rank in range(ranks) for name in (slices_file(rank), random_file(rank))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +81,41 @@ def write_part(folder: Path, part: RankPart) -> Files:
     return files
 
 
-def publish_whole(temporary: Path, final: Path, whole: Consolidation, files: Files) -> None:
-    """Complete a folder that holds every part, and publish it."""
+class Upload(Protocol):
+    """Where a checkpoint goes besides the run's folder on this node; every method raises where it could not."""
+
+    def begin(self) -> None:
+        """On rank 0, before anything is uploaded."""
+        ...
+
+    def part(self, temporary: Path, files: Files) -> None:
+        """On every rank: what it has written."""
+        ...
+
+    def gather(self, temporary: Path, files: Files) -> None:
+        """On rank 0: bring the parts that other nodes have written."""
+        ...
+
+    def publish(self, temporary: Path) -> None:
+        """On rank 0: the whole weights, and then the manifest."""
+        ...
+
+
+def publish_whole(
+    temporary: Path, final: Path, whole: Consolidation, files: Files, upload: Upload | None = None
+) -> None:
+    """Complete a folder that holds every part, and publish it; in an object store before this node's folder."""
     from safetensors.torch import save_file
 
+    if upload is not None:
+        upload.gather(temporary, files)
     with SavedSlices(temporary, whole.ranks) as saved:
         weights = {name: saved.whole(name, shape, dtype) for name, (shape, dtype) in whole.trainable.items()}
     save_file({**weights, **whole.buffers}, str(temporary / WEIGHTS))
     write_manifest(temporary, whole.contents, {**files, WEIGHTS: describe_file(temporary / WEIGHTS)})
     whole.allowed()
+    if upload is not None:
+        upload.publish(temporary)
     publish(temporary, final)
 
 
@@ -101,8 +132,9 @@ class Save:
         seconds: from the beginning until it was published (rank 0).
     """
 
-    def __init__(self, step: int, temporary: Path, final: Path, part: RankPart) -> None:
+    def __init__(self, step: int, temporary: Path, final: Path, part: RankPart, upload: Upload | None = None) -> None:
         self.step, self.temporary, self.final = step, temporary, final
+        self._upload = upload
         self.files: Files | None = None
         self.problem: str | None = None
         self.complete = False
@@ -133,10 +165,16 @@ class Save:
             self.problem = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
 
     def _write(self, part: RankPart) -> None:
-        self.files = write_part(self.temporary, part)
+        upload = self._upload
+        if upload is not None and part.rank == 0:
+            upload.begin()
+        files = write_part(self.temporary, part)
+        if upload is not None:
+            upload.part(self.temporary, files)
+        self.files = files
 
     def _publish(self, whole: Consolidation, files: Files, then: Callable[[], object]) -> None:
-        publish_whole(self.temporary, self.final, whole, files)
+        publish_whole(self.temporary, self.final, whole, files, self._upload)
         self.seconds = time.monotonic() - self._began
         then()
         self.published = True

@@ -7,10 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from echox.errors import CheckpointError
 from echox.files import append_line, write_atomically
+
+if TYPE_CHECKING:
+    from echox.engine.object_store.run_store import RunStore
+
+ATTEMPT = "attempt"
+"""File or object that holds the number of the newest attempt."""
 
 
 class Progress(TypedDict, total=False):
@@ -39,9 +45,15 @@ class Progress(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class RunDir:
-    """Names inside `<storage>/<run>`: `progress.json`, `metrics.jsonl`, `attempt`, `checkpoints/`, `log/`."""
+    """Names inside `<storage>/<run>`: `progress.json`, `metrics.jsonl`, `attempt`, `checkpoints/`, `log/`.
+
+    Attributes:
+        path: on this node.
+        store: where the run lies if that is an object store; the count of attempts in it is the one that holds.
+    """
 
     path: Path
+    store: RunStore | None = None
 
     @property
     def metrics_path(self) -> Path:
@@ -57,17 +69,20 @@ class RunDir:
         """Count and return the number of this attempt, from 1; rank 0 alone."""
         self.path.mkdir(parents=True, exist_ok=True)
         attempt = self.last_attempt() + 1
-        write_atomically(self.path / "attempt", f"{attempt}\n")
+        write_atomically(self.path / ATTEMPT, f"{attempt}\n")
+        if self.store is not None:
+            self.store.write(ATTEMPT, f"{attempt}\n".encode())
         return attempt
 
     def last_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first; what progress says, where a crash left the file empty."""
         try:
-            return int((self.path / "attempt").read_text())
+            here = int((self.path / ATTEMPT).read_text())
         except FileNotFoundError:
-            return 0
+            here = 0
         except ValueError:
-            return self._attempt_of_progress()
+            here = self._attempt_of_progress()
+        return here if self.store is None else max(here, newest_attempt(self.store))
 
     def _attempt_of_progress(self) -> int:
         try:
@@ -121,6 +136,12 @@ class RunDir:
             "time": time.time(),
         }
         write_atomically(self.progress_path, json.dumps(record), durable=False)
+
+
+def newest_attempt(store: RunStore) -> int:
+    """Number of the newest attempt at a run in a store, 0 before the first."""
+    text = (store.read(ATTEMPT) or b"").strip()
+    return int(text) if text.isdigit() else 0
 
 
 def _step_of(line: str) -> float:

@@ -11,12 +11,12 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from echox.config.paths import cache_dir
 from echox.errors import DataError
+from echox.files import exclusive
 from echox.stream.storage.local import OpenShard
 
 _LARGEST = 200 * 10**9
@@ -170,14 +170,6 @@ class NodeCache:
             if _evict(path):
                 room += size
         return room
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """A section of code that one process of the node runs at a time."""
-    lock = OpenShard(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-    fcntl.flock(lock.descriptor, fcntl.LOCK_EX)
-    yield
 
 
 def _evict(path: Path) -> bool:

@@ -94,6 +94,29 @@ def open_remote(location: str) -> Remote:
     return FsspecRemote(location)
 
 
+def open_filesystem(location: str, **options: Any) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path in it.
+
+    Args:
+        location: the URL.
+        options: of fsspec's.
+
+    Raises:
+        DataError: a URL of an unknown kind, or one that needs a package which is not installed.
+    """
+    import fsspec
+
+    scheme = location.partition("://")[0]
+    package = _PACKAGES.get(scheme)
+    if package and find_spec(package) is None:
+        raise DataError(f"{scheme}:// needs the package {package}", where=location, fix=f"pip install {package}")
+    try:
+        fs, root = fsspec.url_to_fs(location.rstrip("/"), **options)
+    except ValueError as error:
+        raise DataError(f"URLs of this kind cannot be read: {error}", where=location, fix="correct it") from error
+    return fs, root
+
+
 class HttpRemote(Remote):
     """A folder of a web server that honours `Range`."""
 
@@ -147,7 +170,7 @@ class HttpRemote(Remote):
                 self.where(name), headers=headers, timeout=_TIMEOUT_S, stream=True
             )
         except requests.RequestException as error:
-            raise PassingError(_reason(error)) from error
+            raise PassingError(reason(error)) from error
         if response.status_code in _GONE:
             response.close()
             raise DataError(
@@ -166,16 +189,7 @@ class FsspecRemote(Remote):
 
     def __init__(self, location: str) -> None:
         super().__init__(location)
-        import fsspec
-
-        scheme = location.partition("://")[0]
-        package = _PACKAGES.get(scheme)
-        if package and find_spec(package) is None:
-            raise DataError(f"{scheme}:// needs the package {package}", where=location, fix=f"pip install {package}")
-        try:
-            self.fs, self.root = fsspec.url_to_fs(location.rstrip("/"))
-        except ValueError as error:
-            raise DataError(f"URLs of this kind cannot be read: {error}", where=location, fix="correct it") from error
+        self.fs, self.root = open_filesystem(location)
         self._sizes: dict[str, int] = {}
 
     def stream(self, name: str) -> Iterator[bytes]:
@@ -205,7 +219,7 @@ class FsspecRemote(Remote):
         try:
             return [path.rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
         except OSError as error:
-            raise DataError(f"the folder cannot be listed: {_reason(error)}", where=self.location) from error
+            raise DataError(f"the folder cannot be listed: {reason(error)}", where=self.location) from error
 
     def _ask(self, name: str, question: Callable[[str], Any]) -> Any:
         try:
@@ -215,7 +229,7 @@ class FsspecRemote(Remote):
             raise DataError(kind, where=self.where(name), fix="correct the URL or the credentials") from error
         except Exception as error:
             # Every store's client has errors of its own; what is neither absence nor refusal may pass.
-            raise PassingError(_reason(error)) from error
+            raise PassingError(reason(error)) from error
 
 
 class PipeRemote(Remote):
@@ -259,7 +273,7 @@ def _blocks(response: requests.Response) -> Iterator[bytes]:
     try:
         yield from response.iter_content(_BLOCK)
     except requests.RequestException as error:
-        raise PassingError(_reason(error)) from error
+        raise PassingError(reason(error)) from error
 
 
 def _other_size(place: str, found: str, recorded: int) -> DataError:
@@ -270,5 +284,6 @@ def _other_size(place: str, found: str, recorded: int) -> DataError:
     )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Kind and first line of an error of someone else's client."""
     return f"{type(error).__name__}: {error}".rstrip(": ").splitlines()[0][:200]

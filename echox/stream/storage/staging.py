@@ -15,8 +15,9 @@ from pathlib import Path
 from xxhash import xxh3_64_hexdigest
 
 from echox.errors import DataError
+from echox.files import exclusive
 from echox.stream.format.catalogue import CATALOGUE_NAME, DATASET_NAME, Catalogue, read_listing
-from echox.stream.storage.cache import CacheFullError, NodeCache, exclusive
+from echox.stream.storage.cache import CacheFullError, NodeCache
 from echox.stream.storage.local import OpenShard
 from echox.stream.storage.remote import Remote
 from echox.stream.storage.retry import PassingError, Retry
