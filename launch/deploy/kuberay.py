@@ -24,8 +24,9 @@ class PodOptions:
 
     Attributes:
         image: that holds the project and the tested versions, see `Dockerfile`.
-        claim: PersistentVolumeClaim that all pods mount, readable and writable by many.
-        mount: where; the recipe's storage lies below it.
+        claim: PersistentVolumeClaim that all pods mount, readable and writable by many; empty gives each pod a folder
+            of its own, for runs and data in an object store.
+        mount: where.
         secrets: Secrets whose keys become variables of all pods.
         namespace: of everything; empty is that of `kubectl`.
         memory: of a worker pod, such as 800Gi; empty asks for none.
@@ -126,12 +127,13 @@ def _pod(name: str, resources: dict[str, Any], options: PodOptions) -> dict[str,
     if name == "ray-head":
         ports = {"gcs": 6379, "dashboard": 8265, "metrics": 8080}
         container["ports"] = [{"name": port, "containerPort": number} for port, number in ports.items()]
+    folder = {"persistentVolumeClaim": {"claimName": options.claim}} if options.claim else {"emptyDir": {}}
     return {
         "spec": {
             "terminationGracePeriodSeconds": GRACE_S,
             "containers": [container],
             "volumes": [
-                {"name": "shared", "persistentVolumeClaim": {"claimName": options.claim}},
+                {"name": "shared", **folder},
                 # A container has 64 MiB of it otherwise, and NCCL needs more.
                 {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": _SHARED_MEMORY}},
             ],

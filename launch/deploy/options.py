@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from echox.config.paths import is_url
 from echox.errors import LaunchError
 
 COMMANDS = {"kuberay": ("kubectl", "create", "-f", "-"), "slurm": ("sbatch",)}
@@ -20,7 +21,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cluster", choices=["ray", *COMMANDS], default="ray", help="default: ray, a running cluster")
     group.add_argument("--dry-run", action="store_true", help="print what would be submitted, and submit nothing")
     group.add_argument("--workers-per-node", type=int, metavar="N", help="ranks of a node; default: 8, without GPUs 1")
-    group.add_argument("--claim", default="echox", help="kuberay: PersistentVolumeClaim mounted at /shared")
+    group.add_argument(
+        "--claim", default="echox", help="kuberay: PersistentVolumeClaim mounted at /shared; '' where storage is a URL"
+    )
+    group.add_argument("--standing", action="store_true", help="kuberay: a RayCluster that stays, without the run")
     group.add_argument(
         "--secret", action="append", default=[], help="kuberay: Secret of variables for all pods; repeat"
     )
@@ -63,7 +67,7 @@ def submit(args: argparse.Namespace, recipe: Any, words: Sequence[str]) -> str:
 
 def described(args: argparse.Namespace, recipe: Any, words: Sequence[str]) -> str:
     """The manifest or script of a run."""
-    from launch.deploy.kuberay import PodOptions, as_yaml, ray_job
+    from launch.deploy.kuberay import PodOptions, as_yaml, ray_cluster, ray_job
     from launch.deploy.plan import plan_of
     from launch.deploy.slurm import SlurmOptions, batch_script
 
@@ -73,6 +77,10 @@ def described(args: argparse.Namespace, recipe: Any, words: Sequence[str]) -> st
         return batch_script(plan, asked)
     if not args.image:
         raise LaunchError("a RayJob needs --image, with the project in it", fix="build launch/deploy/Dockerfile")
+    if not args.claim and not is_url(recipe.storage):
+        raise LaunchError(
+            f"without a claim the pods do not share storage={recipe.storage}", fix="name a claim, or s3://bucket/runs"
+        )
     pods = PodOptions(
         image=args.image,
         claim=args.claim,
@@ -80,4 +88,4 @@ def described(args: argparse.Namespace, recipe: Any, words: Sequence[str]) -> st
         namespace=args.namespace,
         memory=args.memory,
     )
-    return as_yaml(ray_job(plan, pods, retries=args.retries))
+    return as_yaml(ray_cluster(plan, pods) if args.standing else ray_job(plan, pods, retries=args.retries))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -17,6 +18,7 @@ from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.run import attach
 from echox.tracking.system import SystemMetrics
 from launch.job.failure_cause import error_file
+from launch.job.notices import watch_for_notices
 from launch.job.ray_context import RayContext
 
 
@@ -56,7 +58,8 @@ def run_worker(config: WorkerConfig) -> WorkerResult:
     """
     recipe = Recipe.model_validate(config["recipe"])
     context = RayContext(storage_folder(recipe.storage))
-    with mirrored(recipe.storage, recipe.name, first=context.rank == 0, local_rank=context.local_rank):
+    notices = watch_for_notices(context.local_rank) or contextlib.nullcontext()
+    with notices, mirrored(recipe.storage, recipe.name, first=context.rank == 0, local_rank=context.local_rank):
         return _train(config, recipe, context)
 
 

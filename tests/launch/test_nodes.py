@@ -26,14 +26,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def announce_loss(head: local_head.Head, node: LocalNode) -> None:
-    """What a cloud's notice of preemption becomes: Ray drains the node."""
+    """What a cloud's notice of preemption becomes on the node that it is about: Ray drains it."""
     from ray.util.state import list_nodes
 
     mine = next(n for n in list_nodes(address=head.address) if not n.is_head_node and n.state == "ALIVE")
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={node.address}"]
-    command += [f"--node-id={mine.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message=spot instance reclaimed", "--deadline-remaining-seconds=120"]
-    subprocess.run(command, check=True, env={**os.environ, **head.environment(), "RAY_ADDRESS": ""})
+    script = f"""
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from launch.job.notices import drain_this_node
+ray.init(address="{node.address}", log_to_driver=False)
+there = NodeAffinitySchedulingStrategy("{mine.node_id}", soft=False)
+ray.get(ray.remote(num_cpus=0)(drain_this_node).options(scheduling_strategy=there).remote(120.0))
+"""
+    environment = {**os.environ, **head.environment(), "RAY_ADDRESS": "", "PYTHONPATH": str(Path.cwd())}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,19 @@ def test_a_ray_job_has_the_nodes_of_its_recipe(capsys: pytest.CaptureFixture[str
     assert worker["envFrom"] == [{"secretRef": {"name": "one"}}, {"secretRef": {"name": "two"}}]
 
 
+def test_a_cluster_that_stays_and_shares_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["3b/s2t", "storage=s3://bucket/runs", "--cluster", "kuberay", "--image", "r/echox:1", "--claim", ""]
+    cluster = yaml.safe_load(submit(capsys, *words, "--standing", "--secret", "bucket"))
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    check_cluster(cluster["spec"])
+    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert {"name": "shared", "emptyDir": {}} in pod["volumes"] and "persistentVolumeClaim" not in str(pod)
+        assert pod["containers"][0]["envFrom"] == [{"secretRef": {"name": "bucket"}}]
+    job = yaml.safe_load(submit(capsys, *words))
+    assert job["kind"] == "RayJob" and "storage=s3://bucket/runs" in job["spec"]["entrypoint"]
+
+
 def test_a_schema_notices_what_is_wrong() -> None:
     cluster = ray_cluster(plan_of(load_recipe("3b/s2t"), ["3b/s2t"]), PodOptions(image="i"))
     assert cluster["kind"] == "RayCluster"
@@ -96,6 +109,10 @@ def test_a_schema_notices_what_is_wrong() -> None:
     [
         (["3b/s2t", "--cluster", "kuberay"], "a RayJob needs --image"),
         (["3b/s2t"], "--dry-run prints what a scheduler would get"),
+        (
+            ["3b/s2t", "--cluster", "kuberay", "--image", "i", "--claim", ""],
+            "without a claim the pods do not share storage=runs",
+        ),
         (
             ["3b/s2t", "scaling.workers=12", "data.global_batch=192", "--cluster", "slurm"],
             "12 workers do not fill nodes of 8",
