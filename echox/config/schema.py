@@ -258,6 +258,9 @@ class ScalingConfig(Section):
         None,
         description="seconds that a run waits for room on a cluster that others use too; null: as long as it takes",
     )
+    priority: int = Field(
+        0, description="of two runs that wait for room on a cluster, the higher goes first; none stops one that trains"
+    )
     collective_timeout_s: PositiveInt = Field(
         1800,
         description="seconds that a rank waits for the others in a collective operation before it fails; 1800 is "

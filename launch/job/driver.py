@@ -201,6 +201,7 @@ class Driver:
         from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
         from launch.job.policies import Failures, FixedCount, LegalCounts, Trainer
+        from launch.job.queue import ClusterBoard, Queue
         from launch.job.torch_backend import TorchGroup
 
         on_gpu = scaling.gpus_per_worker > 0
@@ -211,11 +212,12 @@ class Driver:
             check_room(recipe, resources)
         failure_config = FailureConfig(max_failures=scaling.max_failures)
         scaling_config = ScalingConfig(num_workers=scaling.workers, use_gpu=on_gpu, resources_per_worker=resources)
+        queue = Queue(self.run_folder, scaling.priority, scaling.queue_timeout_s, ClusterBoard())
         counts: ScalingPolicy | None = None
         if least != most:
-            counts = LegalCounts(scaling_config, counts=worker_counts(recipe), run_folder=self.run_folder)
+            counts = LegalCounts(scaling_config, counts=worker_counts(recipe), run_folder=self.run_folder, queue=queue)
         elif not os.environ.get("ECHOX_AUTOSCALED"):
-            counts = FixedCount(scaling_config)
+            counts = FixedCount(scaling_config, queue=queue)
         options: WorkerConfig = {
             "recipe": resolved(recipe),
             "handle": handle,

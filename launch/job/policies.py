@@ -29,6 +29,7 @@ from echox.engine.monitor.run_dir import Progress
 from echox.engine.stop import request_stop
 from launch.events import FAILED, MORE_ROOM, JobLog, read_events, read_progress
 from launch.job.failure_cause import Cause, find_cause
+from launch.job.queue import Queue
 
 NOT_NEEDED = (PlacementGroupCleanerCallback, DatasetsCallback)
 """Each would start a process of its own for every group of workers: one removes the placement groups of a controller
@@ -122,6 +123,11 @@ def available() -> Mapping[str, float]:
     return free
 
 
+def _later() -> ScalingDecision:
+    time.sleep(1.0)  # the controller asks again at once
+    return NoopDecision()
+
+
 class LegalCounts(ElasticScalingPolicy):
     """Ray's elastic policy, kept to counts that divide the batch; growing waits for a save.
 
@@ -129,19 +135,27 @@ class LegalCounts(ElasticScalingPolicy):
     to stop instead, and the driver starts it again.
     """
 
-    def __init__(self, scaling_config: ScalingConfig, *, counts: tuple[int, ...], run_folder: Path) -> None:
+    def __init__(
+        self, scaling_config: ScalingConfig, *, counts: tuple[int, ...], run_folder: Path, queue: Queue
+    ) -> None:
         super().__init__(scaling_config)
         self.counts = counts
         self.run_folder = run_folder
+        self.queue = queue
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         possible = super()._count_possible_workers(reserved_resources)
         return max((count for count in self.counts if count <= possible), default=0)
 
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Ask for room, unless another run goes first."""
+        return _later() if self.queue.waits() else super().make_decision_for_non_running_worker_group()
+
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
         """Never resize; ask for a stop where there is room for more."""
+        self.queue.leave()
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         now = worker_group_state.num_workers
         if isinstance(decision, ResizeDecision) and decision.num_workers > now:
@@ -155,6 +169,21 @@ class FixedCount(FixedScalingPolicy):
     Ray's own starts a process to ask an autoscaler through, and waits for it; the placement group of the workers asks
     for the same.
     """
+
+    def __init__(self, scaling_config: ScalingConfig, *, queue: Queue) -> None:
+        super().__init__(scaling_config)
+        self.queue = queue
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Ask for room, unless another run goes first."""
+        return _later() if self.queue.waits() else super().make_decision_for_non_running_worker_group()
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """The run has its room, and keeps it."""
+        self.queue.leave()
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Do nothing: no client for the requests is made, so none is cancelled at the end."""

@@ -59,6 +59,7 @@ WITHOUT_UNIT = {
     "model.echo.segmentation.threshold",
     "model.echo.denoising.cap",
     "model.echo.denoising.weight",
+    "scaling.priority",
     "data.train.N.weight",
     "data.valid.N.weight",
     *(f"optim.{key}" for key in ("betas", "clip", "eps", "final_lr_ratio", "weight_decay")),

@@ -21,6 +21,13 @@ def setup(recipe: Any, rank: int, world_size: int) -> str:
     return f"{recipe.stage} {rank}/{world_size}"
 
 
+def tiny_setup(recipe: Any, rank: int, world_size: int) -> Any:
+    """A tiny Stage II, for the real engine; `tests/engine` is on the path."""
+    from stream_worker import Build
+
+    return Build(Path(os.environ["TOY_FROZEN"]))(recipe, rank, world_size)
+
+
 def train(recipe: Any, context: Any, build: Any, tracker: Any, **options: Any) -> Any:
     """All-reduce the ranks, write a checkpoint folder and a metric, as the engine would."""
     import torch
