@@ -14,6 +14,9 @@ PASSED_ON = ("ECHOX_", "MLFLOW_", "HF_")
 OF_THE_NODE = ("NCCL_", "GLOO_", "FI_")
 """Prefixes of variables that describe the network of a node: what a node has wins over what the driver has."""
 
+NCCL_RECORDS = "nccl-rank-"
+"""How the names of the files begin that NCCL's flight recorder leaves in the log folder of a run."""
+
 
 def worker_environment(recipe: Recipe) -> dict[str, str]:
     """Variables that every worker has: those of the driver, thread counts and library switches.
@@ -35,7 +38,7 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
         switches |= {
             "TORCH_FR_BUFFER_SIZE": "2000",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-            "TORCH_FR_DUMP_TEMP_FILE": f"{Path(recipe.storage) / recipe.name / 'log' / 'nccl-rank-'}",
+            "TORCH_FR_DUMP_TEMP_FILE": f"{Path(recipe.storage) / recipe.name / 'log' / NCCL_RECORDS}",
         }
     # DeepSpeed calls ninja and the compiler by name; the worker's PATH is that of the Ray daemon.
     path = os.pathsep.join(dict.fromkeys([str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(":")]))

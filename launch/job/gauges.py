@@ -36,9 +36,7 @@ OF_METRICS = {
     "perf/data_wait_skew_ms": GaugeName("echox_data_wait_skew_ms", "the same of the wait for data"),
     "perf/cpu_skew_ms": GaugeName("echox_cpu_skew_ms", "the same of processor time; training on CPUs only"),
     "perf/slowest_rank": GaugeName("echox_slowest_rank", "rank that the others wait for"),
-    "perf/save_s": GaugeName(
-        "echox_save_s", "seconds from the start of the last save to its checkpoint"
-    ),
+    "perf/save_s": GaugeName("echox_save_s", "seconds from the start of the last save to its checkpoint"),
     "perf/save_blocked_ms": GaugeName("echox_save_blocked_ms", "milliseconds that training stood still for it"),
     "perf/peak_gib": GaugeName("echox_peak_gib", "peak memory of rank 0 so far, GiB"),
     "data/quarantined": GaugeName("echox_quarantined", "samples so far that were left out because they cannot be used"),
