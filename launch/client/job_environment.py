@@ -26,8 +26,6 @@ EXCLUDES = (
     *("/data", "**/.env", "**/.env.*", "**/*.pem", "**/*.key", "**/.netrc", "**/.pgpass", "**/credentials*"),
 )
 """What is not code does not travel: Ray ships the folder as one message with a size limit."""
-PASSED_ON = ("MLFLOW_", "HF_", "ECHOX_")
-"""Prefixes of the variables of this process that a job gets too, unless they hold a secret."""
 
 
 @dataclass(frozen=True, kw_only=True)

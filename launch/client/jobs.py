@@ -23,7 +23,8 @@ from echox.config.locations import without_secret_variables
 from echox.config.paths import project_root
 from echox.errors import LaunchError
 from launch.client.address import LOOPBACK, api_address, on_this_machine, without_variables
-from launch.client.job_environment import PASSED_ON, JobEnvironment, parse_table
+from launch.client.job_environment import JobEnvironment, parse_table
+from launch.job.environment import PASSED_ON
 from launch.paths import HOME, RESOLVED
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from echox.config.locations import without_secret_variables
 from echox.config.schema import Recipe
 
 PASSED_ON = ("ECHOX_", "MLFLOW_", "HF_")
-"""Prefixes of the variables that workers take from the driver."""
+"""Prefixes of the variables that a job takes from who submits it, and workers from the driver."""
 OF_THE_NODE = ("NCCL_", "GLOO_", "FI_")
 """Prefixes of variables that describe the network of a node: what a node has wins over what the driver has."""
 

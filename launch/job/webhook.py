@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 VARIABLE = "ECHOX_WEBHOOK"
-"""Of the head's environment. Whoever knows the URL may post there: it is in no recipe, no log and no other process."""
+"""Of the head's environment. Whoever knows the URL may post there: it is in no recipe and no log, and not handed on."""
 TRIES = 3
 TRY_S = 10.0
 PAUSE_S = 1.0
