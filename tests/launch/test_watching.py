@@ -1,8 +1,9 @@
-"""A run on a real Ray head, watched from outside: Ray's Prometheus endpoint, and a webhook that the head has."""
+"""A run on two real Ray nodes, seen from outside: Prometheus endpoints, the head's webhook, each node's network."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
@@ -18,6 +19,7 @@ from test_ray import STAND_INS
 from launch.client import local_head
 from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
+from launch.client.local_node import LocalNode
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,6 +27,9 @@ SECRET = "s3cr3t-9f"
 DASHBOARD = Path(__file__).resolve().parents[2] / "launch" / "deploy" / "grafana.json"
 REPORTED_S = 90
 """Ray's processes hand on their metrics every ten seconds, and its agent collects them."""
+HEAD = {"NCCL_SOCKET_IFNAME": "eth0", "NCCL_DEBUG": "WARN", "NCCL_IB_TIMEOUT": "22"}
+NODE = {"NCCL_SOCKET_IFNAME": "ib0", "NCCL_DEBUG": "TRACE"}
+JOB = {"NCCL_DEBUG": "VERSION"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -49,29 +54,35 @@ def server() -> Iterator[Any]:
 
 @pytest.fixture
 def jobs(server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Jobs]:
-    """A head whose own environment has a webhook and network settings; what submits jobs to it has none of them."""
+    """A head with a webhook and network settings, and a node with others; what submits jobs to them has none."""
     monkeypatch.setenv("ECHOX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    own = {"ECHOX_WEBHOOK": f"http://127.0.0.1:{server.server_port}/{SECRET}",
-           "NCCL_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN"}  # fmt: skip
+    own = {**HEAD, "ECHOX_WEBHOOK": f"http://127.0.0.1:{server.server_port}/{SECRET}"}
+    for name in os.environ.keys() & {*HEAD, *NODE, *JOB}:
+        monkeypatch.delenv(name)
     with pytest.MonkeyPatch.context() as heads:
         for name, value in own.items():
             heads.setenv(name, value)
-        head = local_head.start_head(cpus=2)
+        head = local_head.start_head(cpus=1)
     try:
         for name, value in head.environment().items():
             monkeypatch.setenv(name, value)
-        yield Jobs()
+        node = LocalNode(head, around=["env", *(f"{name}={value}" for name, value in NODE.items())])
+        try:
+            yield Jobs()
+        finally:
+            node.kill()
     finally:
         local_head.stop_head(head)
 
 
-def samples(port: int) -> dict[str, dict[str, float]]:
+def samples(ports: list[int]) -> dict[str, dict[str, float]]:
     """Name to labels, as they are written, to value."""
     found: dict[str, dict[str, float]] = {}
-    for line in requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text.splitlines():
+    pages = [requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text for port in ports]
+    for line in "\n".join(pages).splitlines():
         if match := re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line):
             found.setdefault(match[1], {})[match[2]] = float(match[3])
     return found
@@ -82,7 +93,7 @@ def test_a_run_is_seen_on_rays_endpoint_and_its_end_is_told(jobs: Jobs, server: 
     job = jobs.submit(
         "demo/s2t",
         [f"storage={tmp_path}", "name=watched"],
-        environment=JobEnvironment(variables={"PYTHONPATH": STAND_INS, "NCCL_DEBUG": "VERSION"}),
+        environment=JobEnvironment(variables={"PYTHONPATH": STAND_INS, "ECHOX_AUTOSCALED": "1", **JOB}),
         extra_arguments=["--train", "stand_ins:train_watched", "--setup", "stand_ins:setup"],
         stop_wait_s=30,
     )
@@ -91,7 +102,8 @@ def test_a_run_is_seen_on_rays_endpoint_and_its_end_is_told(jobs: Jobs, server: 
         assert time.monotonic() < deadline and jobs.status(job) in ("PENDING", "RUNNING"), jobs.logs(job)
         time.sleep(0.2)
     time.sleep(0.2)
-    (node,) = json.loads((run / "nodes.json").read_text())
+    ports = [node["MetricsExportPort"] for node in json.loads((run / "nodes.json").read_text())]
+    assert len(ports) == 2
     expected = {"attempt": 3, "step": 41, "loss": 1.25, "step_ms": 800, "bad_steps": 2, "save_s": 6.5,
                 "save_blocked_ms": 30}  # fmt: skip
     deadline = time.monotonic() + REPORTED_S
@@ -99,15 +111,15 @@ def test_a_run_is_seen_on_rays_endpoint_and_its_end_is_told(jobs: Jobs, server: 
     while not all(f"ray_echox_{name}" in found for name in expected):
         assert time.monotonic() < deadline, sorted(found)
         time.sleep(1)
-        found = samples(node["MetricsExportPort"])
+        found = samples(ports)
     for name, value in expected.items():
         ((labels, shown),) = found[f"ray_echox_{name}"].items()
         assert shown == value and 'run="watched"' in labels and 'stage="s2t"' in labels
     drawn = set(re.findall(r"\bray_(?!echox)\w+", DASHBOARD.read_text(encoding="utf-8")))
     assert {name for name in drawn if not re.search("_gpus?_|_gram_", name)} <= found.keys()
 
-    environment = json.loads((run / "environment.json").read_text())
-    assert environment["NCCL_DEBUG"] == "VERSION" and environment["NCCL_SOCKET_IFNAME"] == "lo"
+    network = {rank["NCCL_SOCKET_IFNAME"]: rank for rank in json.loads((run / "network.json").read_text())}
+    assert network == {"eth0": {**HEAD, **JOB}, "ib0": {**HEAD, **NODE, **JOB}}
     (run / "seen").touch()
     assert jobs.wait(job) == "SUCCEEDED", jobs.logs(job)
     ((path, message),) = server.messages
