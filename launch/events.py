@@ -34,6 +34,8 @@ class JobEvent(TypedDict):
         error: of a failure, in a sentence.
         kind, failed_rank, decision: of a group of workers that failed: see `Cause`, and what was decided.
         start_s: of `start`: seconds of each part of the worker's start.
+        why: of a stop, its reason.
+        status: of the driver's end: FINISHED, FAILED or KILLED.
     """
 
     time: float
@@ -46,6 +48,8 @@ class JobEvent(TypedDict):
     failed_rank: NotRequired[int | None]
     decision: NotRequired[str]
     start_s: NotRequired[dict[str, float]]
+    why: NotRequired[str]
+    status: NotRequired[str]
 
 
 class JobLog:

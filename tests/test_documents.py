@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
+from torch.distributed.flight_recorder.components.config_manager import JobConfig
 
 from echox import cli, errors
 from echox.config.load import load_recipe
@@ -25,6 +27,7 @@ from echox.engine.checkpoint.manifest import MANIFEST, WEIGHTS, step_name
 from echox.engine.checkpoint.sharded_state import slices_file
 from echox.engine.checkpoint.writer import random_file
 from echox.engine.monitor.watchdog import HUNG
+from echox.engine.start_check import _REDUCED, LEAST_SHARED
 from echox.stream.format.catalogue import CATALOGUE_NAME, DATASET_NAME
 from echox.stream.format.writer import write_shards
 from echox.stream.quarantine import TREND
@@ -36,7 +39,11 @@ from echox.tracking.run import CREATE_S
 from launch.client.jobs import STOP_WAIT_S
 from launch.client.resubmit import FINAL_CODES
 from launch.client.status import report
+from launch.deploy.kuberay import _SHARED_MEMORY
 from launch.job.driver import RAY_STOP_WAIT_S, grace_s
+from launch.job.ending import Ending
+from launch.job.environment import NCCL_RECORDS, OF_THE_NODE, worker_environment
+from launch.job.webhook import LIMIT_S, TRIES
 from shards.builder.convert import SHORTEST_S
 from shards.corpora.registry import CORPORA
 from tests.shards.layouts import clip, encoded, put, put_lines
@@ -50,6 +57,8 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
+GUIDES = (*DOCUMENTS, "launch/deploy/fabric.md")
+"""All whose commands, files and links are checked; the further ones are reached from a document of their folder."""
 ROOMS = ("shards/README.md", "launch/README.md", "echox/stream/README.md", "echox/engine/README.md")
 MOST_LINES = 170
 
@@ -95,7 +104,7 @@ def check_job(module: str, recipe: str, overrides: Sequence[str]) -> None:
     load_recipe(recipe, overrides)
 
 
-@pytest.mark.parametrize(("document", "command"), [(name, line) for name in DOCUMENTS for line in commands(name)])
+@pytest.mark.parametrize(("document", "command"), [(name, line) for name in GUIDES for line in commands(name)])
 def test_a_command_exists_and_is_accepted(document: str, command: str) -> None:
     """None is run: they need data, a cluster or minutes."""
     match shlex.split(command, comments=True):
@@ -112,6 +121,11 @@ def test_a_command_exists_and_is_accepted(document: str, command: str) -> None:
         case ["ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment, "--", *rest]:
             assert json.loads(environment)["env_vars"] and rest[:2] == ["python", "-m"]
             check_job(rest[2], rest[3], rest[4:])
+        case ["ray", "metrics", name]:
+            source_of_ray = (Path(ray.__file__).parent / "scripts" / "scripts.py").read_text(encoding="utf-8")
+            assert f'@metrics_group.command(name="{name}")' in source_of_ray
+        case ["torchfrtrace", *rest]:
+            assert JobConfig().parse_args(rest).prefix == NCCL_RECORDS
         case ["export", *assignments]:
             assert assignments and all("=" in assignment for assignment in assignments)
         case ["source" | ".", ".venv/bin/activate"]:
@@ -132,7 +146,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return {name: child for group in groups for name, child in group.choices.items()}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", GUIDES)
 def test_a_command_named_in_a_sentence_exists(document: str) -> None:
     for words in re.findall(r"`echox ((?:[a-z0-9-]+ ?)+)", text_of(document)):
         parser = cli.build_parser(words.split())
@@ -150,13 +164,13 @@ def test_the_blocks_are_found() -> None:
     assert sum(len(commands(document)) for document in DOCUMENTS) >= 50
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", GUIDES)
 def test_files_and_folders_that_are_named_are_there(document: str) -> None:
     for name in re.findall(r"`((?:echox|launch|shards|tests|ds_configs)/[\w./-]*)`", text_of(document)):
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", GUIDES)
 def test_links_lead_to_files(document: str) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", text_of(document)):
         if "://" not in target and not target.startswith("#"):
@@ -350,10 +364,19 @@ def test_the_example_of_a_status_is_what_the_program_prints() -> None:
     assert block == f"$ echox status 3b-s2t\n{report('3b-s2t', job, status)}\n"
 
 
+def test_the_example_of_a_message_is_what_a_webhook_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = blocks("launch/README.md", "json")
+    shown = json.loads(block)
+    monkeypatch.setattr("socket.gethostname", lambda: shown["host"])
+    ending = Ending(status=shown["status"], why=shown["why"])
+    assert shown == ending.message(run=shown["run"], stage=shown["stage"], step=shown["step"])
+
+
 def test_numbers_in_the_sentences_are_those_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split("shards build manifest --source a --out b")
     built = cli.build_parser(words).parse_args(words)
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_WAIT_S))
+    recording = worker_environment(load_recipe("3b/s2t"))
     sentences = {
         "shards/README.md": (
             f"shorter than {SHORTEST_S:g} s",
@@ -368,6 +391,15 @@ def test_numbers_in_the_sentences_are_those_of_the_code(monkeypatch: pytest.Monk
             f"gives a run {STOP_WAIT_S} s, of which {grace_s():g} are for the save",
             f"Ray gives {RAY_STOP_WAIT_S:g} s",
             f"wait {max(CREATE_S, FINISH_S):g} s at most",
+            {3: "three times"}[TRIES] + f" in {LIMIT_S:g} s at most",
+        ),
+        "launch/deploy/fabric.md": (
+            f"all-reduce of {_REDUCED >> 20} MiB",
+            f"start below {LEAST_SHARED >> 20} MiB",
+            f"mount {_SHARED_MEMORY.removesuffix('Gi')} GiB",
+            f"the last {recording['TORCH_FR_BUFFER_SIZE']} collectives",
+            f"`log/{Path(recording['TORCH_FR_DUMP_TEMP_FILE']).name}N`",
+            f"begin with {', '.join(f'`{prefix}`' for prefix in OF_THE_NODE[:-1])} or `{OF_THE_NODE[-1]}`",
         ),
     }
     for document, spoken in sentences.items():

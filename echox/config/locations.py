@@ -1,6 +1,7 @@
-"""Refuses places in a recipe that name a secret or that nothing can be written to.
+"""Keeps secrets out of recipes and jobs, and refuses places in a recipe that nothing can be written to.
 
-A resolved recipe is logged, stored beside the run and shown by the tracking server, so it must hold no secret.
+A resolved recipe is logged, stored beside the run and shown by the tracking server; variables of a job and of its
+workers are shown by Ray's dashboard. Neither must hold a secret.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from urllib.parse import urlsplit
 _SIGNED = re.compile(
     r"([?&][^=&\s]*(?:signature|credential|token|secret|password|sig|key)[^=&\s]*=)[^&\s]*", re.IGNORECASE
 )
-SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(_ID)?$", re.IGNORECASE)
-"""Names of environment variables that hold a secret."""
+_SECRET_NAME = re.compile(r"((TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(_ID)?|WEBHOOK(_URL)?)$", re.IGNORECASE)
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 """Schemes of object stores that runs may lie in."""
 _DATABASE_LOGIN = "write postgresql://USER@HOST/DB and put the password into PGPASSWORD or ~/.pgpass of every node"
@@ -57,6 +57,20 @@ def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]
     for key, place in data.items():
         if has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
             yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", _DATA_LOGIN)
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Whether an environment variable holds a secret, by its name or its value."""
+    return bool(_SECRET_NAME.search(name)) or has_password(value)
+
+
+def without_secret_variables(
+    environment: Mapping[str, str], prefixes: tuple[str, ...]
+) -> tuple[dict[str, str], list[str]]:
+    """Variables whose names begin so and that hold no secret, and the sorted names of those that do."""
+    named = {name: value for name, value in environment.items() if name.startswith(prefixes)}
+    secret = sorted(name for name, value in named.items() if is_secret(name, value))
+    return {name: value for name, value in named.items() if name not in secret}, secret
 
 
 def has_password(place: str) -> bool:

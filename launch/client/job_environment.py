@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from echox.config.load import parse_yaml
-from echox.config.locations import SECRET_NAME, has_password
+from echox.config.locations import is_secret
 from echox.errors import LaunchError
 
 EXCLUDES = (
@@ -26,7 +26,6 @@ EXCLUDES = (
     *("/data", "**/.env", "**/.env.*", "**/*.pem", "**/*.key", "**/.netrc", "**/.pgpass", "**/credentials*"),
 )
 """What is not code does not travel: Ray ships the folder as one message with a size limit."""
-PASSED_ON = ("MLFLOW_", "HF_", "ECHOX_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +93,11 @@ class JobEnvironment:
 def refuse_secrets(variables: Mapping[str, str]) -> None:
     """Raise `LaunchError` for a variable whose name or value says that it is a secret."""
     for name, value in variables.items():
-        if SECRET_NAME.search(name) or has_password(value):
+        if is_secret(name, value):
             raise LaunchError(
                 f"{name} holds a secret, and a job's variables can be read by all who may ask the job API",
                 fix="set it in the nodes' own environment, as by a Secret of Kubernetes, or in a file of theirs",
             )
-
-
-def passed_on(environment: Mapping[str, str] = os.environ) -> tuple[dict[str, str], list[str]]:
-    """This process's variables that a job gets too, and the names of those that would be secrets, which it does not."""
-    named = {name: value for name, value in environment.items() if name.startswith(PASSED_ON)}
-    secret = sorted(name for name, value in named.items() if SECRET_NAME.search(name) or has_password(value))
-    return {name: value for name, value in named.items() if name not in secret}, secret
 
 
 def parse_variables(words: list[str]) -> dict[str, str]:

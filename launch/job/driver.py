@@ -13,11 +13,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from echox.config.load import find_recipe, load_recipe, resolved
-from echox.config.locations import SECRET_NAME
 from echox.config.paths import run_dir
 from echox.config.schema import Recipe, worker_counts
 from echox.engine.object_store.mirror import Mirror, mirrored
@@ -27,6 +25,7 @@ from echox.errors import EchoXError, LaunchError
 from launch import paths
 from launch.events import FAILED, MORE_ROOM, JobLog, read_events, read_progress
 from launch.job.command_line import ABORTED, AGAIN, CRASHED, arguments, said
+from launch.job.environment import node_defaults, worker_environment
 from launch.job.failure_cause import find_cause, first_line
 from launch.job.ray_context import DRAINED
 from launch.job.signals import StopSignals, die_with
@@ -45,8 +44,6 @@ AUTOSCALED_START_TIMEOUT_S = 600
 RAY_STOP_WAIT_S = 3.0
 """What Ray gives a job to end, unless RAY_JOB_STOP_WAIT_TIME_S says otherwise."""
 OWN_STOP_WAIT_S = 120.0
-PASSED_ON = ("ECHOX_", "MLFLOW_", "HF_", "NCCL_", "FI_")
-"""Prefixes of the environment variables that workers inherit from the driver."""
 POLL_S = 0.1
 
 
@@ -230,7 +227,11 @@ class Driver:
         trainer = Trainer(
             run_worker,
             train_loop_config=options,
-            backend_config=TorchGroup(backend="nccl" if on_gpu else "gloo", timeout_s=scaling.collective_timeout_s),
+            backend_config=TorchGroup(
+                backend="nccl" if on_gpu else "gloo",
+                timeout_s=scaling.collective_timeout_s,
+                defaults=node_defaults(),
+            ),
             scaling_config=scaling_config,
             run_config=RunConfig(
                 # One folder an attempt: Ray resumes a folder it knows, and what to resume is the engine's decision.
@@ -306,31 +307,6 @@ def grace_s() -> float:
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     wait = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S") or (RAY_STOP_WAIT_S if in_job else OWN_STOP_WAIT_S))
     return wait - min(15.0, wait / 4)
-
-
-def worker_environment(recipe: Recipe) -> dict[str, str]:
-    """Environment of the workers: what they need of the driver's, plus thread counts and library switches."""
-    threads = str(max(1, int(recipe.scaling.cpus_per_worker)))
-    # A secret stays on its node: what Ray is told of workers is shown by its dashboard.
-    own = {key: value for key, value in os.environ.items() if not SECRET_NAME.search(key)}
-    passed = {key: value for key, value in own.items() if key.startswith(PASSED_ON)}
-    switches = {
-        "OMP_NUM_THREADS": threads,
-        "TOKENIZERS_PARALLELISM": "false",
-        # 1, Ray's own choice, aborts before NCCL's flight recorder is written.
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-    }
-    if recipe.scaling.gpus_per_worker == 0:
-        switches["DS_ACCELERATOR"] = "cpu"
-    else:  # NCCL's flight recorder: each rank's last collectives, written when one of them times out
-        switches |= {
-            "TORCH_FR_BUFFER_SIZE": "2000",
-            "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-            "TORCH_FR_DUMP_TEMP_FILE": f"{run_dir(recipe.storage, recipe.name) / 'log' / 'nccl-rank-'}",
-        }
-    # DeepSpeed calls ninja and the compiler by name; the worker's PATH is that of the Ray daemon.
-    path = os.pathsep.join(dict.fromkeys([str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(":")]))
-    return {**passed, **switches, "PATH": path}
 
 
 def ray_storage(recipe: Recipe) -> dict[str, Any]:

@@ -7,6 +7,7 @@ compute anything: seconds of every start, one after the other, and a gigabyte of
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +25,12 @@ class TorchGroup(BackendConfig):
     Attributes:
         backend: of `torch.distributed`: nccl or gloo.
         timeout_s: seconds after which a collective fails.
+        defaults: variables of a worker whose node has none of the name; set before NCCL and Gloo read theirs.
     """
 
     backend: str
     timeout_s: int
+    defaults: dict[str, str]
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -68,7 +71,18 @@ def _address() -> tuple[str, int]:
     return get_address_and_port()
 
 
-def _join(*, address: str, port: int, world_rank: int, world_size: int, backend: str, timeout_s: int) -> None:
+def _join(
+    *,
+    address: str,
+    port: int,
+    world_rank: int,
+    world_size: int,
+    backend: str,
+    timeout_s: int,
+    defaults: Mapping[str, str],
+) -> None:
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     from datetime import timedelta
 
     import torch.distributed

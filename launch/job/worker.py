@@ -18,6 +18,7 @@ from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.run import attach
 from echox.tracking.system import SystemMetrics
 from launch.job.failure_cause import error_file
+from launch.job.gauges import Gauges
 from launch.job.notices import watch_for_notices
 from launch.job.ray_context import RayContext
 
@@ -86,7 +87,7 @@ def _train(config: WorkerConfig, recipe: Recipe, context: RayContext) -> WorkerR
         sampler = SystemMetrics(tracker, node=f"node-{context.node_rank}" if several else None)
     try:
         train, setup = load_object(config["train"]), load_object(config["setup"])
-        heard = tracker if context.rank == 0 else NullTracker()
+        heard = Gauges(tracker, run=recipe.name, stage=recipe.stage) if context.rank == 0 else NullTracker()
         result = train(
             recipe, context, setup, heard, accept_new_data=config["accept_new_data"], allow=tuple(config["allow"])
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from echox.config.load import load_recipe
-from echox.config.locations import without_secrets
+from echox.config.locations import without_secret_variables, without_secrets
 from echox.errors import EchoXError
 
 SECRET = "s3cr3t-9f"
@@ -55,3 +55,20 @@ def test_texts_are_shown_without_their_secrets() -> None:
     shown = without_secrets(text)
     assert SECRET not in shown and "https://***@host/a" in shown and "part=2" in shown and "s3://b/c" in shown
     assert without_secrets("mail me@host, key point = 3") == "mail me@host, key point = 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_TOKEN", SECRET),
+        ("HF_ACCESS_KEY_ID", SECRET),
+        ("HF_WEBHOOK", f"https://hooks.example/{SECRET}"),
+        ("HF_WEBHOOK_URL", f"https://hooks.example/{SECRET}"),
+        ("HF_ENDPOINT", f"https://me:{SECRET}@hub"),
+        ("HF_ENDPOINT", f"https://{SECRET}@hub"),
+    ],
+)
+def test_variables_are_passed_on_without_secrets(name: str, value: str) -> None:
+    environment = {"MLFLOW_KEYS": "2", "HF_HOME": "/hf", "HF_DB": "postgresql://me@db/x", "OTHER": "x", name: value}
+    shared, secret = without_secret_variables(environment, ("HF_", "MLFLOW_"))
+    assert shared == {"MLFLOW_KEYS": "2", "HF_HOME": "/hf", "HF_DB": "postgresql://me@db/x"} and secret == [name]

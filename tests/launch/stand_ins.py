@@ -59,6 +59,31 @@ def train(recipe: Any, context: Any, build: Any, tracker: Any, **options: Any) -
     return _result(run, 1, checkpoint)
 
 
+def train_watched(recipe: Any, context: Any, build: Any, tracker: Any, **options: Any) -> Any:
+    """Report an attempt, a step and a save, and wait until a test has seen them.
+
+    `<run>/nodes.json` is Ray's view, `<run>/network.json` each rank's variables of the network.
+    """
+    import ray
+    import torch.distributed as dist
+
+    run = context.storage / recipe.name
+    own = {name: value for name, value in os.environ.items() if name.startswith("NCCL_")}
+    network: list[Any] = [None] * context.world_size
+    dist.all_gather_object(network, own)
+    if context.rank == 0:
+        tracker.begin_attempt(3, 40, {})
+        tracker.log_metrics({"loss/total": 1.25, "perf/step_ms": 800.0, "health/bad_steps": 2.0}, 41)
+        tracker.log_metrics({"perf/save_s": 6.5, "perf/save_blocked_ms": 30.0}, 41)
+        RunDir(run).write_progress(stage=recipe.stage, step=41, steps=41, state="training", attempt=3)
+        (run / "network.json").write_text(json.dumps(network))
+        (run / "nodes.json").write_text(json.dumps(ray.nodes()))
+        while not (run / "seen").exists():
+            time.sleep(STEP_S)
+    dist.barrier()
+    return _result(run, 41, None)
+
+
 def train_bad_data(recipe: Any, context: Any, build: Any, tracker: Any, **options: Any) -> Any:
     if context.rank == 1:
         raise DataError("shard-000000.tar ends in the middle of a sample", where="sqa-train", fix="build it again")

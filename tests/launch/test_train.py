@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from echox.config.load import load_recipe
 from echox.errors import DataError, LaunchError, TransientReadError
-from launch.job.driver import grace_s, worker_environment
+from launch.job.driver import grace_s
 from launch.job.failure_cause import error_file, find_cause
 from launch.train import main
 
@@ -86,24 +85,6 @@ def test_the_grace_is_what_ray_gives_less_the_end_of_the_run(monkeypatch: pytest
     assert grace_s() == 2.25
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "120")
     assert grace_s() == 105
-
-
-def test_workers_get_what_they_need_and_nothing_private(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "ECHOX_CACHE": "/c",
-        "MLFLOW_TRACKING_TOKEN": "t",
-        "AWS_SECRET": "s",
-        "NCCL_DEBUG": "INFO",
-    }.items():
-        monkeypatch.setenv(name, value)
-    on_cpu = worker_environment(load_recipe("demo/s2t"))
-    assert on_cpu["DS_ACCELERATOR"] == "cpu" and on_cpu["OMP_NUM_THREADS"] == "1"
-    assert on_cpu["ECHOX_CACHE"] == "/c" and on_cpu["NCCL_DEBUG"] == "INFO"
-    assert "MLFLOW_TRACKING_TOKEN" not in on_cpu, "whoever sees the dashboard would see it"
-    assert on_cpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
-    assert "AWS_SECRET" not in on_cpu
-    on_gpu = worker_environment(load_recipe("demo/s2t", ["scaling.gpus_per_worker=1", "scaling.cpus_per_worker=6"]))
-    assert "DS_ACCELERATOR" not in on_gpu and on_gpu["OMP_NUM_THREADS"] == "6"
 
 
 def test_a_wrong_recipe_ends_with_its_sentence_and_code(capsys: pytest.CaptureFixture[str]) -> None:

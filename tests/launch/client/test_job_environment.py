@@ -14,7 +14,7 @@ import pytest
 from echox.cli import main
 from echox.errors import LaunchError
 from launch.client.address import VARIABLES
-from launch.client.job_environment import EXCLUDES, JobEnvironment, parse_variables, passed_on
+from launch.client.job_environment import EXCLUDES, JobEnvironment, parse_variables
 from launch.client.jobs import Jobs
 from tests.launch.client.stub_api import StubApi, stub_api
 
@@ -77,6 +77,7 @@ def test_an_image_holds_the_project_itself(api: StubApi) -> None:
         (["--env", f"HF_TOKEN={SECRET}"], "HF_TOKEN holds a secret"),
         (["--env", f"DB=postgresql://me:{SECRET}@db/x"], "DB holds a secret"),
         (["--env", f"AWS_SECRET_ACCESS_KEY={SECRET}"], "AWS_SECRET_ACCESS_KEY holds a secret"),
+        (["--env", f"ECHOX_WEBHOOK=https://hooks.example/{SECRET}"], "ECHOX_WEBHOOK holds a secret"),
         (["--env", f"{SECRET} x"], "is no NAME=VALUE"),
         (["--env", "NOT_SET_HERE"], "--env NOT_SET_HERE is no NAME=VALUE, and no variable here"),
         (["--headers", f"Authorization: {SECRET}"], "--headers is no JSON object"),
@@ -111,10 +112,15 @@ def test_what_cannot_be_given_is_one_sentence(
     assert not any(path.startswith("POST") for path in api.asked)
 
 
-def test_variables_of_here_that_hold_a_secret_stay_here() -> None:
-    given, secret = passed_on({"HF_HOME": "/hf", "HF_TOKEN": SECRET, "MLFLOW_TRACKING_URI": f"http://me:{SECRET}@h",
-                               "ECHOX_API_KEY": SECRET, "OTHER": "x"})  # fmt: skip
-    assert given == {"HF_HOME": "/hf"} and secret == ["ECHOX_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_URI"]
+def test_variables_of_here_that_hold_a_secret_stay_here(api: StubApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {"HF_HOME": "/hf", "HF_TOKEN": SECRET, "MLFLOW_TRACKING_URI": f"http://me:{SECRET}@h", "OTHER": "x"}
+    for name, value in {**here, "ECHOX_WEBHOOK": f"https://hooks.example/{SECRET}"}.items():
+        monkeypatch.setenv(name, value)
+    given = submit(api)["runtime_env"]["env_vars"]
+    assert given["HF_HOME"] == "/hf" and "OTHER" not in given and SECRET not in str(given)
+
+
+def test_a_variable_may_be_empty() -> None:
     assert parse_variables(["A=", "B=c"]) == {"A": "", "B": "c"}
 
 
