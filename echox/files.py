@@ -82,11 +82,31 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        _replace(temporary, path, text)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _replace(temporary: Path, path: Path, text: str) -> None:
+    try:
+        temporary.replace(path)
+    except FileNotFoundError:
+        if temporary.exists() or path.read_text(encoding="utf-8") != text:  # as in `rename_to_free`
+            raise
+
+
+def rename_to_free(source: Path, target: Path) -> None:
+    """Rename a file or folder to a name that nothing has.
+
+    NFS sends a rename again when its answer was lost; the second then finds nothing to rename, and has worked.
+    """
+    try:
+        source.rename(target)
+    except FileNotFoundError:
+        if source.exists() or not target.exists():
+            raise
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from echox.files import append_line, fsync, write_atomically
+from echox.files import append_line, fsync, rename_to_free, write_atomically
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -66,6 +66,40 @@ def test_hosts_with_equal_process_ids_do_not_write_into_each_other(
     path.unlink()
     write_atomically(path, "two")
     assert len(names) == 2
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["answered", "answer lost"])
+def test_a_rename_that_nfs_sends_twice_has_worked(lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, times = os.replace, 2 if lost else 1
+
+    def over_nfs(source: Path, target: Path) -> None:
+        for _ in range(times):
+            real(source, target)
+
+    monkeypatch.setattr(os, "replace", over_nfs)
+    monkeypatch.setattr(os, "rename", over_nfs)
+    write_atomically(tmp_path / "small.json", "new")
+    write_atomically(tmp_path / "small.json", "newer")
+    assert (tmp_path / "small.json").read_text() == "newer"
+    (tmp_path / "folder").mkdir()
+    rename_to_free(tmp_path / "folder", tmp_path / "published")
+    assert sorted(os.listdir(tmp_path)) == ["published", "small.json"]
+
+
+def test_a_rename_of_what_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError):
+        rename_to_free(tmp_path / "none", tmp_path / "new")
+
+    def loses(source: Path, target: Path) -> None:
+        os.unlink(source)
+        raise FileNotFoundError(source)
+
+    (tmp_path / "small.json").write_text("old")
+    monkeypatch.setattr(os, "replace", loses)
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "small.json", "new")
+    assert (tmp_path / "small.json").read_text() == "old"
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])

@@ -32,10 +32,10 @@ def read_stop(run_folder: Path) -> str | None:
     """Why the run was asked to stop, or None."""
     try:
         return reason_in((run_folder / STOP_FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError:
+    except PermissionError:
         return _NO_REASON
+    except OSError:
+        return None  # there is none, or the storage does not answer now and is asked again
 
 
 def reason_in(request: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import math
 import os
@@ -156,6 +157,31 @@ def test_a_request_to_stop_is_heard_once_and_withdrawn(tmp_path: Path) -> None:
     assert read_stop(tmp_path) is None
     (tmp_path / "stop.json").write_text("")
     assert read_stop(tmp_path) == "asked to stop"
+
+
+@pytest.mark.parametrize(("number", "why"), [(errno.ESTALE, None), (errno.EIO, None), (errno.EACCES, "asked to stop")])
+def test_a_storage_that_stutters_stops_no_run(
+    number: int, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert read_stop(tmp_path) == why
+
+
+def test_a_storage_that_stutters_while_the_best_is_looked_for_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(4):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    def read(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert Retention(last=1, best="loss").apply(tmp_path) == []
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 
 
 def test_the_launchers_word_and_a_signal_are_requests_too() -> None:

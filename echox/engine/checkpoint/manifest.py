@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from echox.engine.checkpoint.contents import Contents, FileEntry, Manifest
 from echox.errors import CheckpointError
-from echox.files import fsync, sha256_file
+from echox.files import fsync, rename_to_free, sha256_file
+from echox.stream.storage.retry import PassingError, Retry, may_pass
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
@@ -83,6 +84,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint.name} has no {MANIFEST}", where=str(checkpoint)) from None
     except OSError as error:
+        if may_pass(error):
+            raise
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(path)) from None
 
 
@@ -104,7 +107,21 @@ def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
 
     Raises:
         CheckpointError: naming the first file that is missing, of another size, or of another content.
+        TransientReadError: the storage could not be read, however often; nothing is known of the checkpoint.
     """
+
+    def once() -> Manifest:
+        try:
+            return _verify(checkpoint, only)
+        except OSError as error:
+            if may_pass(error):
+                raise PassingError(f"{type(error).__name__}: {error}") from error
+            raise
+
+    return Retry()(once, f"verifying {checkpoint.name}", str(checkpoint))
+
+
+def _verify(checkpoint: Path, only: Iterable[str] | None) -> Manifest:
     manifest = read_manifest(checkpoint)
     for name in manifest["files"] if only is None else only:
         expected = manifest["files"].get(name)
@@ -169,14 +186,14 @@ def publish(temporary: Path, final: Path) -> None:
     """Publish a complete checkpoint under its name, atomically; an older one under that name is moved away first."""
     if final.exists():
         discard(final)
-    temporary.rename(final)
+    rename_to_free(temporary, final)
     fsync(final.parent)
 
 
 def discard(path: Path) -> None:
     """Delete a checkpoint, taking its name away first so that no reader meets half of one."""
     doomed = path.with_name(f".deleting-{path.name}-{os.getpid()}")
-    path.rename(doomed)
+    rename_to_free(path, doomed)
     fsync(path.parent)  # the name must be gone on disk before the first file is
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -185,7 +202,7 @@ def set_aside(path: Path) -> Path:
     """Take a damaged checkpoint's name away and keep it for inspection; returns where it is."""
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
+    rename_to_free(path, aside)
     return aside
 
 

@@ -40,9 +40,13 @@ class Retention:
 
     def apply(self, run_folder: Path) -> list[Path]:
         """Delete what the rule does not keep, taking each name away first; returns what was deleted."""
-        found = {step_of(path): path for path in list_checkpoints(run_folder)}
         gone: list[Path] = []
-        for step in self.doomed({step: _metrics(path) for step, path in found.items()}):
+        try:
+            found = {step_of(path): path for path in list_checkpoints(run_folder)}
+            metrics = {step: _metrics(path) for step, path in found.items()}
+        except OSError:
+            return []  # the storage does not answer now; which one is the best is not known
+        for step in self.doomed(metrics):
             try:
                 discard(found[step])
             except OSError:

@@ -11,6 +11,7 @@ from typing import Any
 from webdataset.writer import TarWriter
 
 from echox.errors import DataError
+from echox.files import rename_to_free
 from echox.stream.format.indexing import CatalogueBuilder
 from echox.stream.format.scan import scan_shard, write_index
 
@@ -103,7 +104,7 @@ def write_shards(
                 raise DataError(f"There are no samples to write into {final}", where=str(final))
             listing = builder.finish()
         shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
+        rename_to_free(building, final)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return listing

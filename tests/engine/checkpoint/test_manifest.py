@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from argparse import ArgumentParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +26,8 @@ from echox.engine.checkpoint.manifest import (
     verify,
     write_manifest,
 )
-from echox.errors import CheckpointError
+from echox.errors import CheckpointError, TransientReadError
+from echox.stream.storage import retry
 
 
 def make(run: Path, step: int) -> Path:
@@ -69,6 +73,41 @@ def test_a_changed_manifest_is_seen_even_where_json_stays_valid(tmp_path: Path) 
     path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
     with pytest.raises(CheckpointError, match="its own hash"):
         verify(path.parent)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "manifest.json"])
+def test_a_stale_handle_is_no_damage(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, 3)
+    newest, refused, real = make(tmp_path, 4), [2], Path.open
+
+    def over_nfs(path: Path, *args: Any, **more: Any) -> Any:
+        if path == newest / file and refused[0]:
+            refused[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(Path, "open", over_nfs)
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
+    choice = choose(list_checkpoints(tmp_path))
+    assert choice.checkpoint is not None and choice.checkpoint.path == newest and choice.rejected == ()
+    assert refused == [0]
+    refused[0] = 10**9
+    with pytest.raises(TransientReadError, match="Stale file handle"):
+        choose(list_checkpoints(tmp_path))
+
+
+def test_a_publication_that_nfs_renames_twice_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.rename
+
+    def over_nfs(source: Path, target: Path) -> None:
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", over_nfs)
+    for step in (3, 3, 4):
+        make(tmp_path, step)
+    discard(checkpoints_folder(tmp_path) / step_name(4))
+    assert [verify(path)["step"] for path in list_checkpoints(tmp_path)] == [3]
 
 
 def test_only_damaged_checkpoints_is_an_error_and_none_is_not(tmp_path: Path) -> None:
