@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> None:
         description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge.",
         epilog="example: echox evaluate runs/demo/demo-echo --limit 10",
     )
-    parser.add_argument("trained", metavar="RUN", type=Path, help="run or checkpoint folder of the echo stage")
+    parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint folder of the echo stage")
     parser.add_argument("--limit", type=int, help="most items of each set")
     parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
     parser.add_argument("--corpus", default="demo", help="folder of the sets below $ECHOX_CACHE/data; default: demo")
@@ -40,15 +40,17 @@ def add_parser(subparsers: Any) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Score, save, print."""
+    from echox.engine.object_store.reading import local_run
     from echox.evaluate.demo import evaluate_demo
     from echox.evaluate.store import save_evaluation
 
     def watch(name: str, done: int, total: int) -> None:
         print(f"{name} {done}/{total}", file=sys.stderr)
 
-    found = evaluate_demo(args.trained, vocoder=args.vocoder, limit=args.limit, progress=watch, corpus=args.corpus)
+    run = local_run(args.trained)
+    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=watch, corpus=args.corpus)
     scores = found.to_json()
-    save_evaluation(args.out or args.trained.parent / "evaluation", scores, found.samples())
+    save_evaluation(args.out or run.parent / "evaluation", scores, found.samples())
     if args.json:
         print(json.dumps(scores))
         return 0

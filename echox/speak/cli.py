@@ -41,9 +41,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--run",
         dest="trained",
-        type=Path,
-        default=Path("runs/demo/demo-echo"),
-        help="run or checkpoint of the echo stage",
+        default="runs/demo/demo-echo",
+        help="run, URL of a run, or checkpoint of the echo stage",
     )
     parser.add_argument(
         "--vocoder", type=Path, help="vocoder folder; default: the demo's, below $ECHOX_CACHE/data/demo"
@@ -56,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, answer, write."""
     from echox.audio.io import SAMPLE_RATE, read_audio, resample, write_audio
     from echox.config.paths import cache_dir
+    from echox.engine.object_store.reading import local_run
     from echox.speak.pipeline import SpeechToSpeech
     from echox.speak.vocoder import check_vocoder, load_vocoder
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     turns = [*(read_history(args.history) if args.history else []), *map(_typed_turn, args.turn)]
     folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
     vocoder = load_vocoder(folder)
-    model = SpeechToSpeech.load(args.trained)
+    model = SpeechToSpeech.load(local_run(args.trained))
     check_vocoder(folder, [model.units])
     if len(question) > model.max_audio_s * SAMPLE_RATE:
         asked = len(question) / SAMPLE_RATE

@@ -204,6 +204,10 @@ class PublishedCheckpoints:
             if each is not None:
                 raise each
         here = checkpoints_folder(run_folder) / step_name(entry["step"])
+        if brings and not world.is_main:  # whose saves delete older ones where it is
+            for path in list_checkpoints(run_folder):
+                if path != here:
+                    shutil.rmtree(path, ignore_errors=True)
         return replace(choice, checkpoint=Checkpoint(path=here, manifest=choice.checkpoint.manifest))
 
     # Writing: rank 0, but for `upload`.

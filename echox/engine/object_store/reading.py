@@ -38,6 +38,17 @@ def local_checkpoint(run: str) -> Checkpoint | None:
     return PublishedCheckpoints(_open(run)[0]).choose(folder, (WEIGHTS,))[0].checkpoint
 
 
+def local_run(run: str | Path) -> Path:
+    """The folder of a run, or this machine's copy of one in a store, with the weights of its newest checkpoint.
+
+    Raises:
+        CheckpointError: as `local_checkpoint` does.
+    """
+    if is_url(str(run)):
+        local_checkpoint(str(run))
+    return local_logs(run)
+
+
 def bring_checkpoints(run: str | Path, *, whole: bool) -> tuple[Path, dict[str, str]]:
     """Bring all checkpoints of a run in a store; a folder is returned as it is.
 

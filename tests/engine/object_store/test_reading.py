@@ -16,6 +16,7 @@ from echox.config.paths import run_dir
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import WEIGHTS, choose, list_checkpoints
 from echox.engine.object_store.mirror import Mirror
+from echox.engine.object_store.reading import local_run
 from echox.engine.stop import STOP_FILE, reason_in
 from echox.errors import CheckpointError
 from echox.tracking.run import open_run
@@ -82,7 +83,9 @@ def test_status_logs_and_stop(run: str, bucket: str, capsys: pytest.CaptureFixtu
     assert reason_in(store_of(bucket).read(STOP_FILE) or b"") == "echox stop"
 
 
-@pytest.mark.parametrize("words", [["status"], ["logs"], ["checkpoint", "list"], ["checkpoint", "verify"]])
+@pytest.mark.parametrize(
+    "words", [["status"], ["logs"], ["checkpoint", "list"], ["checkpoint", "verify"], ["evaluate"]]
+)
 def test_a_run_that_is_not_there_is_one_sentence(
     words: list[str], bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +94,12 @@ def test_a_run_that_is_not_there_is_one_sentence(
     assert "there is no run here" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="there is no run here"):
         find_weights(f"{bucket}/runs/none")
+
+
+def test_commands_that_speak_and_score_bring_the_weights(run: str, bucket: str, tmp_path: Path) -> None:
+    folder = local_run(run)
+    assert folder == run_dir(f"{bucket}/runs", "run") and (folder / "checkpoints" / "step-00000002" / WEIGHTS).is_file()
+    assert local_run(tmp_path) == tmp_path
 
 
 def test_what_was_brought_is_a_run_like_any_other(run: str, bucket: str) -> None:
