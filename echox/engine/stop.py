@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from echox.files import write_atomically
+from echox.files import read_json, write_atomically
 
 STOP_FILE = "stop.json"
 POLL_S = 0.5
@@ -30,7 +30,7 @@ def clear_stop(run_folder: Path) -> None:
 def read_stop(run_folder: Path) -> str | None:
     """Why the run was asked to stop, or None."""
     try:
-        return str(json.loads((run_folder / STOP_FILE).read_text())["why"])
+        return str(read_json(run_folder / STOP_FILE)["why"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

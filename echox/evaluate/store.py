@@ -9,7 +9,9 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from echox.engine.monitor.run_dir import metric_rows
 from echox.errors import DataError
+from echox.files import read_json
 
 SCORES, SAMPLES = "scores.json", "samples.json"
 _WAVS = ("question_wav", "answer_wav", "reference_wav")
@@ -42,13 +44,13 @@ def load_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     if not (folder / SCORES).is_file():
         raise DataError("no evaluation found", where=str(folder), fix="run `echox evaluate` first")
     try:
-        samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+        samples = read_json(folder / SAMPLES)
         for row in samples:
             for name in _WAVS:
                 if row.get(name):
                     row[name] = _own_wav(folder, row[name])
-        return dict(json.loads((folder / SCORES).read_text(encoding="utf-8"))), samples
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        return dict(read_json(folder / SCORES)), samples
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(
             f"this is no evaluation: {error}", where=str(folder), fix="run `echox evaluate` again"
         ) from error
@@ -72,11 +74,4 @@ def _own_wav(folder: Path, name: object) -> bytes:
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """The rows of a run's `metrics.jsonl`, in order; empty if there is none. A last line that was cut is left out."""
-    file = run_folder / "metrics.jsonl"
-    rows: list[dict[str, float]] = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return list(metric_rows(run_folder))

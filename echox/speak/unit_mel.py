@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.errors import DataError, MissingModelError
+from echox.files import read_json
 from echox.models.ragged import lengths_to_mask
 from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
 
@@ -150,7 +151,7 @@ class UnitMel(nn.Module):
 
         folder = Path(folder)
         try:
-            content = json.loads((folder / "config.json").read_text())
+            content = read_json(folder / "config.json")
             content.pop("kind")
             model = cls(UnitMelConfig(**content))
             model.load_state_dict(load_file(folder / "model.safetensors"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from echox.errors import DataError, MissingModelError
+from echox.files import read_json
 from echox.units.identity import RECORD, UnitPart, check_same_unit_set, read_unit_set
 
 if TYPE_CHECKING:
@@ -236,8 +236,8 @@ def load_vocoder(folder: str | Path) -> Vocoder:
 
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
         raise MissingModelError(
             "There is no vocoder in the folder",
             where=str(folder),
