@@ -75,8 +75,8 @@ def run_resume(args: argparse.Namespace) -> int:
     """Submit the recipe that a run's folder holds, with changes."""
     from launch.client.status import resolved_recipe
 
-    jobs = connect(args)
-    return _submit(args, str(resolved_recipe(args.job, jobs.list())))
+    _, found = _jobs_if_any(args)
+    return _submit(args, str(resolved_recipe(args.job, found)))
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -131,7 +131,7 @@ def run_logs(args: argparse.Namespace) -> int:
             return args.follow and read_progress(folder).get("state") not in ("finished", "failed", "stopped")
 
         for event in follow_events(folder, going_on):
-            print(json.dumps(event) if args.json else line(event), flush=True)
+            print(json.dumps(event) if args.json else printable(line(event)), flush=True)
         return 0
     assert jobs is not None
     job = jobs.find(args.job)

@@ -95,6 +95,14 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 _MOST_ALIASES = 32
+_DEEPEST = 100
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 _LARGEST = 1 << 20
 """Bytes of a recipe."""
 
@@ -135,14 +143,16 @@ def parse_yaml(text: str) -> Any:
         yaml.YAMLError: it is none, is nested too deeply, or repeats itself by so many aliases that a short text becomes
             a huge tree.
     """
-    aliases = [token for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
-    if len(aliases) > _MOST_ALIASES:
-        mark = aliases[_MOST_ALIASES].start_mark
-        raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_ALIASES} aliases", mark)
+    aliases = depth = 0
+    for token in yaml.scan(text):
+        aliases += isinstance(token, yaml.AliasToken)
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if aliases > _MOST_ALIASES:
+            raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_ALIASES} aliases", token.start_mark)
+        if depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", token.start_mark)
     try:
         return yaml.load(text, Loader=_Loader)
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
     except ValueError as error:  # a number of more digits than Python converts
         raise yaml.YAMLError(str(error)) from error
 

@@ -61,6 +61,12 @@ class UnitMelConfig:
     blocks: int = 6
     max_duration: int = 40
 
+    def __post_init__(self) -> None:
+        for name, most in (("n_units", 1 << 16), ("width", 1 << 14), ("blocks", 1 << 10), ("max_duration", 1 << 12)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r:.40}, not a whole number from 1 to {most}")
+
 
 class ConvBlock(nn.Module):
     """Depthwise convolution over time, then a two-layer perceptron, residual (ConvNeXt, arXiv 2201.03545)."""

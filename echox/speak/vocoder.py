@@ -141,6 +141,7 @@ class CodeHifiGan:
         Raises:
             MissingModelError: a file is absent, or weights and configuration do not fit each other.
         """
+        import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import SeamlessM4TConfig
@@ -149,9 +150,13 @@ class CodeHifiGan:
         folder = Path(folder)
         try:
             config = SeamlessM4TConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                wanted = sum(weight.numel() for weight in SeamlessM4TCodeHifiGan(config).parameters())
+            if wanted > (folder / "model.safetensors").stat().st_size:
+                raise ValueError(f"config.json describes {wanted:,} weights, more than there are")
             model = SeamlessM4TCodeHifiGan(config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, AttributeError) as error:
             raise MissingModelError(
                 f"Cannot load the unit HiFi-GAN: {error}",
                 where=str(folder),

@@ -192,7 +192,7 @@ def _side_by_side(title: str, first: str, names: list[str], rows: list[tuple[str
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     table.add_column(first)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(printable(name), justify="right")
     for row in rows:
         shown = map(printable, row)
         table.add_row(*(cell if len(cell) <= _LONGEST else cell[: _LONGEST - 3] + "..." for cell in shown))

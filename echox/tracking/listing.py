@@ -15,9 +15,8 @@ from echox.config.mistakes import did_you_mean
 from echox.engine.monitor.run_dir import Progress, read_progress
 from echox.errors import NetworkError, RecipeError
 from echox.tracking.delivery import ROLE
-from echox.tracking.lifecycle import make_client
 from echox.tracking.names import batches
-from echox.tracking.servers import refusal
+from echox.tracking.servers import listing_client, refusal
 from echox.tracking.state import STATE_FILE, counted_attempts, last_sign, read_state
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def of_folders(folders: Iterable[Path]) -> tuple[list[KnownRun], list[str]]:
     answers: dict[tuple[str, str], Run] = {}
     for uri, run_ids in wanted.items():
         try:
-            answers |= {(uri, run.info.run_id): run for run in _runs_of(make_client(uri, LIST_TIMEOUT_S), run_ids)}
+            answers |= {(uri, run.info.run_id): run for run in _runs_of(listing_client(uri, LIST_TIMEOUT_S), run_ids)}
         except Exception as error:
             place = without_secrets(uri)
             problems[uri] = f"MLflow at {place} does not answer ({_first_line(error)}): {_FOLDERS_KNOW}"
@@ -170,7 +169,7 @@ def of_server(uri: str, limit: int | None = None) -> tuple[list[KnownRun], bool]
     found: list[Run] = []
     more = False
     try:
-        client = make_client(uri, LIST_TIMEOUT_S)
+        client = listing_client(uri, LIST_TIMEOUT_S)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         for run in _newest(client, experiments, limit) if experiments else ():
             if more := limit is not None and len(found) == limit:
@@ -251,7 +250,7 @@ def _named(uri: str, name: str) -> KnownRun | None:
     """
     quote = next((mark for mark in "'\"" if mark not in name), None)
     try:
-        client = make_client(uri, LIST_TIMEOUT_S)
+        client = listing_client(uri, LIST_TIMEOUT_S)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         if quote is None or not experiments:
             return None
@@ -268,7 +267,7 @@ def _by_id(uri: str, run_id: str) -> KnownRun | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return _of_run(make_client(uri, LIST_TIMEOUT_S).get_run(run_id), uri)
+        return _of_run(listing_client(uri, LIST_TIMEOUT_S).get_run(run_id), uri)
     except MlflowException:
         return None
 

@@ -15,7 +15,7 @@ from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.delivery import STAGE, Delivery
 from echox.tracking.lifecycle import finish_pending, make_client
 from echox.tracking.names import experiment_name, metric_name, tracking_uri
-from echox.tracking.servers import refusal
+from echox.tracking.servers import listing_client, refusal
 from echox.tracking.state import (
     BEAT_S,
     Process,
@@ -138,7 +138,7 @@ def repair(run_folder: Path) -> str | None:
         return None  # its watcher is at work, or it lives elsewhere
     if refusal(state.get("uri", ""), run_folder):
         return None
-    return finish_pending(make_client(state["uri"], timeout_s=10), run_folder, owner, foreign=True)
+    return finish_pending(listing_client(state["uri"], 10), run_folder, owner, foreign=True)
 
 
 def record(run_folder: Path, *, metrics: Mapping[str, float], artifacts: Mapping[Path, str | None], step: int) -> bool:

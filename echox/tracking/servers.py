@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from echox.files import is_within
 from echox.tracking.database import SQLITE
+from echox.tracking.lifecycle import make_client
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 _LOGINS = {
     "http": ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AWS_SIGV4", "MLFLOW_TRACKING_AUTH"),
     "postgresql": ("PGPASSWORD",),
     "mysql": ("MYSQL_PWD",),
 }
+_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _SAME = {"https": "http"}
 
 
@@ -50,6 +57,19 @@ def refusal(uri: str, run_folder: Path, environment: Mapping[str, str] = os.envi
     if held or (scheme == "http" and Path("~/.mlflow/credentials").expanduser().is_file()):
         return f"only the run's folder names it, and it would be shown {held[0] if held else 'your MLflow credentials'}"
     return ""
+
+
+def listing_client(uri: str, timeout_s: int) -> MlflowClient:
+    """A client for a look at a server; a database that is away is told at once, where MLflow would try for minutes.
+
+    Raises:
+        OSError: no database listens there.
+    """
+    parts = urlsplit(uri)
+    port = _PORTS.get(parts.scheme.partition("+")[0])
+    if port is not None and parts.hostname:
+        socket.create_connection((parts.hostname, parts.port or port), timeout=timeout_s).close()
+    return make_client(uri, timeout_s)
 
 
 def _is_mlflow(file: Path) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import tarfile
 from collections.abc import Callable, Iterable
@@ -471,3 +473,213 @@ def unit_files(folder: Path, world: World) -> None:
         (folder / f"{key}-latin.jsonl").write_bytes(b'{"\xe9": [1]}\n')
         os.mkfifo(folder / f"{key}-fifo.jsonl")
         (folder / f"{key}-device.jsonl").symlink_to("/dev/zero")
+
+
+OUTSIDE_ID = "0" * 32
+"""Run id that hostile runs claim."""
+
+
+def _sealed(manifest: dict[str, Any]) -> str:
+    body = {"version": 2, **manifest}
+    seal = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": seal})
+
+
+def _event(**changes: Any) -> str:
+    return json.dumps({"time": 1.0, "event": "failed", "rank": 0, "step": 1, "attempt": 1, "error": "x", **changes})
+
+
+def _state(world: World, **changes: Any) -> str:
+    """`mlflow.json` of a run whose process is gone."""
+    owner = {"host": socket.gethostname(), "pid": 999_999, "start": 1, "space": os.readlink("/proc/self/ns/pid")}
+    state: dict[str, Any] = {
+        "name": "evil",
+        "experiment": "x",
+        "parent": "p",
+        "artifacts": str(world.outside / "artifacts"),
+        "tags": {"scale": "x", "stage": "s2t", "attempt": "1", "run_folder": str(world.outside)},
+        "token": "t",
+        "uri": f"sqlite:///{world.outside}/made.db",
+        "run_id": OUTSIDE_ID,
+        "parent_id": OUTSIDE_ID,
+        "attempt": 1,
+        "owner": owner,
+        "started": 1.0,
+        "status": "RUNNING",
+        "ended": None,
+        "closed": False,
+    }
+    return json.dumps({**state, **changes})
+
+
+def hostile_runs(storage: Path, world: World) -> dict[str, Path]:
+    """Run folders by what is wrong with them, each the state of a run beside one wrong record."""
+    storage.mkdir(parents=True, exist_ok=True)
+    artifact = {"kind": "artifact", "path": str(world.outside / "secret.txt"), "folder": None}
+    records: dict[str, dict[str, str]] = {
+        "state-deep": {"mlflow.json": '{"uri": ' + deep()},
+        "state-list": {"mlflow.json": "[]"},
+        "state-types": {"mlflow.json": '{"name": [], "uri": 7, "run_id": {}, "tags": [1], "owner": "x", "started": "y"}'},
+        "state-pid": {"mlflow.json": _state(world, owner={"host": "h", "pid": "../../outside", "start": []})},
+        "state-numbers": {"mlflow.json": _state(world, started=1e300, ended=-1e300, attempt=1 << 200, status=ESCAPE)},
+        "state-makes": {"mlflow.json": _state(world)},
+        "state-text": {"mlflow.json": _state(world, uri=f"sqlite:///{world.outside}/secret.txt")},
+        "state-file": {"mlflow.json": _state(world, uri=f"file://{world.outside}/mlruns")},
+        "state-plugin": {"mlflow.json": _state(world, uri="databricks://evil")},
+        "state-server": {"mlflow.json": _state(world, uri="http://127.0.0.1:9")},
+        "state-postgres": {"mlflow.json": _state(world, uri="postgresql://evil@127.0.0.1:9/db")},
+        "state-escape": {"mlflow.json": _state(world, name=ESCAPE, uri=f"nowhere://{ESCAPE}")},
+        "state-artifact": {
+            "mlflow.json": _state(world, uri=f"sqlite:///{storage}/mlflow.db", run_id=None, parent_id=None),
+            "mlflow-spool/00000000000000000001~rank0~1.jsonl": json.dumps(artifact) + "\n",
+        },
+        "progress-deep": {"progress.json": deep()},
+        "progress-types": {"progress.json": '{"step": [], "steps": {}, "state": 7, "loss": "x", "eta_s": [1], "attempt": "1"}'},
+        "progress-numbers": {"progress.json": '{"step": 1e999, "steps": NaN, "loss": 1e999, "eta_s": 1e300, "state": "training"}'},
+        "progress-huge": {"progress.json": '{"step": ' + "9" * 4000 + ', "steps": 5, "state": "training", "eta_s": Infinity}'},
+        "progress-escape": {"progress.json": json.dumps({"step": 1, "steps": 2, "state": ESCAPE, "attempt": 1})},
+        "metrics-deep": {"metrics.jsonl": deep() + "\n"},
+        "metrics-types": {
+            "metrics.jsonl": '[]\n7\n{"step": "x"}\n{"step": 1, "loss/total": "y", "loss/a": [], "loss/b": null}\n'
+            '{"step": 1e999, "loss/total": 1}\n{"loss/total": 2}\n{"step": 2, "loss/total": 1e999, "loss/c": NaN}\n'
+        },
+        "metrics-names": {"metrics.jsonl": json.dumps({"step": 1, f"loss/{ESCAPE}<script>": 1.0}) + "\n"},
+        "recipe-deep": {"recipe.json": '{"a": ' + deep("[")},
+        "recipe-list": {"recipe.json": "[[1]]"},
+        "recipe-names": {"recipe.json": json.dumps({f"<script>{ESCAPE}": f"{ESCAPE}<script>"})},
+        "resolved-aliases": {"recipe.resolved.yaml": YAMLS["aliases"]},
+        "resolved-tags": {"recipe.resolved.yaml": YAMLS["tags"]},
+        "attempt-empty": {"attempt": ""},
+        "attempt-huge": {"attempt": "9" * 6000},
+        "stop-deep": {"stop.json": deep()},
+        "log-deep": {"log/rank-00000.jsonl": deep() + "\n"},
+        "log-types": {
+            "log/rank-00000.jsonl": "\n".join(
+                [
+                    *('[]', '7', '{"time": "x"}', _event(time=1e300), _event(time=-5), _event(event=[]), _event(rank=[])),
+                    *(_event(step={}), _event(attempt="x"), _event(error={"a": [ESCAPE]}), _event(event=ESCAPE)),
+                    _event(event="start", start_s=7),
+                    _event(event="job_start"),
+                    _event(event="start", start_s={"a": "x"}),
+                    _event(event="job_failed", failed_rank=[], decision={}),
+                ]
+            )
+        },
+        "log-line": {"log/rank-00000.jsonl": "x" * (20 << 20)},
+    }  # fmt: skip
+    for name, files in records.items():
+        for file, text in {"mlflow.json": '{"name": "evil", "run_id": null}', **files}.items():
+            path = storage / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    found = {name: storage / name for name in records}
+    for name in ("mlflow.json", "progress.json", "metrics.jsonl", "recipe.json", "recipe.resolved.yaml", "attempt",
+                 "stop.json", "log/rank-00000.jsonl", "mlflow-alive", "unit_language.json"):  # fmt: skip
+        for kind in ("fifo", "link", "device", "folder"):
+            run = found[f"{kind}-{Path(name).stem}"] = storage / f"{kind}-{Path(name).stem}"
+            (run / name).parent.mkdir(parents=True)
+            if name != "mlflow.json":
+                (run / "mlflow.json").write_text('{"name": "evil", "run_id": null}')
+            target = "events.jsonl" if name.endswith(".jsonl") else "secret.json"
+            if kind == "fifo":
+                os.mkfifo(run / name)
+            elif kind == "folder":
+                (run / name).mkdir()
+            else:
+                (run / name).symlink_to(world.outside / target if kind == "link" else "/dev/zero")
+    for name in ("log", "mlflow-spool"):
+        run = found[f"linked-{name}"] = storage / f"linked-{name}"
+        run.mkdir()
+        (run / "mlflow.json").write_text(
+            _state(world, uri=f"sqlite:///{storage}/mlflow.db", run_id=None, parent_id=None)
+        )
+        (run / name).symlink_to(world.outside)
+    (world.outside / "0~rank0~1.jsonl").write_text(json.dumps(artifact) + "\n")
+    sparse = found["sparse"] = storage / "sparse"
+    (sparse / "log").mkdir(parents=True)
+    (sparse / "mlflow.json").write_text('{"name": "evil", "run_id": null}')
+    for name in ("metrics.jsonl", "log/rank-00000.jsonl", "recipe.json", "progress.json"):
+        with (sparse / name).open("wb") as file:
+            file.truncate(3 << 30)
+    for run in found.values():
+        for file in (path for path in run.rglob("*") if path.is_file() and not path.is_symlink()):
+            os.utime(file, (1e9, 1e9))  # silent for long: whoever lists it ends it
+    return found
+
+
+def hostile_checkpoints(storage: Path, world: World) -> dict[str, Path]:
+    """Runs with one checkpoint, sealed by whoever changed it."""
+    digest = hashlib.sha256(b"x").hexdigest()
+    files = {"trainable.safetensors": {"bytes": 1, "sha256": digest}}
+    whole: dict[str, Any] = {
+        "step": 1, "updates": 1, "created": "now", "world_size": 1, "metrics": {}, "files": files,
+        "recipe": {}, "run": "x", "stage": "echo",
+    }  # fmt: skip
+    manifests: dict[str, str] = {
+        "pickle": _sealed({**whole, "files": {**files, "rng-00000.pt": {"bytes": 1, "sha256": digest}}}),
+        "outside": _sealed({**whole, "files": {"../../../../outside/secret.txt": {"bytes": 17, "sha256": digest}}}),
+        "absolute": _sealed({**whole, "files": {"/etc/passwd": {"bytes": 17, "sha256": digest}}}),
+        "files-list": _sealed({**whole, "files": [1]}),
+        "files-text": _sealed({**whole, "files": {"a": "b"}}),
+        "no-files": _sealed({"step": 1}),
+        "metrics": _sealed({**whole, "metrics": [], "created": ESCAPE}),
+        "loss": _sealed({**whole, "metrics": {"loss/total": "x"}}),
+        "recipe": _sealed({**whole, "recipe": [1]}),
+        "deep": deep(),
+        "unsealed": json.dumps(whole),
+        "nul": "\0",
+    }
+    found = {}
+    for name, text in manifests.items():
+        checkpoint = storage / f"saved-{name}" / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text(text)
+        (checkpoint / "trainable.safetensors").write_bytes(b"x")
+        (checkpoint / "rng-00000.pt").write_bytes(world.pickled())
+        (checkpoint / "rng-00000.json").write_bytes(world.pickled())
+        (checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(world.pickled())
+        found[name] = storage / f"saved-{name}"
+    return found
+
+
+def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
+    """Folders with an `evaluation` that `echox report` would show."""
+    sample = {"question_text": "q", "answer_text": "a", "reference_text": "r", "ok": True}
+    variants: dict[str, tuple[str, str, str]] = {
+        "passwd": ('{"sets": {}}', json.dumps([{**sample, "question_wav": "/etc/passwd"}]), "{}"),
+        "outside": ('{"sets": {}}', json.dumps([{**sample, "answer_wav": "../../outside/speech.wav"}]), "{}"),
+        "link": ('{"sets": {}}', json.dumps([{**sample, "answer_wav": "link.wav"}]), "{}"),
+        "deep": (deep(), "[]", "{}"),
+        "deep-samples": ("{}", deep(), "{}"),
+        "deep-result": ("{}", "[]", deep()),
+        "sets": ('{"sets": [1]}', "[]", "{}"),
+        "set": ('{"sets": {"x": 7}}', "[]", "{}"),
+        "scores": ('{"sets": {"x": {"n": "many", "role": [], "s2s_strict": {}}}, "resynthesis_wer": "x"}', "[]", "{}"),
+        "numbers": ('{"resynthesis_wer": "x", "original_wer": [], "peak_memory_gib": {}}', "[]", "{}"),
+        "samples": ("{}", '{"a": 1}', "{}"),
+        "sample": ("{}", "[7]", "{}"),
+        "no-text": ("{}", '[{"ok": 1}]', "{}"),
+        "texts": ("{}", json.dumps([{**sample, "judged_text": [1], "cascade_text": {}, "set": ["<script>"]}]), "{}"),
+        "phases": ("{}", "[]", '{"phases": {"a": "b"}, "reused": 7}'),
+        "result": ("{}", "[]", "[1]"),
+    }
+    found = {}
+    for name, (scores, samples, result) in variants.items():
+        evaluation = folder / name / "evaluation"
+        evaluation.mkdir(parents=True)
+        (evaluation / "scores.json").write_text(scores)
+        (evaluation / "samples.json").write_text(samples)
+        (evaluation.parent / "result.json").write_text(result)
+        (evaluation / "link.wav").symlink_to(world.outside / "speech.wav")
+        found[name] = folder / name
+    piped = folder / "fifo"
+    (piped / "evaluation").mkdir(parents=True)
+    (piped / "evaluation" / "scores.json").write_text("{}")
+    os.mkfifo(piped / "evaluation" / "samples.json")
+    linked = folder / "linked"
+    (linked / "evaluation").mkdir(parents=True)
+    (linked / "evaluation" / "scores.json").write_text("{}")
+    (linked / "evaluation" / "samples.json").write_text("[]")
+    (linked / "result.json").symlink_to(world.outside / "secret.json")
+    (linked / "x-s2t").symlink_to(world.outside)
+    return {**found, "fifo": piped, "linked": linked}

@@ -110,10 +110,8 @@ def snapshot(folder: Path) -> dict[str, str]:
     """Every name below a folder, and the hash of what it holds."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            content = os.readlink(path).encode()
-        else:
-            content = path.read_bytes() if path.is_file() else b"-"
+        linked = path.is_symlink()
+        content = os.readlink(path).encode() if linked else path.read_bytes() if path.is_file() else b"-"
         found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
 
