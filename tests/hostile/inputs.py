@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from echox.stream.format.catalogue import PREAMBLE, write_segments
+from echox.stream.format.catalogue import PREAMBLE, SHARD, write_segments
 from tests.shards.layouts import clip, encoded
 from tests.stream.datasets import make_dataset
 
@@ -295,12 +295,13 @@ def header_of(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     content = path.read_bytes()
     magic, version, length, _ = PREAMBLE.unpack(content[: PREAMBLE.size])
     header = json.loads(content[PREAMBLE.size : PREAMBLE.size + length])
+    first = min(part["offset"] for part in header["segments"].values())
     changed = change(header)
     text = (changed if isinstance(changed, str) else json.dumps(header if changed is None else changed)).encode()
+    sealed = PREAMBLE.pack(magic, version, len(text), xxh3_64_hexdigest(text).encode()) + text
+    # The segments stay where they were, or only the shift would be found.
+    path.write_bytes(sealed.ljust(first, b"\0") + content[first:])
     digest = xxh3_64_hexdigest(text)
-    path.write_bytes(
-        PREAMBLE.pack(magic, version, len(text), digest.encode()) + text + content[PREAMBLE.size + length :]
-    )
     listing = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps({**listing, "catalogue": digest}))
     return folder
@@ -310,14 +311,15 @@ def _filled(value: int) -> Callable[[bytes], bytes]:
     return lambda data: bytes([value]) * len(data)
 
 
-def _renamed(name: str) -> Callable[[bytes], bytes]:
-    """Shard names of the same length in all that lead elsewhere."""
+def renamed(folder: Path, names: list[str]) -> Path:
+    """A dataset whose catalogue, sealed again, gives its shards other names."""
 
-    def rename(data: bytes) -> bytes:
-        half = len(data) // 2
-        return name.encode()[:half].ljust(half, b"x") + data[half:]
+    def starts(data: bytes) -> bytes:
+        shards = np.frombuffer(data, dtype=SHARD).copy()
+        shards["name"] = np.cumsum([0, *(len(name) for name in names[:-1])])
+        return shards.tobytes()
 
-    return rename
+    return resealed(folder, lambda header: None, shards=starts, shard_names=lambda data: "".join(names).encode())
 
 
 def hostile_datasets(folder: Path, world: World) -> dict[str, Path]:
@@ -357,7 +359,7 @@ def hostile_datasets(folder: Path, world: World) -> dict[str, Path]:
         "optional": lambda header: header.update(optional=7),
         "sources": lambda header: header.update(sources={}),
         "fingerprint": lambda header: header.update(fingerprint=[ESCAPE]),
-        "no-segment": lambda header: header["segments"].pop("records"),
+        "no-segment": lambda header: header["segments"].pop("records") and None,
         "offset": lambda header: header["segments"]["records"].update(offset=-64),
         "bytes": lambda header: header["segments"]["records"].update(bytes=7),
         "segment": lambda header: header["segments"].update(records=7),
@@ -370,11 +372,14 @@ def hostile_datasets(folder: Path, world: World) -> dict[str, Path]:
         "keys": {"keys": _filled(0xFF)},
         "tasks": {"tasks": _filled(0xFF)},
         "shards": {"shards": _filled(0xFF)},
-        "names": {"shard_names": _renamed("../../outside/set/part-000000.tar")},
         "names-latin": {"shard_names": _filled(0xE9)},
         "names-nul": {"shard_names": _filled(0)},
     }.items():
         found[f"sealed-{name}"] = resealed(folder / f"sealed-{name}", lambda header: None, **segments)
+    elsewhere = [f"../../outside/set/{path.name}" for path in sorted((world.outside / "set").glob("*.tar"))]
+    absolute = [str(path) for path in sorted((world.outside / "set").glob("*.tar"))]
+    found["sealed-names-relative"] = renamed(folder / "sealed-names-relative", [*elsewhere, "shard-000001.tar"])
+    found["sealed-names-absolute"] = renamed(folder / "sealed-names-absolute", [*absolute, "shard-000001.tar"])
     linked = dataset(folder / "linked")
     shard = next(linked.glob("*.tar"))
     moved = world.outside / f"taken-{shard.name}"
@@ -519,7 +524,9 @@ def hostile_runs(storage: Path, world: World) -> dict[str, Path]:
     records: dict[str, dict[str, str]] = {
         "state-deep": {"mlflow.json": '{"uri": ' + deep()},
         "state-list": {"mlflow.json": "[]"},
-        "state-types": {"mlflow.json": '{"name": [], "uri": 7, "run_id": {}, "tags": [1], "owner": "x", "started": "y"}'},
+        "state-types": {
+            "mlflow.json": '{"name": [], "uri": 7, "run_id": {}, "tags": [1], "owner": "x", "started": "y"}'
+        },
         "state-pid": {"mlflow.json": _state(world, owner={"host": "h", "pid": "../../outside", "start": []})},
         "state-numbers": {"mlflow.json": _state(world, started=1e300, ended=-1e300, attempt=1 << 200, status=ESCAPE)},
         "state-makes": {"mlflow.json": _state(world)},
@@ -534,9 +541,15 @@ def hostile_runs(storage: Path, world: World) -> dict[str, Path]:
             "mlflow-spool/00000000000000000001~rank0~1.jsonl": json.dumps(artifact) + "\n",
         },
         "progress-deep": {"progress.json": deep()},
-        "progress-types": {"progress.json": '{"step": [], "steps": {}, "state": 7, "loss": "x", "eta_s": [1], "attempt": "1"}'},
-        "progress-numbers": {"progress.json": '{"step": 1e999, "steps": NaN, "loss": 1e999, "eta_s": 1e300, "state": "training"}'},
-        "progress-huge": {"progress.json": '{"step": ' + "9" * 4000 + ', "steps": 5, "state": "training", "eta_s": Infinity}'},
+        "progress-types": {
+            "progress.json": '{"step": [], "steps": {}, "state": 7, "loss": "x", "eta_s": [1], "attempt": "1"}'
+        },
+        "progress-numbers": {
+            "progress.json": '{"step": 1e999, "steps": NaN, "loss": 1e999, "eta_s": 1e300, "state": "training"}'
+        },
+        "progress-huge": {
+            "progress.json": '{"step": ' + "9" * 4000 + ', "steps": 5, "state": "training", "eta_s": Infinity}'
+        },
         "progress-escape": {"progress.json": json.dumps({"step": 1, "steps": 2, "state": ESCAPE, "attempt": 1})},
         "metrics-deep": {"metrics.jsonl": deep() + "\n"},
         "metrics-types": {
@@ -556,8 +569,8 @@ def hostile_runs(storage: Path, world: World) -> dict[str, Path]:
         "log-types": {
             "log/rank-00000.jsonl": "\n".join(
                 [
-                    *('[]', '7', '{"time": "x"}', _event(time=1e300), _event(time=-5), _event(event=[]), _event(rank=[])),
-                    *(_event(step={}), _event(attempt="x"), _event(error={"a": [ESCAPE]}), _event(event=ESCAPE)),
+                    *("[]", "7", '{"time": "x"}', _event(time=1e300), _event(time=-5), _event(event=[])),
+                    *(_event(rank=[]), _event(step={}), _event(attempt="x"), _event(error={"a": [ESCAPE]}), _event(event=ESCAPE)),
                     _event(event="start", start_s=7),
                     _event(event="job_start"),
                     _event(event="start", start_s={"a": "x"}),
@@ -683,3 +696,49 @@ def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
     (linked / "result.json").symlink_to(world.outside / "secret.json")
     (linked / "x-s2t").symlink_to(world.outside)
     return {**found, "fifo": piped, "linked": linked}
+
+
+UNTYPED = ("files-list", "files-text", "no-files", "metrics", "loss", "deep")
+"""Manifests that say what they should in other types."""
+
+
+def vocoder_configs(good: dict[str, Any]) -> dict[str, str]:
+    """`config.json` of vocoders by what is wrong with it."""
+    hifi = {"model_type": "seamless_m4t"}
+    return {
+        "deep": deep(),
+        "list": "[]",
+        "kind": '{"kind": 7}',
+        "huge": json.dumps({**good, "n_units": 1 << 50}),
+        "large": json.dumps({**good, "n_units": 1 << 28}),
+        "text": json.dumps({**good, "width": "x"}),
+        "more": json.dumps({**good, "evil": 1}),
+        "hifi-empty": "{}",
+        "hifi-huge": json.dumps({**hifi, "unit_hifi_gan_vocab_size": 10**9}),
+        "hifi-text": json.dumps({**hifi, "unit_hifi_gan_vocab_size": "x"}),
+        "hifi-negative": json.dumps({**hifi, "unit_hifi_gan_vocab_size": -4}),
+        "hifi-code": json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+    }
+
+
+def listings(world: World) -> dict[str, list[tuple[str, bytes]]]:
+    """Lists of other corpora: corpus to a file's place and its content."""
+    outside = f"{world.outside}/speech"
+    texts = [
+        f"../../../../outside/speech {ESCAPE}\n{outside} x\n\0 nul\n{'y' * 5000} long\n".encode(),
+        b"\xff\xfe" * 100,
+        b"z" * (3 << 20),
+    ]
+    turns = [{"from": "human", "value": "x", "audio": "../../outside/speech.wav"}, {"from": "gpt", "value": "y"}]
+    lists = [deep().encode(), b"{}", b"[7, null, [[]]]", b"[", json.dumps([{"conversations": turns}]).encode()]
+    lines = [
+        f'{{"plain_text": {deep()}\n'.encode(),
+        b'{"plain_text": 7}\n[]\n\xff\n{"plain_text": "<sosp><99999999999999999999><eosp>"}\n',
+        json.dumps({"plain_text": f"[Human]: {ESCAPE}<sosp><1><eosp> <eoh> [SpeechGPT]: x <eoa>"}).encode(),
+    ]
+    return {
+        "librispeech": [("LibriSpeech/train-clean-100/1/2/1-2.trans.txt", text) for text in texts],
+        "mls": [("mls/train/transcripts.txt", text.replace(b" ", b"\t")) for text in texts],
+        "audioqa": [("train.json", text) for text in lists],
+        "speech-instruct": [("chain_of_modality_instruction.jsonl", text) for text in lines],
+    }

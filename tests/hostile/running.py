@@ -102,8 +102,8 @@ class Warm:
 
     def close(self) -> None:
         """End it."""
-        self._requests.close()
-        self._process.wait(20)
+        self._process.kill()
+        self._process.wait()
 
 
 def snapshot(folder: Path) -> dict[str, str]:
