@@ -17,7 +17,7 @@ SECRET_NAME = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|KEY|CREDENTIALS?)(_ID)?
 """Names of environment variables that hold a secret."""
 _DATABASE_LOGIN = "write postgresql://USER@HOST/DB and put the password into PGPASSWORD or ~/.pgpass of every node"
 _TRACKING_LOGIN = "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
-_DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
+DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
 
 
 class Unfit(NamedTuple):
@@ -51,7 +51,12 @@ def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]
         yield Unfit("tracking.uri", f"tracking.uri={without_secrets(uri)} holds a password", fix)
     for key, place in data.items():
         if has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
-            yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", _DATA_LOGIN)
+            yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", DATA_LOGIN)
+
+
+def holds_secret(place: str) -> bool:
+    """Whether a place of data has a login or a signature in it."""
+    return has_password(place) or (place.startswith("http") and _SIGNED.search(place) is not None)
 
 
 def has_password(place: str) -> bool:

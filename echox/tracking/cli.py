@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.config.locations import without_secrets
 from echox.errors import printable
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def run_list(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows))
     elif not rows:
-        print(f"no runs {f'at {args.uri}' if args.uri else f'in {args.storage}'}")
+        print(f"no runs {f'at {without_secrets(args.uri)}' if args.uri else f'in {args.storage}'}")
     else:
         _print(_table_of(rows))
     return 0

@@ -225,7 +225,7 @@ def find(names: Iterable[str], storage: Path, uri: str | None) -> tuple[list[Kno
                 run.name for run in (of_server(uri, _SHOWN)[0] if uri else ())
             }
             raise RecipeError(
-                f"there is no run {name} {f'at {uri}' if uri else f'in {storage}'}",
+                f"there is no run {name} {f'at {without_secrets(uri)}' if uri else f'in {storage}'}",
                 fix=did_you_mean(name, known, noun="runs")
                 if known
                 else "name a run folder, or give --storage or --uri",

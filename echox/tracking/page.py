@@ -62,7 +62,7 @@ def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
 
 
 def _losses(runs: Sequence[Curves]) -> str:
-    shared = common(runs, "loss/")
+    shared = [name for name in common(runs, "loss/") if any(run.axis("step", name) for run in runs)]
     if not shared:
         return '<h2>Losses</h2><p class="soft">The runs have no loss in common.</p>'
     pictures = "".join(f"<h3>{html.escape(name)}</h3>{_loss(runs, name)}" for name in shared)

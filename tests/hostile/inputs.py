@@ -570,7 +570,8 @@ def hostile_runs(storage: Path, world: World) -> dict[str, Path]:
             "log/rank-00000.jsonl": "\n".join(
                 [
                     *("[]", "7", '{"time": "x"}', _event(time=1e300), _event(time=-5), _event(event=[])),
-                    *(_event(rank=[]), _event(step={}), _event(attempt="x"), _event(error={"a": [ESCAPE]}), _event(event=ESCAPE)),
+                    *(_event(rank=[]), _event(step={}), _event(attempt="x"), _event(event=ESCAPE)),
+                    _event(error={"a": [ESCAPE]}),
                     _event(event="start", start_s=7),
                     _event(event="job_start"),
                     _event(event="start", start_s={"a": "x"}),
