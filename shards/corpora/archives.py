@@ -17,7 +17,8 @@ from echox.errors import DataError
 from shards.corpus import MemberAudio, SpanAudio
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
-_BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+_BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, OverflowError, ValueError)
+"""What tarfile and gzip raise for a damaged archive, or one that claims places no file has."""
 _CHUNK = 1 << 20
 _ANY_SIZE, _MOST_TIMES = 1 << 30, 50
 """What a decompressed archive may have in any case, and how many times its packed size beyond that."""
