@@ -18,6 +18,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from echox.config.paths import DEMO_MODELS, KNOWN_MODELS, cache_dir, how_to_get, missing_files, project_root
+from echox.errors import EchoXError
+from echox.release import hub
+from echox.release.checksums import SUMS_NAME, read_sums, verify
 
 # The packages the design pins; the rest of requirements.lock follows from them.
 PINNED = (
@@ -32,6 +35,8 @@ PINNED = (
     "soundfile",
 )
 _PROBE_S = 1.0
+_HASHED_BYTES = 2 << 30
+"""Of a model: larger ones would be read for minutes."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,26 @@ def _model(ref: str) -> Finding:
     absent = missing_files(ref, folder)
     if absent:
         return Finding(ref, "note", f"incomplete: {', '.join(absent[:4])}", how_to_get(ref))
-    return Finding(ref, "ok", str(folder))
+    return _verified(ref, folder)
+
+
+def _verified(ref: str, folder: Path) -> Finding:
+    """A complete model, compared with the hashes of its fetch where they were kept; a large one by its sizes alone."""
+    try:
+        if not (folder / SUMS_NAME).is_file():
+            commit = hub.verify_download(folder, _HASHED_BYTES)
+            known = f"as downloaded, commit {commit[:12]}" if commit else "not compared: no hashes of it are known"
+            return Finding(ref, "ok", f"{folder}, {known}")
+        sums = read_sums(folder)
+        size = sum(int(entry["bytes"]) for entry in sums["files"].values())
+        verify(folder, full=size <= _HASHED_BYTES)
+    except EchoXError as error:
+        return Finding(ref, "fail", error.what, error.fix)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return Finding(ref, "fail", f"{SUMS_NAME} of {folder} is none", f"delete {folder} and fetch it again")
+    how = "hashes" if size <= _HASHED_BYTES else "sizes"
+    revision = str(sums.get("source", {}).get("revision", ""))
+    return Finding(ref, "ok", f"{folder}, {how} as fetched" + (f", commit {revision[:12]}" if revision else ""))
 
 
 def _corpus() -> Finding:

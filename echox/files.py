@@ -1,4 +1,4 @@
-"""Writes small files that no crash, full disk or other reader finds half written, and hashes files of any size."""
+"""Writes small files that no crash, full disk or other reader finds half written, reads those of others, and hashes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+LARGEST_JSON = 32 << 20
+"""Bytes of a JSON file that comes from elsewhere; a longer one would take gigabytes as Python objects."""
+LARGEST_LINE = 8 << 20
+"""Bytes of one line of a file that comes from elsewhere."""
 _FOLDER_HAS_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EISDIR, errno.ENOSYS)
 
 
@@ -50,8 +56,77 @@ def read_regular(path: Path, most: int) -> bytes:
     """
     with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
         if os.fstat(descriptor).st_size > most:
-            raise ValueError(f"{path.name} has more than {most / 2**30:g} GiB")
-        return file.read()
+            raise ValueError(f"{path.name} has more than {most / 2**20:,g} MiB")
+        content = file.read(most + 1)
+    if len(content) > most:  # it grew, or it is one of /proc, which have no size
+        raise ValueError(f"{path.name} has more than {most / 2**20:,g} MiB")
+    return content
+
+
+def read_text(path: Path, most: int = LARGEST_JSON) -> str:
+    """All of a regular UTF-8 file of bounded size.
+
+    Raises:
+        OSError: see `open_regular`.
+        ValueError: it is larger, or not UTF-8.
+    """
+    return read_regular(path, most).decode("utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says, wherever it comes from.
+
+    Raises:
+        ValueError: it is no JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
+    """What a JSON file says, wherever it comes from.
+
+    Raises:
+        OSError: see `open_regular`.
+        ValueError: it is larger, or see `parse_json`.
+    """
+    return parse_json(read_regular(path, most))
+
+
+def read_lines(path: Path, longest: int = LARGEST_LINE) -> Iterator[bytes]:
+    """The lines of a regular file one by one, without their ends.
+
+    Raises:
+        OSError: see `open_regular`.
+        ValueError: a line is longer than `longest`.
+    """
+    with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        while line := file.readline(longest + 1):
+            if len(line) > longest and not line.endswith(b"\n"):
+                raise ValueError(f"{path.name} has a line of more than {longest / 2**20:,g} MiB")
+            yield line.rstrip(b"\r\n")
+
+
+def is_within(folder: Path, path: Path) -> bool:
+    """Whether a path, with every link followed, lies in a folder."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object that a folder of someone else's may hold under a name; empty where it holds none that can be used.
+
+    A link that leads out of the folder is not followed.
+    """
+    try:
+        found = read_json(folder / name) if is_within(folder, folder / name) else None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def fsync(path: Path) -> None:
@@ -120,6 +195,19 @@ def exclusive(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def own_file(path: str, flags: int) -> int:
+    """An `opener` for files that are added to: the folder may be someone else's, and a link there lead anywhere.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a pipe or a device.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return descriptor
+
+
 def append_line(path: Path, text: str, *, durable: bool = False) -> None:
     """Add a line to a file, on a line of its own even where a crash or a full disk has cut the one before it short.
 
@@ -128,7 +216,7 @@ def append_line(path: Path, text: str, *, durable: bool = False) -> None:
         text: the line, or several, without the last line end.
         durable: force it to disk.
     """
-    with path.open("ab+") as file:
+    with open(path, "ab+", opener=own_file) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             text = text if file.read() == b"\n" else f"\n{text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 ADDRESS_HELP = "address of the cluster's dashboard; default: $RAY_ADDRESS, then a head on this machine"
 RESPOND, RESPOND_SUFFIX = "echox.respond:respond_in_job", "-respond"
+LIMIT = 50
+"""Jobs that `echox status` lists."""
 RUN_HELP = "run name, submission id, or the run's folder"
 
 
@@ -49,6 +52,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         )
     status = _command(subparsers, "status", "list jobs, or all that is known of a run", "echox status demo-s2t")
     status.add_argument("job", nargs="?", metavar="RUN", help=f"{RUN_HELP}; default: all jobs")
+    status.add_argument(
+        "--limit", type=int, default=LIMIT, metavar="N", help="newest jobs to list; 0 for all; default: %(default)s"
+    )
     status.set_defaults(run=run_status)
     logs = _command(subparsers, "logs", "print a job's log, or a run's events", "echox logs demo-s2t -f")
     logs.add_argument("job", metavar="RUN", help=f"{RUN_HELP}; a folder gives the events of all ranks by time")
@@ -70,8 +76,8 @@ def run_resume(args: argparse.Namespace) -> int:
     """Submit the recipe that a run's folder holds, with changes."""
     from launch.client.status import resolved_recipe
 
-    jobs = connect(args)
-    return _submit(args, str(resolved_recipe(args.job, jobs.list())))
+    _, found = _jobs_if_any(args)
+    return _submit(args, str(resolved_recipe(args.job, found)))
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -80,10 +86,14 @@ def run_status(args: argparse.Namespace) -> int:
 
     jobs, found = _jobs_if_any(args)
     if args.job is None:
-        folders = [locate(job["id"], found) for job in found]
+        older = max(0, len(found) - args.limit) if args.limit else 0
+        shown = found[older:]
+        folders = [locate(job["id"], [job]) for job in shown]
         states = [None if folder is None else run_status(folder) for folder in folders]
-        rows = [{**job, "progress": state} for job, state in zip(found, states, strict=True)]
-        lines = [_row(job, "" if state is None else short(state)) for job, state in zip(found, states, strict=True)]
+        rows = [{**job, "progress": state} for job, state in zip(shown, states, strict=True)]
+        lines = [_row(job, "" if state is None else short(state)) for job, state in zip(shown, states, strict=True)]
+        if older:
+            print(f"{older:,} older jobs are left out; --limit 0 shows all", file=sys.stderr)
         _print(args, rows, "\n".join(lines) or "no jobs")
         return 0
     folder = locate(args.job, found)
@@ -124,7 +134,7 @@ def run_logs(args: argparse.Namespace) -> int:
             return args.follow and read_progress(folder).get("state") not in ("finished", "failed", "stopped")
 
         for event in follow_events(folder, going_on):
-            print(json.dumps(event) if args.json else line(event), flush=True)
+            print(json.dumps(event) if args.json else printable(line(event)), flush=True)
         return 0
     assert jobs is not None
     job = jobs.find(args.job)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+from echox.engine.monitor import run_dir
 from echox.engine.monitor.run_dir import Progress
+from echox.files import is_within, open_regular, parse_json, read_lines
 
 LOG = "log"
 DRIVER_FILE = "driver.jsonl"
@@ -20,6 +24,9 @@ ENDS = ("job_failed", "job_aborted")
 """A driver's last event where it did not succeed: an error of the user's, or signals that left nothing to save."""
 MORE_ROOM = "the cluster has room for more workers"
 """How a request to stop begins that is made only to go on with more workers."""
+_BLOCK = 4 << 20
+"""Bytes read at a time, and the longest line."""
+_LAST_TIME = 1e11
 _OWN = ("time", "event", "rank", "step", "attempt")
 
 
@@ -73,25 +80,20 @@ class JobLog:
 
 def read_progress(run_folder: Path) -> Progress:
     """The engine's progress record; empty if there is none."""
-    try:
-        record: Progress = json.loads((run_folder / "progress.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record
+    return run_dir.read_progress(run_folder)
 
 
 def read_events(run_folder: Path) -> list[JobEvent]:
     """Every event of a run, of all ranks, attempts and the driver, by time; a line cut short by a crash is left out."""
     found: list[JobEvent] = []
-    for path in sorted((run_folder / LOG).glob("*.jsonl")):
-        found += _parsed(path.read_text(encoding="utf-8", errors="replace"))
+    for path in _logs(run_folder):
+        found += _of_file(path)
     return sorted(found, key=lambda event: event["time"])
 
 
 def driver_events(run_folder: Path) -> list[JobEvent]:
     """The job's own events, without those of the ranks, which may be many."""
-    path = run_folder / LOG / DRIVER_FILE
-    return _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
+    return [event for path in _logs(run_folder) if path.name == DRIVER_FILE for event in _of_file(path)]
 
 
 def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float = 0.5) -> Iterator[JobEvent]:
@@ -100,12 +102,15 @@ def follow_events(run_folder: Path, going_on: Callable[[], bool], poll_s: float 
     while True:
         last_round = not going_on()
         fresh: list[JobEvent] = []
-        for path in sorted((run_folder / LOG).glob("*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(offsets.get(path, 0))
-                whole, newline, _ = file.read().rpartition(b"\n")
-            offsets[path] = offsets.get(path, 0) + len(whole) + len(newline)
-            fresh += _parsed(whole.decode("utf-8", errors="replace"))
+        for path in _logs(run_folder):
+            with contextlib.suppress(OSError), open_regular(path) as file:
+                while block := os.pread(file, _BLOCK, offsets.get(path, 0)):
+                    whole, newline, rest = block.rpartition(b"\n")
+                    if not newline and len(rest) < _BLOCK:
+                        break
+                    # A line longer than a block is none of ours, and is passed over.
+                    offsets[path] = offsets.get(path, 0) + (len(whole) + 1 if newline else _BLOCK)
+                    fresh += _parsed(whole.splitlines())
         yield from sorted(fresh, key=lambda event: event["time"])
         if last_round:
             return
@@ -125,16 +130,45 @@ def line(event: JobEvent) -> str:
     return f"{when} {stands_at} {event['event']} {rest}".rstrip()
 
 
-def _parsed(text: str) -> list[JobEvent]:
+def _logs(run_folder: Path) -> list[Path]:
+    """The event files of a run; links out of its folder are left out, for the folder may be someone else's."""
+    return [path for path in sorted((run_folder / LOG).glob("*.jsonl")) if is_within(run_folder, path)]
+
+
+def _of_file(path: Path) -> list[JobEvent]:
+    """What a log holds, up to the first line that is far too long to be an event."""
+    found: list[JobEvent] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in read_lines(path, _BLOCK):
+            found += _parsed([line])
+    return found
+
+
+def _parsed(lines: Iterable[bytes]) -> list[JobEvent]:
     found = []
-    for raw in text.splitlines():
+    for raw in lines:
         try:
-            event = json.loads(raw)
+            event = parse_json(raw.decode("utf-8", errors="replace"))
         except ValueError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("time"), int | float) and "event" in event:
+        if isinstance(event, dict) and _well_formed(event):
             found.append(cast(JobEvent, event))
     return found
+
+
+def _well_formed(event: dict[str, Any]) -> bool:
+    """Whether the fields that every reader uses are of their types; those that few use are taken out where not."""
+    spent = event.get("start_s", {})
+    if not isinstance(spent, dict) or not all(isinstance(value, int | float) for value in spent.values()):
+        del event["start_s"]
+    when = event.get("time")
+    return (
+        isinstance(when, int | float)
+        and 0 <= when < _LAST_TIME
+        and isinstance(event.get("event"), str)
+        and all(isinstance(event.setdefault(name, 0), int) for name in ("step", "attempt"))
+        and isinstance(event.setdefault("rank", "?"), int | str)
+    )
 
 
 def _shown(value: Any) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from echox.config.model_schema import ModelConfig
 from echox.config.paths import resolve_model
 from echox.errors import DataError
-from echox.files import sha256_file
+from echox.files import read_record, sha256_file
 
 RECORD = "encoded.json"
 """What encoded a folder's samples, beside its `dataset.json`."""
@@ -41,7 +40,7 @@ def check_encoded(folder: Path, identity: dict[str, Any]) -> None:
         DataError: the folder has no features, or others.
     """
     record = folder / RECORD
-    found = json.loads(record.read_text()) if record.is_file() else None
+    found = (read_record(folder, RECORD) or None) if record.exists() else None
     if found == identity:
         return
     differs = (

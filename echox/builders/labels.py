@@ -71,7 +71,7 @@ class LabelFile:
         try:
             tokens, words, ended = json.loads(line)
             self._known[_packed(tokens)] = (_packed(words), bool(ended))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return
 
 

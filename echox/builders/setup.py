@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from echox.engine.interfaces import StageSetup, TrainLoader
 from echox.engine.object_store.reading import local_checkpoint
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
+from echox.files import read_record
 from echox.models.causal_lm import check_parts
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
 from echox.responses.attach import AnsweredBatches, AnsweredLoader, Lookup
@@ -389,9 +389,12 @@ def check_inits(recipe: Recipe) -> None:
         manifest = _newest(ref)
         if manifest is None:
             continue  # a checkpoint that was named itself; or none at all, which loading says in full
-        contents = json.loads(manifest.read_text(encoding="utf-8"))
-        steps = contents.get("recipe", {}).get("optim", {}).get("steps", 0)
-        step = contents.get("step", steps)
+        contents = read_record(manifest.parent, manifest.name)
+        try:
+            steps = int(contents.get("recipe", {}).get("optim", {}).get("steps", 0))
+            step = int(contents.get("step", steps))
+        except (AttributeError, TypeError, ValueError):
+            continue  # no manifest, which loading says in full
         if step < steps:
             raise CheckpointError(
                 f"init.{part} names a run that has come to step {step:,} of {steps:,}",

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from echox.config.mistakes import Mistake, did_you_mean, raise_all, shown
+from echox.files import read_text
 
 # Filled from the recipe; the file may leave them out or say "auto".
 FILLED = {
@@ -171,7 +172,7 @@ def load_deepspeed(
 
 def _read(path: Path) -> tuple[dict[str, Any], list[Mistake]]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        config = json.loads(read_text(path), object_pairs_hook=_no_key_twice)
     except FileNotFoundError:
         return {}, [Mistake("", f"DeepSpeed JSON {path} does not exist", "see ds_configs for those that do")]
     except json.JSONDecodeError as error:

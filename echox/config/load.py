@@ -26,6 +26,7 @@ from echox.config.paths import project_root, resolve_file
 from echox.config.schema import Recipe, change_of, cross_checks
 from echox.config.section import Change
 from echox.errors import RecipeError
+from echox.files import read_text
 
 Loc = tuple[int | str, ...]
 
@@ -94,6 +95,16 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 _MOST_ALIASES = 32
+_DEEPEST = 100
+_OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+_CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+_LARGEST = 1 << 20
+"""Bytes of a recipe."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -129,24 +140,32 @@ def parse_yaml(text: str) -> Any:
     """What a YAML text says.
 
     Raises:
-        yaml.YAMLError: it is none, or repeats itself by so many aliases that a short text becomes a huge tree.
+        yaml.YAMLError: it is none, is nested too deeply, or repeats itself by so many aliases that a short text becomes
+            a huge tree.
     """
-    aliases = [token for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
-    if len(aliases) > _MOST_ALIASES:
-        mark = aliases[_MOST_ALIASES].start_mark
-        raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_ALIASES} aliases", mark)
-    return yaml.load(text, Loader=_Loader)
+    aliases = depth = 0
+    for token in yaml.scan(text):
+        aliases += isinstance(token, yaml.AliasToken)
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if aliases > _MOST_ALIASES:
+            raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_ALIASES} aliases", token.start_mark)
+        if depth > _DEEPEST:
+            raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", token.start_mark)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except ValueError as error:  # a number of more digits than Python converts
+        raise yaml.YAMLError(str(error)) from error
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """The tree of one YAML file; RecipeError with line and column when it is not YAML, or no mapping."""
     try:
-        tree = parse_yaml(file.read_text(encoding="utf-8"))
+        tree = parse_yaml(read_text(file, _LARGEST))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{_for_people(file)}:{mark.line + 1}:{mark.column + 1}" if mark else _for_people(file)
         raise RecipeError(f"not valid YAML: {error.problem}", where=where, fix="correct that line") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe cannot be read: {error}", where=_for_people(file)) from None
     if not isinstance(tree, dict):
         raise RecipeError("a recipe is a mapping of keys to values", where=_for_people(file), fix="see launch/recipes")

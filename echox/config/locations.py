@@ -19,7 +19,7 @@ OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs")
 """Schemes of object stores that runs may lie in."""
 _DATABASE_LOGIN = "write postgresql://USER@HOST/DB and put the password into PGPASSWORD or ~/.pgpass of every node"
 _TRACKING_LOGIN = "leave it out and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on every node"
-_DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
+DATA_LOGIN = "leave it out and let every node have its own credentials, as in ~/.netrc or the store's usual variables"
 
 
 class Unfit(NamedTuple):
@@ -49,14 +49,19 @@ def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]
         rule = f"storage={without_secrets(storage)} is neither a folder nor an object store"
         yield Unfit("storage", rule, f"name a folder that every node sees, or {'://, '.join(OBJECT_STORES)}://")
     elif found and (has_password(storage) or _SIGNED.search(storage)):
-        yield Unfit("storage", f"storage={without_secrets(storage)} holds a secret", _DATA_LOGIN)
+        yield Unfit("storage", f"storage={without_secrets(storage)} holds a secret", DATA_LOGIN)
     uri = tracking_uri or ""
     if has_password(uri):
         fix = _TRACKING_LOGIN if uri.startswith("http") else _DATABASE_LOGIN
         yield Unfit("tracking.uri", f"tracking.uri={without_secrets(uri)} holds a password", fix)
     for key, place in data.items():
         if has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
-            yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", _DATA_LOGIN)
+            yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", DATA_LOGIN)
+
+
+def holds_secret(place: str) -> bool:
+    """Whether a place of data has a login or a signature in it."""
+    return has_password(place) or (place.startswith("http") and _SIGNED.search(place) is not None)
 
 
 def is_secret(name: str, value: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from echox.files import write_atomically
+from echox.files import LARGEST_JSON, parse_json, read_regular, write_atomically
 
 STOP_FILE = "stop.json"
 POLL_S = 0.5
@@ -31,8 +31,8 @@ def clear_stop(run_folder: Path) -> None:
 def read_stop(run_folder: Path) -> str | None:
     """Why the run was asked to stop, or None."""
     try:
-        return reason_in((run_folder / STOP_FILE).read_bytes())
-    except PermissionError:
+        return reason_in(read_regular(run_folder / STOP_FILE, LARGEST_JSON))
+    except (PermissionError, ValueError):
         return _NO_REASON
     except OSError:
         return None  # there is none, or the storage does not answer now and is asked again
@@ -41,8 +41,8 @@ def read_stop(run_folder: Path) -> str | None:
 def reason_in(request: bytes) -> str:
     """Why a run is asked to stop, from the contents of a request, which may be written by hand."""
     try:
-        return str(json.loads(request)["why"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return str(parse_json(request)["why"])
+    except (ValueError, KeyError, TypeError):
         return _NO_REASON
 
 

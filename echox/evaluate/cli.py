@@ -61,12 +61,17 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Write the page."""
+    from echox.errors import DataError
     from echox.evaluate.report import STAGES, write_report
-    from echox.evaluate.store import load_evaluation, read_metrics
+    from echox.evaluate.store import check_scores, load_evaluation, read_metrics
+    from echox.files import read_record
 
     scores, samples = load_evaluation(args.storage / "evaluation")
-    saved = args.storage / "result.json"
-    result = {**(json.loads(saved.read_text()) if saved.is_file() else {}), **scores}
+    try:
+        result = check_scores({**read_record(args.storage, "result.json"), **scores})
+    except (TypeError, AttributeError) as error:
+        where = str(args.storage / "result.json")
+        raise DataError(f"this is no result: {error}", where=where, fix="remove it") from error
     runs = {stage: sorted(args.storage.glob(f"*-{stage}")) for stage in STAGES}
     curves = {stage: read_metrics(folders[-1]) for stage, folders in runs.items() if folders}
     print(write_report(args.out or args.storage / "report.html", result, curves, samples))

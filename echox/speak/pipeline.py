@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,7 +18,7 @@ from echox.builders.setup import TextTools, build_speech_collate, build_stage, l
 from echox.builders.unit_sets import check_language, with_own_language
 from echox.config.schema import InitConfig, Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
-from echox.engine.checkpoint.manifest import MANIFEST
+from echox.engine.checkpoint.manifest import read_manifest
 from echox.errors import CheckpointError, DataError
 from echox.models.echo import Segments, segment_rows
 from echox.models.ragged import lengths_to_mask
@@ -80,10 +80,8 @@ class SpeechToSpeech:
         Raises:
             CheckpointError: no checkpoint, one of a stage that hears no speech, or another unit language than it had.
         """
-        from safetensors.torch import load_file
-
         weights = find_weights(run_or_checkpoint)
-        recipe = Recipe.model_validate(json.loads((weights.parent / MANIFEST).read_text())["recipe"])
+        recipe = recipe_of(weights.parent)
         if recipe.stage == "t2c":
             raise CheckpointError("a t2c run hears no speech", where=str(weights), fix="name an s2t or echo run")
         recipe = with_own_language(recipe, weights.parent)
@@ -95,7 +93,7 @@ class SpeechToSpeech:
             stage = build_stage(recipe.model_copy(update={"init": InitConfig(s2t=str(weights.parent))}), text)
         else:
             stage = build_stage(recipe, text)
-            load_tensors(stage, load_file(weights))
+            load_tensors(stage, _tensors(weights))
         assert isinstance(stage, S2TStage | EchoStage)
         return cls(recipe, stage.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), text)
 
@@ -218,6 +216,32 @@ class SpeechToSpeech:
     def _decode(self, own: Generated) -> list[str]:
         rows = [tokens[mask].tolist() for tokens, mask in zip(own.tokens_BR, own.mask_BR, strict=True)]
         return [self._text.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def recipe_of(checkpoint: Path) -> Recipe:
+    """The recipe of a checkpoint.
+
+    Raises:
+        CheckpointError: its manifest holds none that this version knows.
+    """
+    try:
+        return Recipe.model_validate(read_manifest(checkpoint)["recipe"])
+    except (ValidationError, KeyError, RecursionError) as error:
+        said = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"the recipe of the checkpoint is none: {said}", where=str(checkpoint), fix="name another checkpoint"
+        ) from error
+
+
+def _tensors(weights: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(weights)
+    except SafetensorError as error:
+        fix = "copy them again"
+        raise CheckpointError(f"the weights cannot be read: {error}", where=str(weights), fix=fix) from error
 
 
 def _parsed(dialogues: Dialogues) -> list[list[Turn]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.errors import DataError, MissingModelError
+from echox.files import read_json
 from echox.models.ragged import lengths_to_mask
 from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
 
@@ -59,6 +60,12 @@ class UnitMelConfig:
     width: int = 128
     blocks: int = 6
     max_duration: int = 40
+
+    def __post_init__(self) -> None:
+        for name, most in (("n_units", 1 << 16), ("width", 1 << 14), ("blocks", 1 << 10), ("max_duration", 1 << 12)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 < value <= most:
+                raise ValueError(f"{name} is {value!r:.40}, not a whole number from 1 to {most}")
 
 
 class ConvBlock(nn.Module):
@@ -150,7 +157,7 @@ class UnitMel(nn.Module):
 
         folder = Path(folder)
         try:
-            content = json.loads((folder / "config.json").read_text())
+            content = read_json(folder / "config.json")
             content.pop("kind")
             model = cls(UnitMelConfig(**content))
             model.load_state_dict(load_file(folder / "model.safetensors"))

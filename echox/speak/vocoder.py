@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from echox.errors import DataError, MissingModelError
+from echox.files import read_json
 from echox.units.identity import RECORD, UnitPart, check_same_unit_set, read_unit_set
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ class CodeHifiGan:
         Raises:
             MissingModelError: a file is absent, or weights and configuration do not fit each other.
         """
+        import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import SeamlessM4TConfig
@@ -149,9 +150,13 @@ class CodeHifiGan:
         folder = Path(folder)
         try:
             config = SeamlessM4TConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                wanted = sum(weight.numel() for weight in SeamlessM4TCodeHifiGan(config).parameters())
+            if wanted > (folder / "model.safetensors").stat().st_size:
+                raise ValueError(f"config.json describes {wanted:,} weights, more than there are")
             model = SeamlessM4TCodeHifiGan(config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, AttributeError) as error:
             raise MissingModelError(
                 f"Cannot load the unit HiFi-GAN: {error}",
                 where=str(folder),
@@ -236,8 +241,8 @@ def load_vocoder(folder: str | Path) -> Vocoder:
 
     path = Path(folder) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
         raise MissingModelError(
             "There is no vocoder in the folder",
             where=str(folder),

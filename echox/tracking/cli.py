@@ -9,12 +9,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.config.locations import without_secrets
+from echox.errors import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
     from echox.tracking.listing import KnownRun
 
 PAGE = "compare.html"
+LIMIT = 50
 _WIDE = 240
 _LONGEST = 60
 
@@ -33,6 +37,13 @@ def add_parser(subparsers: Any) -> None:
         help="one line a run: status, attempts, steps, loss, scores",
         description="One line a run. A run whose process is gone before it was ended is ended on the way.",
         epilog="example: echox runs list --storage runs/demo",
+    )
+    show.add_argument(
+        "--limit",
+        type=_count,
+        default=LIMIT,
+        metavar="N",
+        help="newest runs to show, by their last sign of life; 0 for all; default: %(default)s",
     )
     show.set_defaults(run=run_list)
     compare = actions.add_parser(
@@ -58,20 +69,23 @@ def run_list(args: argparse.Namespace) -> int:
     from echox.tracking.listing import of_folders, of_server, run_folders
 
     if args.uri:
-        found, notes = of_server(args.uri), list[str]()
+        found, more = of_server(args.uri, args.limit or None)
         if _repaired([run.folder for run in found if run.folder is not None]):
-            found = of_server(args.uri)
+            found, more = of_server(args.uri, args.limit or None)
+        notes = ["older runs are left out; --limit 0 shows all"] if more else []
     else:
         _require(args.storage)
         folders = run_folders(args.storage)
-        _repaired(folders)
-        found, notes = of_folders(folders)
+        older = max(0, len(folders) - args.limit) if args.limit else 0
+        _repaired(folders[older:])
+        found, notes = of_folders(folders[older:])
+        notes += [f"{older:,} older runs are left out; --limit 0 shows all"] if older else []
     _say(notes)
     rows = [run.row() for run in found]
     if args.json:
         print(json.dumps(rows))
     elif not rows:
-        print(f"no runs {f'at {args.uri}' if args.uri else f'in {args.storage}'}")
+        print(f"no runs {f'at {without_secrets(args.uri)}' if args.uri else f'in {args.storage}'}")
     else:
         _print(_table_of(rows))
     return 0
@@ -107,6 +121,13 @@ def run_compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
 def _repaired(folders: list[Path]) -> int:
     """End the runs whose owner is gone; how many."""
     from echox.tracking.run import repair
@@ -138,7 +159,7 @@ def _table_of(rows: list[dict[str, Any]]) -> Table:
     for name in ("run", "scale", "stage", "status", "attempts", "step", "loss", "eval", "started", "duration", "id"):
         table.add_column(name, justify="right" if name in ("attempts", "step", "loss", "duration") else "left")
     for row in rows:
-        table.add_row(
+        cells = (
             row["name"],
             row["scale"] or "-",
             row["stage"] or "-",
@@ -151,6 +172,7 @@ def _table_of(rows: list[dict[str, Any]]) -> Table:
             _span(row["duration_s"]),
             row["run_id"] or "-",
         )
+        table.add_row(*map(printable, cells))
     return table
 
 
@@ -171,9 +193,10 @@ def _side_by_side(title: str, first: str, names: list[str], rows: list[tuple[str
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     table.add_column(first)
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(printable(name), justify="right")
     for row in rows:
-        table.add_row(*(cell if len(cell) <= _LONGEST else cell[: _LONGEST - 3] + "..." for cell in row))
+        shown = map(printable, row)
+        table.add_row(*(cell if len(cell) <= _LONGEST else cell[: _LONGEST - 3] + "..." for cell in shown))
     return table
 
 
@@ -188,7 +211,7 @@ def _print(table: Table) -> None:
 
 def _say(notes: list[str]) -> None:
     for note in notes:
-        print(note, file=sys.stderr)
+        print(printable(note), file=sys.stderr)
 
 
 def _or_dash(value: object) -> str:

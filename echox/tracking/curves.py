@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from echox.engine.monitor.run_dir import metric_rows
+from echox.files import read_record
 from echox.tracking.delivery import attempts_of
 from echox.tracking.names import flatten
 
@@ -112,16 +113,9 @@ def _histories(client: MlflowClient, run: Run) -> dict[str, list[Metric]]:
 def _of_folder(run: KnownRun, name: str) -> Curves:
     folder = run.folder or Path("/nonexistent")
     points: dict[str, list[Point]] = {}
-    file = folder / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
-        except (ValueError, KeyError):
-            continue
+    for row in metric_rows(folder):
         for key, value in row.items():
             if key.startswith(WANTED):
-                points.setdefault(key, []).append(Point(step, float(value), None))
-    recipe = folder / "recipe.json"
-    params = flatten(json.loads(recipe.read_text())) if recipe.is_file() else {}
+                points.setdefault(key, []).append(Point(int(row["step"]), float(value), None))
+    params = flatten(read_record(folder, "recipe.json"))
     return Curves(name=name, params=params, points=points)

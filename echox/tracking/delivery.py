@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from echox.config.locations import without_secrets
-from echox.files import write_atomically
+from echox.files import is_within, write_atomically
 from echox.tracking import spool
 from echox.tracking.names import METRICS_PER_BATCH, PARAMS_PER_BATCH, TAG_LIMIT, batches
 from echox.tracking.spool import Operation
@@ -51,12 +52,15 @@ class Delivery:
         client: the server.
         run_id: the stage run.
         final: whether no other process will make a missing attempt's child, so that this does.
+        within: folder of a run of someone else: its journal can name any file as an artifact and its store any place
+            to put it, so only its own files are stored, and not elsewhere on this machine. None: the run is ours.
     """
 
-    def __init__(self, client: MlflowClient, run_id: str, *, final: bool = False) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, *, final: bool = False, within: Path | None = None) -> None:
         self._client = client
         self._run_id = run_id
         self._final = final
+        self._within = within
         self._children: dict[int, str] = {}
         self._latest: dict[str, dict[str, _Latest]] = {}
         self._refusals = 0
@@ -84,6 +88,7 @@ class Delivery:
             self._tags(run_id, operation["tags"])
             self._client.set_terminated(run_id, operation["status"], end_time=operation["time"])
         elif Path(operation["path"]).exists():
+            self._check_artifact(Path(operation["path"]))
             self._client.log_artifact(self._run_id, operation["path"], operation["folder"])
 
     def send_file(self, path: Path) -> int:
@@ -208,6 +213,15 @@ class Delivery:
         self._reopen()
         step = operation["tags"].get("from_step", "0")
         self._tags(self._run_id, {"attempt": str(attempt), f"attempt.{attempt}.from_step": step})
+
+    def _check_artifact(self, path: Path) -> None:
+        if self._within is None:
+            return
+        if not is_within(self._within, path):
+            raise PermissionError(f"{path} is no file of the run in {self._within}")
+        place = urlsplit(str(self._client.get_run(self._run_id).info.artifact_uri))
+        if place.scheme in ("", "file") and not is_within(self._within.resolve().parent, Path(unquote(place.path))):
+            raise PermissionError(f"the run in {self._within} wants its artifacts in {place.path}, outside its storage")
 
     def _reopen(self) -> None:
         """A watcher that was at work when the run went on may have ended it a moment too late."""

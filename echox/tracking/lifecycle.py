@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import is_url
+from echox.files import is_within
 from echox.tracking import spool
 from echox.tracking.database import ensure_database
 from echox.tracking.delivery import Delivery
@@ -74,11 +75,14 @@ def create_runs(client: MlflowClient, run_folder: Path) -> tuple[str, str]:
     return run_id, parent_id
 
 
-def finish_pending(client: MlflowClient, run_folder: Path, owner: Process | None) -> str | None:
+def finish_pending(
+    client: MlflowClient, run_folder: Path, owner: Process | None, *, foreign: bool = False
+) -> str | None:
     """Deliver what every process of a run has left, and end its runs; returns the status they end with.
 
     For the owner at its end, and for a process that finds the owner gone. A new owner that took the run over meanwhile
-    keeps it: then nothing is ended, and the answer is None.
+    keeps it: then nothing is ended, and the answer is None. Of a `foreign` run, one that this process met in a folder,
+    only files of its folder are stored as artifacts, see `Delivery`.
     """
     state = read_state(run_folder)
     if Process.of(state.get("owner")) != owner:
@@ -86,7 +90,7 @@ def finish_pending(client: MlflowClient, run_folder: Path, owner: Process | None
     run_id, parent_id = state.get("run_id"), state.get("parent_id")
     if run_id is None or parent_id is None:
         run_id, parent_id = create_runs(client, run_folder)
-    replay(client, run_folder, run_id)
+    replay(client, run_folder, run_id, foreign=foreign)
     now = read_state(run_folder)
     status = fate(run_folder, now)
     if Process.of(now.get("owner")) != owner:
@@ -99,13 +103,15 @@ def finish_pending(client: MlflowClient, run_folder: Path, owner: Process | None
     return status
 
 
-def replay(client: MlflowClient, run_folder: Path, run_id: str) -> int:
+def replay(client: MlflowClient, run_folder: Path, run_id: str, *, foreign: bool = False) -> int:
     """Send every process's journal, oldest first, and remove it; returns the number of operations.
 
     Errors of the server pass through and leave the rest for the next try; artifacts that are not taken are left.
     """
-    delivery = Delivery(client, run_id, final=True)
+    delivery = Delivery(client, run_id, final=True, within=run_folder if foreign else None)
     folder = run_folder / SPOOL_FOLDER
+    if not is_within(run_folder, folder):
+        return 0  # a delivered journal is deleted
     sent = sum(delivery.send_file(path) for path in spool.pending(folder))
     return sent + delivery.send_postponed(folder, of_all=True)
 

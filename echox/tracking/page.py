@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
 
 
 def _losses(runs: Sequence[Curves]) -> str:
-    shared = common(runs, "loss/")
+    shared = [name for name in common(runs, "loss/") if any(run.axis("step", name) for run in runs)]
     if not shared:
         return '<h2>Losses</h2><p class="soft">The runs have no loss in common.</p>'
     pictures = "".join(f"<h3>{html.escape(name)}</h3>{_loss(runs, name)}" for name in shared)
@@ -161,6 +162,8 @@ def _picture(png: str, alt: str) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
+    if not math.isfinite(value):
+        return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 

@@ -16,6 +16,7 @@ from echox.tracking.client import MlflowTracker, RunHandle
 from echox.tracking.delivery import STAGE, Delivery
 from echox.tracking.lifecycle import finish_pending, make_client
 from echox.tracking.names import default_uri, experiment_name, metric_name, tracking_uri
+from echox.tracking.servers import listing_client, refusal
 from echox.tracking.state import (
     BEAT_S,
     Process,
@@ -142,7 +143,9 @@ def repair(run_folder: Path) -> str | None:
     silent_s = time.time() - last_sign(run_folder)
     if silent_s < (3 * BEAT_S if owner.here() else SILENT_S) or (not owner.here() and _beats(run_folder)):
         return None  # its watcher is at work, or it lives elsewhere
-    return finish_pending(make_client(state["uri"], timeout_s=10), run_folder, owner)
+    if refusal(state.get("uri", ""), run_folder):
+        return None
+    return finish_pending(listing_client(state["uri"], 10), run_folder, owner, foreign=True)
 
 
 def record(run_folder: Path, *, metrics: Mapping[str, float], artifacts: Mapping[Path, str | None], step: int) -> bool:

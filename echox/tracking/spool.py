@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from echox.files import LARGEST_JSON, LARGEST_LINE, open_regular, own_file, parse_json, read_regular, read_text
+
 Operation = dict[str, Any]
 """`kind` is metrics, params, tags, artifact, begin or end; the rest is what `Delivery.send` reads. JSON types."""
 
@@ -84,11 +86,11 @@ def read(path: Path) -> tuple[list[Operation], int]:
     """
     start = sent_bytes(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
             file.seek(start)
             block = file.read(CHUNK_BYTES)
             if not block.endswith(b"\n"):
-                block += file.readline()
+                block += file.readline(LARGEST_LINE)
     except FileNotFoundError:
         return [], start
     whole = block[: block.rfind(b"\n") + 1]
@@ -107,8 +109,8 @@ def confirm(path: Path, offset: int) -> None:
 def sent_bytes(path: Path) -> int:
     """How much of a journal was delivered. A mark beyond the end belonged to a file that was removed."""
     try:
-        sent = int(_mark(path).read_text())
-        return sent if sent <= path.stat().st_size else 0
+        sent = int(read_text(_mark(path), 100))
+        return sent if 0 <= sent <= path.stat().st_size else 0
     except (OSError, ValueError):
         return 0
 
@@ -129,14 +131,14 @@ def remove(path: Path) -> None:
 def keep_refused(folder: Path, operation: Operation) -> None:
     """Put aside, in `refused.jsonl`, what the server will never take."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "refused.jsonl").open("a") as file:
+    with open(folder / "refused.jsonl", "a", opener=own_file) as file:
         file.write(json.dumps(operation) + "\n")
 
 
 def postpone(folder: Path, operation: Operation) -> None:
     """Put an artifact aside that its store did not take now, in a file of this process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _own_later()).open("a") as file:
+    with open(folder / _own_later(), "a", opener=own_file) as file:
         file.write(json.dumps(operation) + "\n")
 
 
@@ -151,7 +153,7 @@ def _own_later() -> str:
 
 def read_postponed(path: Path) -> list[Operation]:
     """What such a file holds."""
-    return _operations(path.read_bytes())
+    return _operations(read_regular(path, LARGEST_JSON))
 
 
 def _operations(lines: bytes) -> list[Operation]:
@@ -159,7 +161,9 @@ def _operations(lines: bytes) -> list[Operation]:
     found = []
     for line in lines.splitlines():
         with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
+            operation = parse_json(line)
+            if isinstance(operation, dict):
+                found.append(operation)
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from echox.files import write_atomically
+from echox.files import read_record, read_text, write_atomically
 
 STATE_FILE = "mlflow.json"
 ATTEMPT_FILE = "mlflow-attempt.json"
@@ -25,6 +25,16 @@ STOP_FILE = "stop.json"
 BEAT_S = 10.0
 """How often the watcher touches the heartbeat file of a run whose owner lives."""
 
+_TEXTS = ("name", "experiment", "parent", "artifacts", "token", "uri", "status")
+_TYPES: dict[str, Any] = {
+    "run_id": str | None,
+    "parent_id": str | None,
+    "attempt": int,
+    "owner": dict | None,
+    "started": int | float | None,
+    "ended": int | float | None,
+    "closed": bool,
+}
 _lock = threading.Lock()
 
 
@@ -53,9 +63,12 @@ class Process:
     def of(cls, record: Mapping[str, Any] | None) -> Self | None:
         """The process of a record, or None where there is none."""
         try:
-            return cls(**record) if record else None
+            found = cls(**record) if record else None
         except TypeError:
             return None
+        if found is None or not all(isinstance(value, int) for value in (found.pid, found.start)):
+            return None
+        return found
 
     def record(self) -> dict[str, Any]:
         """JSON types that `of` reads."""
@@ -76,11 +89,16 @@ def read_state(run_folder: Path) -> dict[str, Any]:
     `name`, `experiment`, `parent`, `artifacts`, `tags`, `token`, `uri`, `run_id`, `parent_id`, `attempt` describe the
     run; `owner`, `status` (RUNNING until the owner ends it), `ended` (seconds), `closed` (the server knows) its life.
     """
-    try:
-        state: dict[str, Any] = json.loads((run_folder / STATE_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return state
+    return {name: value for name, value in read_record(run_folder, STATE_FILE).items() if _fits(name, value)}
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value is of the type that its reader expects; the folder may be someone else's."""
+    if name in _TEXTS:
+        return isinstance(value, str)
+    if name == "tags":
+        return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+    return isinstance(value, _TYPES.get(name, object))
 
 
 def update_state(run_folder: Path, **changes: Any) -> dict[str, Any]:
@@ -123,8 +141,8 @@ def beat(run_folder: Path) -> None:
 def last_beat(run_folder: Path) -> str:
     """The last heartbeat's word; empty if there never was one."""
     try:
-        return (run_folder / ALIVE_FILE).read_text()
-    except OSError:
+        return read_text(run_folder / ALIVE_FILE, 1000)
+    except (OSError, ValueError):
         return ""
 
 
@@ -146,7 +164,7 @@ def announce_attempt(run_folder: Path, attempt: int) -> None:
 def announced_attempt(run_folder: Path) -> int | None:
     """The attempt of this process's group of workers, if its first rank has said so."""
     try:
-        record = json.loads((run_folder / ATTEMPT_FILE).read_text())
+        record = read_record(run_folder, ATTEMPT_FILE)
         return int(record["attempt"]) if record["gang"] == worker_group() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -155,7 +173,7 @@ def announced_attempt(run_folder: Path) -> int | None:
 def counted_attempts(run_folder: Path) -> int:
     """How many attempts the engine has counted in a run's folder."""
     try:
-        return int((run_folder / "attempt").read_text())
+        return int(read_text(run_folder / "attempt", 100))
     except (OSError, ValueError):
         return 0
 

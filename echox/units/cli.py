@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox import files
 from echox.errors import DataError, printable
 from echox.progress import Progress
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64")
 MEMBER = "answer.flac"
+MOST_IDS = 1 << 31
+"""Of units and words that a line may name."""
 UNIT_SET = "unit_set"
 """Key of a JSON line that says which units it holds."""
 
@@ -321,17 +324,17 @@ def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
         DataError: a line that is something else, with its number.
     """
     try:
-        lines = (sys.stdin.read() if str(path) == "-" else path.read_text()).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(sys.stdin.buffer if str(path) == "-" else files.read_lines(path))
+    except (OSError, ValueError) as error:
         raise DataError(f"Cannot read the lines: {error}", where=str(path), fix="Name a file of JSON lines.") from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            if not all(isinstance(item, int) for item in row[key]):
-                raise ValueError(f"{key} holds something other than integers")
+            row = files.parse_json(line)
+            if not all(isinstance(item, int) and 0 <= item < MOST_IDS for item in row[key]):
+                raise ValueError(f"{key} holds something other than integers from 0 to {MOST_IDS - 1}")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"Line {number} is not an object with a list of integers under {key!r}: {error}",

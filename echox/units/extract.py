@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echox.errors import DataError, MissingModelError
+from echox.files import parse_json
 from echox.units.features import FeatureConfig, FrameFeatures, load_features, weights_sha256
 from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
 from echox.units.kmeans import KMeans, read_npz
@@ -106,7 +107,16 @@ class UnitExtractor:
 
 def _read(folder: str | Path) -> tuple[FeatureConfig, KMeans]:
     path = Path(folder) / FILE
-    return FeatureConfig(**json.loads(str(read_npz(path, "features")))), KMeans.load(path)
+    return _features(path), KMeans.load(path)
+
+
+def _features(path: Path) -> FeatureConfig:
+    try:
+        return FeatureConfig(**parse_json(str(read_npz(path, "features"))))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"The features of the k-means file cannot be read: {error}", where=str(path), fix="Fit the units again."
+        ) from error
 
 
 def save_units(

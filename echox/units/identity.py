@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.errors import DataError, EchoXError
-from echox.files import write_atomically
+from echox.files import parse_json, read_text, write_atomically
 
 RECORD = "unit_set.json"
 """Which units a folder holds or was made for: a k-means, a dataset, a vocoder."""
@@ -102,7 +102,14 @@ def read_unit_set(folder: str | Path) -> UnitSetIdentity | None:
         DataError: the record is damaged.
     """
     path = Path(folder) / RECORD
-    return parse_record(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else None
+    if not path.exists():
+        return None
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        fix = "Make it again, or delete it: the units are then unknown, and not compared with others."
+        raise DataError(f"The record of a unit set cannot be read: {error}", where=str(path), fix=fix) from error
+    return parse_record(text, str(path))
 
 
 def parse_record(text: str, where: str) -> UnitSetIdentity:
@@ -112,7 +119,7 @@ def parse_record(text: str, where: str) -> UnitSetIdentity:
         DataError: it is no JSON, or of no unit set.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(f"The record of a unit set is no JSON: {error}", where=where, fix="Make it again.") from error
     return UnitSetIdentity.parse(content, where)

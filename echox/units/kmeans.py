@@ -8,12 +8,14 @@ duration-penalised segmentation of Kamper and van Niekerk (arXiv 2012.07551).
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echox.errors import DataError
+from echox.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +27,8 @@ FIT_BATCH = 10_000
 FIT_INIT = 5
 """Frames a cluster that k-means++ draws its seeds from."""
 PREDICT_BATCH = 65_536
+_LARGEST = 256 << 20
+"""Bytes that a k-means file may unpack to."""
 
 
 class KMeans:
@@ -206,8 +210,14 @@ def read_npz(path: str | Path, name: str) -> Any:
         DataError: no such file, not an npz, or no such array.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as file:
-            return file[name]
+        with open_regular(Path(path)) as descriptor, open(descriptor, "rb", closefd=False) as opened:
+            with zipfile.ZipFile(opened) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > _LARGEST:
+                raise ValueError(f"it unpacks to {size:,} bytes")
+            opened.seek(0)
+            with np.load(opened, allow_pickle=False) as file:
+                return file[name]
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise DataError(
             f"Cannot read {name} of the k-means file: {type(error).__name__} {error}",

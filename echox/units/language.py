@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.errors import DataError
+from echox.files import read_json
 from echox.units.counting import KeyTable, count_keys, merge_counts
 from echox.units.identity import UnitSetIdentity
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str, int, int], None]
 
 VERSION = 1
+MOST_UNITS = 1 << 16
+"""Units are stored as 16-bit numbers."""
 ADD_K = 0.5
 """Added to every word's count, so that no word has probability zero."""
 PRIOR_TOKENS = 10.0
@@ -129,12 +132,7 @@ class UnitLanguage:
 
     def check(self, units: NDArray[Any]) -> None:
         """Raise `DataError` for a unit outside 0 .. n_units - 1."""
-        if units.size and (units.min() < 0 or units.max() >= self.n_units):
-            bad = int(units.max() if units.max() >= self.n_units else units.min())
-            raise DataError(
-                f"Unit {bad} is outside 0 to {self.n_units - 1}",
-                fix="Use the unit language that was fitted together with these units.",
-            )
+        _check_range(units, self.n_units, "Use the unit language that was fitted together with these units.")
 
     def _candidates(self, units_BT: Ints, lengths_B: Ints) -> Ints:
         """Word that starts at each position with each length, -1 for none; [B, T, K]."""
@@ -267,6 +265,8 @@ class UnitLanguage:
         arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
         if not any(len(array) for array in arrays):
             raise DataError("No units to fit a unit language on")
+        for array in arrays:
+            _check_range(array, n_units, "Say the number of clusters that they were made with.")
         wanted = vocab_size - n_units
         words, counts = _frequent_ngrams(arrays, n_units, max_word, OVERSAMPLE * wanted)
         language = cls(n_units, words, counts, np.zeros((0, 3), np.int64), 1, max_word)
@@ -309,9 +309,10 @@ class UnitLanguage:
             DataError: no such file, or not a unit language.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = read_json(Path(path))
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}, not {VERSION}")
+            _check_content(content)
             return cls(
                 int(content["n_units"]),
                 [tuple(word) for word in content["words"]],
@@ -321,12 +322,34 @@ class UnitLanguage:
                 int(content["max_word"]),
                 UnitSetIdentity.parse(content["unit_set"], str(path)) if "unit_set" in content else None,
             )
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise DataError(
                 f"Cannot read the unit language: {type(error).__name__} {error}",
                 where=str(path),
                 fix="Make it with `echox unit-language fit`.",
             ) from error
+
+
+def _check_range(units: NDArray[Any], n_units: int, fix: str) -> None:
+    if units.size and (units.min() < 0 or units.max() >= n_units):
+        bad = int(units.max() if units.max() >= n_units else units.min())
+        raise DataError(f"Unit {bad} is outside 0 to {n_units - 1}", fix=fix)
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError for numbers that no fitted language has: the file may come from anywhere."""
+    units, order, longest = (content[name] for name in ("n_units", "order", "max_word"))
+    if not all(isinstance(value, int) for value in (units, order, longest)):
+        raise TypeError("n_units, order and max_word are whole numbers")
+    if not (0 < units <= MOST_UNITS and order in (1, 2) and 0 < longest <= MOST_UNITS):
+        raise ValueError(f"{units} units, order {order}, words of {longest} units")
+    size = units + len(content["words"])
+    if any(not 1 < len(word) <= longest or not all(0 <= unit < units for unit in word) for word in content["words"]):
+        raise ValueError(f"a word that is not of 2 to {longest} units below {units}")
+    if len(content["counts"]) != size or min(content["counts"]) < 0:
+        raise ValueError(f"counts that are not of {size} words")
+    if any(not (0 <= one < size and 0 <= two < size and count >= 0) for one, two, count in content["bigrams"]):
+        raise ValueError(f"pairs that are not of {size} words")
 
 
 def _chunks(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ import io
 import math
 import pickletools
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.errors import DataError
+from echox.files import read_regular
 from echox.units.kmeans import KMeans, read_npz
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 ACCEPTED = ".npy, .npz (centroids, cluster_centers_ or one array alone), or an uncompressed joblib dump of a k-means"
 _CENTRES = "cluster_centers_"
+_LARGEST = 256 << 20
+"""Bytes of a file of centroids."""
 _WRAPPER = "joblib.numpy_pickle.NumpyArrayWrapper"
 _NUMBERS = re.compile(r"[fiu][1248]")
 _VALUES = {
@@ -42,9 +46,10 @@ def read_published(path: Path) -> KMeans:
         DataError: no such file, or not one of the formats in `ACCEPTED`.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read the centroids: {error.strerror}", where=str(path), fix="Correct it.") from error
+        data = read_regular(path, _LARGEST)
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"Cannot read the centroids: {said}", where=str(path), fix="Correct it.") from error
     try:
         if data.startswith(b"PK\x03\x04"):
             return _from_npz(path)
@@ -53,7 +58,7 @@ def read_published(path: Path) -> KMeans:
         if data.startswith(b"\x80"):
             return KMeans(_floats(_of_model(DumpReader(data).read())))
         raise ValueError("its first bytes are those of no known format")
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(
             f"There are no centroids to be read in the file: {error}",
             where=str(path),

@@ -326,6 +326,6 @@ def _stamp(path: Path) -> list[Any]:
     """Path, size and time of a file: enough to see that it was replaced."""
     try:
         state = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return [str(path), None, None]
     return [str(path), state.st_size, state.st_mtime_ns]

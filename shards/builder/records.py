@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from echox import files
 from echox.files import write_atomically
 
 """Place of the corpus below the cache."""
@@ -29,6 +30,6 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value of a JSON file; None when it is absent or unreadable, so that its step is done again."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path)
     except (OSError, ValueError):
         return None

@@ -6,6 +6,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,10 +17,12 @@ from echox.errors import DataError
 from shards.corpus import MemberAudio, SpanAudio
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar")
-_BROKEN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+_BROKEN = (tarfile.TarError, EOFError, zlib.error, OSError, OverflowError, ValueError)
+"""What tarfile and gzip raise for a damaged archive, or one that claims places no file has."""
 _CHUNK = 1 << 20
 _ANY_SIZE, _MOST_TIMES = 1 << 30, 50
 """What a decompressed archive may have in any case, and how many times its packed size beyond that."""
+_SPACE = re.compile(r"\s+")
 _LONGEST_ITEM = 64 << 20
 
 
@@ -174,6 +177,5 @@ def json_list(stream: IO[bytes], where: str) -> Iterator[Any]:
 
 
 def _after_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
+    found = _SPACE.match(text, at)
+    return at if found is None else found.end()

@@ -20,12 +20,14 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
     empty = True
     for listing in sorted_paths(source.rglob("*.trans.txt")):
         part = listing.absolute().parts[-4]
-        if not in_split(part, request.split):
+        if not in_split(part, request.split) or not listing.is_file():
             continue
         for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
             empty = False
             name, _, text = line.partition(" ")
-            yield _utterance(name, text, FileAudio(listing.parent / f"{name}.flac"), part, name.partition("-")[0])
+            yield _utterance(
+                name, text, FileAudio(listing.parent / f"{name}.flac", listing.parent), part, name.partition("-")[0]
+            )
     for row in parquet_rows(source, request.split, ("id", "text", "speaker_id")) if empty else ():
         empty = False
         yield _utterance(row.values["id"], row.values["text"], row.audio, row.part, str(row.values["speaker_id"]))

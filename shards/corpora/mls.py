@@ -19,7 +19,7 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
     listings = {path for depth in ("", "*/", "*/*/") for path in source.glob(f"{depth}transcripts.txt")}
     for listing in sorted_paths(listings):
         folder = listing.absolute().parent
-        if folder.name != request.split:
+        if folder.name != request.split or not listing.is_file():
             continue
         language = re.sub(r"^mls_|_opus$", "", folder.parent.name)
         suffix = ".opus" if folder.parent.name.endswith("_opus") else ".flac"
@@ -28,7 +28,9 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
                 empty = False
                 name, _, text = line.partition("\t")
                 speaker, _, rest = name.partition("_")
-                audio = FileAudio(listing.parent / "audio" / speaker / rest.partition("_")[0] / f"{name}{suffix}")
+                audio = FileAudio(
+                    listing.parent / "audio" / speaker / rest.partition("_")[0] / f"{name}{suffix}", listing.parent
+                )
                 yield _utterance(name, text, audio, request.split, speaker, language)
     for row in parquet_rows(source, request.split, ("id", "transcript", "speaker_id")) if empty else ():
         empty = False

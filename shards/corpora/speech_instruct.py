@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from echox.files import parse_json
 from echox.units.identity import UnitSetIdentity
 from shards.corpora.dialogues import find_lists, listed_utterances
 from shards.corpus import Corpus, Request, Utterance, clean, wrong_source
@@ -39,12 +39,12 @@ def discover(source: Path, request: Request) -> Iterator[Utterance]:
 
 
 def _listed(listing: Path, request: Request) -> Iterator[Utterance]:
-    with listing.open(encoding="utf-8") as lines:
+    with listing.open("rb") as lines:
         for number, line in enumerate(lines):
             name = f"{listing.stem}-{number:07d}"
             try:
-                question, answer, units = parse(json.loads(line)["plain_text"])
-            except (ValueError, KeyError, TypeError) as error:
+                question, answer, units = parse(parse_json(line)["plain_text"])
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 problem = f"line {number + 1} of {listing.name}: {error}"
                 yield Utterance(id=name, task=request.task, source=_NAME, problem=problem)
                 continue

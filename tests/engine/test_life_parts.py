@@ -20,6 +20,7 @@ import torch
 
 from echox.config.load import load_recipe, resolved
 from echox.config.schema import HealthConfig
+from echox.engine import stop
 from echox.engine.checkpoint.recipe_diff import changes, refused_changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.loss_guard import LossGuard
@@ -163,10 +164,10 @@ def test_a_request_to_stop_is_heard_once_and_withdrawn(tmp_path: Path) -> None:
 def test_a_storage_that_stutters_stops_no_run(
     number: int, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(path: Path) -> bytes:
+    def read(path: Path, most: int) -> bytes:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(stop, "read_regular", read)
     assert read_stop(tmp_path) == why
 
 

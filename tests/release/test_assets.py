@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from echox.errors import AlteredModelError, MissingModelError, NetworkError
-from echox.release import assets
+from echox.release import hub
 from echox.release.assets import ASSETS, MODELS, Asset, fetch, is_present, publish, source_of, unpack
 from echox.release.checksums import SUMS_NAME, verify, write_sums
 from echox.release.download import Package, fetch_archive
@@ -143,16 +143,18 @@ def test_a_right_archive_is_not_downloaded_again(tmp_path: Path, monkeypatch: py
 
 
 def test_an_answering_hub_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hub(repo: str, files: tuple[str, ...], folder: Path) -> str:
+    def fetch(repo: str, files: tuple[str, ...], folder: Path, *, revision: str | None, lock: Path) -> hub.Snapshot:
+        assert revision == "c" * 40 and lock == tmp_path / "downloads" / "toy.hub.json"
         (folder / "en" / "us").mkdir(parents=True)
         (folder / "en" / "us" / "voice.onnx").write_bytes(repo.encode())
-        return "abc123"
+        return hub.Snapshot(repository=repo, revision=revision, files={})
 
-    monkeypatch.setattr(assets, "fetch_from_hub", hub)
+    monkeypatch.setattr(hub, "fetch", fetch)
     asset = Asset(
         name="toy",
         folder="models/t",
         hub="o/r",
+        hub_revision="c" * 40,
         hub_prefix="en/us",
         packages=(),
         assemble=lambda **_: None,
@@ -160,7 +162,7 @@ def test_an_answering_hub_comes_first(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     folder = publish(asset, tmp_path, print)
     assert sorted(path.name for path in folder.iterdir()) == [SUMS_NAME, "voice.onnx"]
-    assert json.loads((folder / SUMS_NAME).read_text())["source"]["revision"] == "abc123"
+    assert json.loads((folder / SUMS_NAME).read_text())["source"]["revision"] == "c" * 40
 
 
 def test_unpacking_never_leaves_the_folder(tmp_path: Path) -> None:

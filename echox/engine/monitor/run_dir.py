@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
-from echox.errors import CheckpointError
-from echox.files import append_line, write_atomically
+from echox.errors import CheckpointError, DataError
+from echox.files import append_line, is_within, parse_json, read_lines, read_record, read_text, write_atomically
 
 if TYPE_CHECKING:
     from echox.engine.object_store.run_store import RunStore
@@ -41,6 +41,53 @@ class Progress(TypedDict, total=False):
     samples_per_s: float | None
     eta_s: float | None
     time: float
+
+
+_LARGEST = 256 << 20
+"""Bytes of the metrics of a run."""
+_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("stage", "state"), str),
+    **dict.fromkeys(("step", "steps", "attempt"), int),
+    **dict.fromkeys(("loss", "samples_per_s", "eta_s"), int | float | None),
+    "time": int | float,
+}
+
+
+def read_progress(run_folder: Path) -> Progress:
+    """The progress of a run; empty if there is none. The folder may be someone else's: other fields are left out."""
+    found = read_record(run_folder, "progress.json")
+    kept = {name: value for name, value in found.items() if isinstance(value, _FIELDS.get(name, ())) and _sane(value)}
+    return cast(Progress, kept)
+
+
+def metric_rows(run_folder: Path) -> Iterator[dict[str, float]]:
+    """The rows of a run's `metrics.jsonl` in order; none if there is none. What is no row of numbers is left out.
+
+    Raises:
+        DataError: the file is no log of metrics.
+    """
+    file = run_folder / "metrics.jsonl"
+    if not file.exists() or not is_within(run_folder, file):
+        return
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
+        for line in read_lines(file):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue  # cut short by a crash
+            if isinstance(row, dict) and isinstance(row.get("step"), int) and _sane(row["step"]):
+                yield {name: value for name, value in row.items() if isinstance(value, int | float) and _sane(value)}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the metrics of the run cannot be read: {error}", where=str(file), fix="keep a copy of its last lines only"
+        ) from error
+
+
+def _sane(value: object) -> bool:
+    """Whether a number is one that arithmetic with floats takes."""
+    return not isinstance(value, int) or abs(value) < 1 << 62
 
 
 @dataclass(frozen=True)
@@ -77,18 +124,12 @@ class RunDir:
     def last_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first; what progress says, where a crash left the file empty."""
         try:
-            here = int((self.path / ATTEMPT).read_text())
+            here = int(read_text(self.path / ATTEMPT, 100))
         except FileNotFoundError:
             here = 0
         except ValueError:
-            here = self._attempt_of_progress()
+            here = read_progress(self.path).get("attempt", 0)
         return here if self.store is None else max(here, newest_attempt(self.store))
-
-    def _attempt_of_progress(self) -> int:
-        try:
-            return int(json.loads(self.progress_path.read_text())["attempt"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
 
     def check_attempt(self, attempt: int) -> None:
         """Raise CheckpointError when a newer attempt has begun: two processes must not publish for one run."""
@@ -108,7 +149,7 @@ class RunDir:
         """Drop metrics of steps that will be done again because the run resumes at `step`."""
         if not self.metrics_path.is_file():
             return
-        kept = [line for line in self.metrics_path.read_text().splitlines() if _step_of(line) <= step]
+        kept = [line for line in read_text(self.metrics_path, _LARGEST).splitlines() if _step_of(line) <= step]
         write_atomically(self.metrics_path, "".join(line + "\n" for line in kept))
 
     def write_progress(
@@ -146,6 +187,6 @@ def newest_attempt(store: RunStore) -> int:
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return float(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")  # A line cut short by a crash belongs to the steps that are done again.

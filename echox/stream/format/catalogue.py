@@ -20,12 +20,15 @@ import numpy as np
 from xxhash import xxh3_64, xxh3_64_hexdigest
 
 from echox.errors import DataError
+from echox.files import parse_json, read_regular
 from echox.stream.format.scan import MEMBER, RECORD
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DATASET_NAME = "dataset.json"
+LARGEST_LISTING = 64 << 20
+"""Bytes of `dataset.json`, with a line a shard."""
 CATALOGUE_NAME = "dataset.catalogue"
 ELSEWHERE = re.compile(r"(https?|s3a?|gcs|gs|az|abfs)://[^:|]+(:\d+)?[^:|]*")
 """Where `dataset.json` may say that the shards are: it comes from whoever made the dataset."""
@@ -37,6 +40,7 @@ PREAMBLE = struct.Struct("<8sII16s")
 SHARD = np.dtype([("bytes", "<u8"), ("first", "<u8"), ("name", "<u8"), ("sha256", "V32")])
 """One shard: size of its file, number of its first sample, where its name begins, hash."""
 
+_LAST_OFFSET = (1 << 62) - 1
 _OFFSET, _FIRST, _LAYOUT = (list(RECORD.names or ()).index(name) for name in ("offset", "first", "layout"))
 
 
@@ -78,6 +82,7 @@ class Catalogue:
         self._members: NDArray[Any] = self._table("members", MEMBER)
         self._shards: NDArray[Any] = self._table("shards", SHARD)
         self._names = self._segment("keys")
+        self._check_places()
 
     @classmethod
     def open(cls, folder: Path) -> Catalogue:
@@ -92,7 +97,11 @@ class Catalogue:
         for file in (listing, path):
             if not file.is_file():
                 raise _unusable(str(folder), f"there is no {file.name} in the folder of shards")
-        described = read_listing(listing.read_bytes(), str(listing))
+        try:
+            content = read_regular(listing, LARGEST_LISTING)
+        except (OSError, ValueError) as error:
+            raise _unusable(str(folder), f"{listing.name} cannot be read: {error}") from error
+        described = read_listing(content, str(listing))
         shards_at: str = described.get("shards_at", "")
         catalogue = cls(path, shards_at or str(folder))
         catalogue.expect(described["catalogue"])
@@ -108,7 +117,14 @@ class Catalogue:
     @cached_property
     def shard_names(self) -> Sequence[str]:
         """File name of every shard; [S]."""
-        return _split(self._segment("shard_names"), self._shards["name"])
+        try:
+            names = _split(self._segment("shard_names"), self._shards["name"])
+        except UnicodeDecodeError as error:
+            raise _unusable(self.location, f"the names of its shards are not UTF-8: {error}") from error
+        for name in names:
+            if "/" in name or "\0" in name or name in ("", ".", ".."):
+                raise _unusable(self.location, f"it names a shard {name[:80]!r}, which is no name of a file beside it")
+        return names
 
     @cached_property
     def shard_starts(self) -> NDArray[np.int64]:
@@ -133,7 +149,7 @@ class Catalogue:
         """Name of one sample."""
         start = int(self.records["key"][sample])
         end = int(self.records["key"][sample + 1]) if sample + 1 < self.samples else len(self._names)
-        return self._names[start:end].tobytes().decode()
+        return self._names[start:end].tobytes().decode(errors="backslashreplace")
 
     def members(self, sample: int) -> dict[str, tuple[int, int]]:
         """Extension to (offset in the shard, size) of one sample's members."""
@@ -175,10 +191,35 @@ class Catalogue:
         self._digest: str = digest.decode(errors="replace")
         if xxh3_64_hexdigest(text) != self._digest:
             raise _unusable(self.location, "the catalogue's header is damaged")
-        header: dict[str, Any] = json.loads(text)
+        try:
+            header: dict[str, Any] = _checked_header(parse_json(text))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _unusable(self.location, f"the catalogue's header is none: {error!r:.200}") from error
         if any(part["offset"] + part["bytes"] > len(self._bytes) for part in header["segments"].values()):
             raise _unusable(self.location, "the catalogue is cut short")
         return header
+
+    def _check_places(self) -> None:
+        """Refuse records and shards that point out of the catalogue: it may come from anywhere."""
+        records, shards = self.records, self._shards
+        wide = np.array([len(layout) for layout in self.layouts] or [0], dtype=np.int64)
+        wrong = len(records) != self.samples or bool(
+            len(records)
+            and (
+                records["layout"].max() >= len(self.layouts)
+                or records["source"].max() >= len(self.sources)
+                or records["shard"].max() >= len(shards)
+                or records["offset"].max() > _LAST_OFFSET
+                or (records["first"].astype(np.int64) + wide[records["layout"]]).max() > len(self._members)
+                or records["key"].max() > len(self._names)
+                or not all(np.isfinite(records[name]).all() for name in ("question_s", "answer_s"))
+            )
+        )
+        if wrong or (self.tasks is not None and len(self.tasks) != self.samples):
+            raise _unusable(self.location, "the catalogue's records are not of its samples")
+        starts = shards["first"]
+        if len(shards) and (starts.max() > self.samples or (starts[1:] < starts[:-1]).any()):
+            raise _unusable(self.location, "the catalogue's shards are not of its samples")
 
     def _segment(self, name: str) -> NDArray[np.uint8]:
         part = self._segments[name]
@@ -213,6 +254,29 @@ class Catalogue:
                 )
 
 
+def _checked_header(header: Any) -> dict[str, Any]:
+    """The header of a catalogue; ValueError, KeyError, TypeError or AttributeError where its fields are others."""
+    rows = {"records": RECORD.itemsize, "members": MEMBER.itemsize, "shards": SHARD.itemsize, "tasks": 1}
+    segments = header["segments"]
+    for name in ("shards", "shard_names", "records", "members", "keys"):
+        if name not in segments:
+            raise ValueError(f"no segment {name}")
+    for name, part in segments.items():
+        if min(part["offset"], part["bytes"]) < 0 or not isinstance(part["xxh3"], str):
+            raise ValueError(f"segment {name} lies nowhere")
+        if part["bytes"] % rows.get(name, 1):
+            raise ValueError(f"segment {name} has {part['bytes']} bytes")
+    texts = [header["fingerprint"], *header["sources"], *header["optional"]]
+    texts += [extension for layout in header["layouts"] for extension in layout]
+    if not all(isinstance(text, str) for text in texts) or not all(
+        isinstance(header[name], list) for name in ("sources", "optional", "layouts")
+    ):
+        raise TypeError("fields of another type")
+    if not isinstance(header["samples"], int) or header["samples"] < 0:
+        raise ValueError(f"{header['samples']!r:.40} samples")
+    return dict(header)
+
+
 def read_listing(content: bytes, where: str) -> dict[str, Any]:
     """Decode `dataset.json`.
 
@@ -221,10 +285,10 @@ def read_listing(content: bytes, where: str) -> dict[str, Any]:
             dataset may not: to a command, to a folder of this machine, or to a protocol that chains others.
     """
     try:
-        listing = json.loads(content)
+        listing = parse_json(content)
         if not isinstance(listing["catalogue"], str) or not isinstance(listing["shards"], list):
             raise ValueError("fields of another type")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _unusable(str(Path(where).parent), f"{DATASET_NAME} does not name a catalogue") from error
     shards_at = listing.get("shards_at", "")
     if shards_at and not (isinstance(shards_at, str) and ELSEWHERE.fullmatch(shards_at)):

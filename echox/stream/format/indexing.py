@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -18,7 +19,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from echox.errors import DataError, EchoXError
-from echox.files import write_atomically
+from echox.files import read_json, read_text, write_atomically
 from echox.stream.format.catalogue import CATALOGUE_NAME, DATASET_NAME, SHARD, Catalogue, write_segments
 from echox.stream.format.scan import RECORD, ShardTable, check_optional, member_rule, scan_shard, write_index
 
@@ -222,7 +223,7 @@ def find_shards(folder: Path) -> list[Path]:
 def earlier_optional(folder: Path) -> tuple[str, ...]:
     """Members declared optional when the folder was indexed before; none if it was not."""
     try:
-        return tuple(json.loads((folder / DATASET_NAME).read_bytes())["optional"])
+        return tuple(map(str, read_json(folder / DATASET_NAME)["optional"]))
     except (OSError, ValueError, KeyError, TypeError):
         return ()
 
@@ -252,8 +253,9 @@ def is_indexed(folder: Path) -> bool:
 
 def _publish(path: Path, text: str) -> None:
     """Replace a file at once; one of equal content keeps its date, by which others tell whether data is new."""
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
-        return
+    with contextlib.suppress(OSError, ValueError):
+        if read_text(path) == text:
+            return
     write_atomically(path, text)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from echox.audio.io import SAMPLE_RATE, header_seconds, read_audio
 from echox.errors import DataError
+from echox.files import parse_json
 from echox.stream.format.tar_headers import LARGEST_SAMPLE, Spans, defect, mapped, walk
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def decode_meta(member: bytes | memoryview) -> dict[str, Any]:
         ValueError: it holds something else.
     """
     try:
-        meta = json.loads(bytes(member))
+        meta = parse_json(bytes(member))
     except ValueError as error:
         raise ValueError(f"its json member cannot be read: {error}") from error
     if not isinstance(meta, dict):

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import requests
 
+from echox.config.locations import DATA_LOGIN, holds_secret, without_secrets
 from echox.config.paths import resolve_data
 from echox.errors import DataError
 from echox.stream.storage.retry import PassingError
@@ -85,8 +86,11 @@ def open_remote(location: str) -> Remote:
     """The right kind of remote folder.
 
     Raises:
-        DataError: a URL of an unknown kind, or one that needs a package which is not installed.
+        DataError: a URL of an unknown kind, one with a login or a signature, which catalogues and logs would keep, or
+            one that needs a package which is not installed.
     """
+    if holds_secret(location):
+        raise DataError(f"the URL {without_secrets(location)} holds a secret", fix=DATA_LOGIN)
     if location.startswith("pipe:"):
         return PipeRemote(location)
     if location.startswith(("http://", "https://")):
