@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from echox.engine.checkpoint.contents import Contents, FileEntry, Manifest
 from echox.errors import CheckpointError
-from echox.files import fsync, sha256_file
+from echox.files import fsync, read_json, sha256_file
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
@@ -77,7 +77,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint.name} has no {MANIFEST}", where=str(checkpoint)) from None
     except (OSError, ValueError) as error:
@@ -86,7 +86,25 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST} does not match its own hash", where=str(path))
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{MANIFEST} has version {manifest.get('version')}, not {VERSION}", where=str(path))
+    if not _well_formed(manifest):
+        raise CheckpointError(f"{MANIFEST} has fields of other types than a run writes", where=str(path))
     return cast(Manifest, manifest)
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether the fields that every reader uses are of their types, and files lie in the checkpoint's folder.
+
+    Whoever changes a manifest can seal it again, and checkpoints travel between people.
+    """
+    files = manifest.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        for name, entry in files.items()
+    )
 
 
 def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:
