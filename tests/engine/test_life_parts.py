@@ -21,6 +21,7 @@ import torch
 from echox.config.load import load_recipe, resolved
 from echox.config.schema import HealthConfig
 from echox.engine import stop
+from echox.engine.checkpoint import manifest
 from echox.engine.checkpoint.recipe_diff import changes, refused_changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.loss_guard import LossGuard
@@ -177,10 +178,10 @@ def test_a_storage_that_stutters_while_the_best_is_looked_for_deletes_nothing(
     for step in range(4):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
-    def read(path: Path) -> bytes:
+    def read(path: Path, most: int) -> bytes:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(manifest, "read_regular", read)
     assert Retention(last=1, best="loss").apply(tmp_path) == []
     assert len(list((tmp_path / "checkpoints").iterdir())) == 4
 

@@ -699,10 +699,6 @@ def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
     return {**found, "fifo": piped, "linked": linked}
 
 
-UNTYPED = ("files-list", "files-text", "no-files", "metrics", "loss", "deep")
-"""Manifests that say what they should in other types."""
-
-
 def vocoder_configs(good: dict[str, Any]) -> dict[str, str]:
     """`config.json` of vocoders by what is wrong with it."""
     hifi = {"model_type": "seamless_m4t"}

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echox.errors import printable
+
 
 def add_parser(subparsers: Any) -> None:
     """Register the command and its actions."""
@@ -41,28 +43,30 @@ def run_list(args: argparse.Namespace) -> int:
     for path in _checkpoints(folder, problems):
         try:
             manifest = read_manifest(path)
-        except CheckpointError as error:
-            rows.append({"checkpoint": path.name, "problem": error.what})
-            continue
-        rows.append(
-            {
+            loss = manifest["metrics"].get("loss/total")
+            row = {
                 "checkpoint": path.name,
                 "step": manifest["step"],
                 "created": manifest["created"],
                 "workers": manifest["world_size"],
                 "mib": round(sum(file["bytes"] for file in manifest["files"].values()) / 2**20, 1),
-                "loss": manifest["metrics"].get("loss/total"),
+                "loss": None if loss is None else float(loss),
             }
-        )
+        except CheckpointError as error:
+            row = {"checkpoint": path.name, "problem": error.what}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            row = {"checkpoint": path.name, "problem": f"its manifest is not what a run writes: {error!r:.100}"}
+        rows.append(row)
     if args.json:
         print(json.dumps(rows))
         return 0
     for row in rows:
         if "problem" in row:
-            print(f"{row['checkpoint']}  damaged: {row['problem']}")
+            print(printable(f"{row['checkpoint']}  damaged: {row['problem']}"))
         else:
             loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-            print(f"{row['checkpoint']}  {row['created']}  {row['workers']} workers  {row['mib']} MiB  loss {loss}")
+            about = f"{row['created']}  {row['workers']} workers  {row['mib']} MiB  loss {loss}"
+            print(printable(f"{row['checkpoint']}  {about}"))
     return 0
 
 
@@ -85,7 +89,7 @@ def run_verify(args: argparse.Namespace) -> int:
         print(json.dumps(verdicts))
     else:
         for name, verdict in verdicts.items():
-            print(f"{name}  {verdict}")
+            print(printable(f"{name}  {verdict}"))
     return 0 if all(verdict == "ok" for verdict in verdicts.values()) else CheckpointError.exit_code
 
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from echox.engine.checkpoint.contents import Contents, FileEntry, Manifest
 from echox.errors import CheckpointError
-from echox.files import fsync, rename_to_free, sha256_file
+from echox.files import LARGEST_JSON, fsync, parse_json, read_regular, rename_to_free, sha256_file
 from echox.stream.storage.retry import PassingError, Retry, may_pass
 
 MANIFEST = "manifest.json"
@@ -80,11 +80,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """
     path = checkpoint / MANIFEST
     try:
-        return parse_manifest(path.read_bytes(), str(path))
+        return parse_manifest(read_regular(path, LARGEST_JSON), str(path))
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {checkpoint.name} has no {MANIFEST}", where=str(checkpoint)) from None
-    except OSError as error:
-        if may_pass(error):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and may_pass(error):
             raise
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(path)) from None
 
@@ -92,14 +92,32 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """The manifest in a file's bytes; raises as `read_manifest` does."""
     try:
-        manifest = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(data)
+    except ValueError as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=where) from None
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _seal(manifest):
         raise CheckpointError(f"{MANIFEST} does not match its own hash", where=where)
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{MANIFEST} has version {manifest.get('version')}, not {VERSION}", where=where)
+    if not _well_formed(manifest):
+        raise CheckpointError(f"{MANIFEST} has fields of other types than a run writes", where=where)
     return cast(Manifest, manifest)
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether the fields that every reader uses are of their types, and files lie in the checkpoint's folder.
+
+    Whoever changes a manifest can seal it again, and checkpoints travel between people.
+    """
+    files = manifest.get("files")
+    return isinstance(files, dict) and all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+        and not Path(name).is_absolute()
+        and ".." not in Path(name).parts
+        for name, entry in files.items()
+    )
 
 
 def verify(checkpoint: Path, only: Iterable[str] | None = None) -> Manifest:

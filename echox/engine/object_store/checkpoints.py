@@ -159,8 +159,9 @@ class PublishedCheckpoints:
             if not _holds(final / MANIFEST, data):
                 final.mkdir(exist_ok=True)
                 write_atomically(final / MANIFEST, data.decode())
-                published = calendar.timegm(time.strptime(manifest["created"], CREATED))
-                os.utime(final / MANIFEST, (published, published))  # its age is that of the checkpoint
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # its age is that of the checkpoint
+                    published = calendar.timegm(time.strptime(manifest["created"], CREATED))
+                    os.utime(final / MANIFEST, (published, published))
         return Checkpoint(path=final, manifest=manifest)
 
     def _bring_file(self, entry: Entry, name: str, manifest: Manifest, final: Path) -> None:

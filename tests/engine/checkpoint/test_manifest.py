@@ -78,15 +78,19 @@ def test_a_changed_manifest_is_seen_even_where_json_stays_valid(tmp_path: Path) 
 @pytest.mark.parametrize("file", [WEIGHTS, "manifest.json"])
 def test_a_stale_handle_is_no_damage(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, 3)
-    newest, refused, real = make(tmp_path, 4), [2], Path.open
+    newest, refused = make(tmp_path, 4), [2]
 
-    def over_nfs(path: Path, *args: Any, **more: Any) -> Any:
-        if path == newest / file and refused[0]:
-            refused[0] -= 1
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
-        return real(path, *args, **more)
+    def over_nfs(opens: Any) -> Any:
+        def refuses(path: Path, *args: Any, **more: Any) -> Any:
+            if path == newest / file and refused[0]:
+                refused[0] -= 1
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return opens(path, *args, **more)
 
-    monkeypatch.setattr(Path, "open", over_nfs)
+        return refuses
+
+    monkeypatch.setattr(Path, "open", over_nfs(Path.open))
+    monkeypatch.setattr(os, "open", over_nfs(os.open))
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     choice = choose(list_checkpoints(tmp_path))
     assert choice.checkpoint is not None and choice.checkpoint.path == newest and choice.rejected == ()

@@ -199,7 +199,7 @@ def test_a_manifest_may_not_name_files_outside_its_folder(bucket: str, tmp_path:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     body["files"]["../../../../outside"] = body["files"][WEIGHTS]
     store.write("checkpoints/step-00000001.1.1/manifest.json", json.dumps({**body, "sha256": _seal(body)}).encode())
-    with pytest.raises(CheckpointError, match=r"\.\./outside is missing"):
+    with pytest.raises(CheckpointError, match="has fields of other types"):
         PublishedCheckpoints(store).choose(tmp_path / "deep" / "node")
     assert not list(tmp_path.rglob("outside"))
 
