@@ -142,12 +142,13 @@ class CodeHifiGan:
             MissingModelError: a file is absent, or weights and configuration do not fit each other.
         """
         import torch
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
         from safetensors.torch import load_file
         from transformers import SeamlessM4TConfig
         from transformers.models.seamless_m4t.modeling_seamless_m4t import SeamlessM4TCodeHifiGan
 
-        folder = Path(folder)
+        folder, unfit = Path(folder), (OSError, RuntimeError, ValueError, TypeError, AttributeError)
         try:
             config = SeamlessM4TConfig.from_pretrained(folder)
             with torch.device("meta"):
@@ -156,7 +157,7 @@ class CodeHifiGan:
                 raise ValueError(f"config.json describes {wanted:,} weights, more than there are")
             model = SeamlessM4TCodeHifiGan(config)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+        except (*unfit, SafetensorError, StrictDataclassError) as error:
             raise MissingModelError(
                 f"Cannot load the unit HiFi-GAN: {error}",
                 where=str(folder),

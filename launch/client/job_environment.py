@@ -18,6 +18,7 @@ import yaml
 from echox.config.load import parse_yaml
 from echox.config.locations import is_secret
 from echox.errors import LaunchError
+from echox.files import read_text
 
 EXCLUDES = (
     *("/.git", "/.venv", "/venv", "/runs", "/mlruns", "/caches", "/dist", "/build", "/tests"),
@@ -123,7 +124,7 @@ def read_runtime_env(path: Path) -> dict[str, Any]:
         LaunchError: there is none in it.
     """
     try:
-        found = parse_yaml(path.read_text(encoding="utf-8"))
+        found = parse_yaml(read_text(path))
     except (OSError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or str(error).splitlines()[0]
         raise LaunchError(f"the runtime environment cannot be read: {reason}", where=str(path)) from error
