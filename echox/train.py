@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
-    from echox.engine.interfaces import Tracker, TrainResult
+    from echox.engine.interfaces import TrainResult
+    from echox.tracking.client import MlflowTracker
 
 ACCEPT_NEW_DATA = "--accept-new-data"
 ACCEPT_NEW_DATA_HELP = (
@@ -71,6 +72,7 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
     from echox.engine.object_store.mirror import mirrored
     from echox.engine.stop import STOP_FILE, clear_stop
     from echox.engine.trainer import train
+    from echox.tracking.run import open_run
 
     options = {"accept_new_data": args.accept_new_data, "allow": args.allow}
     if context.rank != 0:
@@ -80,21 +82,18 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
         clear_stop(context.storage / recipe.name)
         if mirror is not None:
             mirror.store.remove(STOP_FILE)
-        return _owned(recipe, args.recipe, lambda tracker: train(recipe, context, build_setup, tracker, **options))
+        tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.recipe)
+        return _owned(recipe, tracker, lambda: train(recipe, context, build_setup, tracker, **options))
 
 
-def _owned(recipe: Recipe, recipe_name: str, train: Callable[[Tracker], TrainResult]) -> TrainResult:
-    """Train with an MLflow run of which this process is the owner, and end that in any case."""
-    from echox.config.paths import storage_folder
-    from echox.tracking.run import open_run
+def _owned(recipe: Recipe, tracker: MlflowTracker, train: Callable[[], TrainResult]) -> TrainResult:
+    """Train, and end the MLflow run, of which this process is the owner, in any case."""
     from echox.tracking.system import SystemMetrics
 
-    storage = storage_folder(recipe.storage).resolve()
-    tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=storage, recipe_name=recipe_name)
     sampler = SystemMetrics(tracker) if recipe.tracking.system_metrics else None
     status = "FAILED"
     try:
-        result = train(tracker)
+        result = train()
         status = "KILLED" if result.stopped else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"

@@ -152,9 +152,17 @@ def parse_yaml(text: str) -> Any:
         if depth > _DEEPEST:
             raise yaml.MarkedYAMLError(None, None, "it is nested too deeply", token.start_mark)
     try:
-        return yaml.load(text, Loader=_Loader)
+        found = yaml.load(text, Loader=_Loader)
     except ValueError as error:  # a number of more digits than Python converts
         raise yaml.YAMLError(str(error)) from error
+    if aliases and _holds_itself(found, ()):
+        raise yaml.YAMLError("it holds itself by an alias")
+    return found
+
+
+def _holds_itself(tree: Any, around: tuple[int, ...]) -> bool:
+    inside = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+    return id(tree) in around or any(_holds_itself(each, (*around, id(tree))) for each in inside)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ class Archives:
                 # Of a sparse member the size is not what the file holds.
                 self._spans = {
                     member.name.removeprefix("./"): (member.offset_data, member.size)
-                    for member in tar
+                    for member in _members(tar)
                     if member.isfile() and not member.issparse()
                 }
         except _BROKEN as error:
@@ -113,6 +113,14 @@ class Archives:
         return plain
 
 
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive; after one of a negative size, the next would be the same one again."""
+    for member in tar:
+        if member.size < 0:
+            raise tarfile.ReadError(f"a member has {member.size} bytes")
+        yield member
+
+
 def archived_list(archive: Path, name: str) -> Iterator[Any]:
     """Items of the JSON list that a member of the archive holds, read as a stream up to the end of that member.
 
@@ -121,7 +129,7 @@ def archived_list(archive: Path, name: str) -> Iterator[Any]:
     """
     try:
         with tarfile.open(archive, "r|*") as tar:
-            for member in tar:
+            for member in _members(tar):
                 if member.isfile() and member.name.rpartition("/")[2] == name:
                     handle = tar.extractfile(member)
                     assert handle is not None

@@ -14,8 +14,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,10 +38,12 @@ class Shared:
     Attributes:
         worker: script of a rank.
         life: steps of a life, at most.
+        environment: variables of the ranks.
     """
 
     worker = WORKER
     life = 12
+    environment: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -123,7 +127,7 @@ def torment(folder: Path, *, kills: int, steps: int, seed: int, place: Shared | 
     assert calm.wait() == [0] * WORLD, calm.said()
     chance, done, resumed = random.Random(seed), 0, 0
     while True:
-        ranks = start(folder, place.worker, WORLD, [place.scenario("tormented", steps)])
+        ranks = start(folder, place.worker, WORLD, [place.scenario("tormented", steps)], **place.environment)
         if done == kills:
             assert ranks.wait() == [0] * WORLD, ranks.said()
             resumed += " resuming step=" in ranks.said_by(0)

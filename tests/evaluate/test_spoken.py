@@ -150,7 +150,7 @@ def test_take_spreads_over_the_set(samples: list[Sample], tmp_path: Path) -> Non
 
 def test_an_evaluation_survives_the_disk(tmp_path: Path) -> None:
     wavs = {"question_wav": b"RIFF1", "answer_wav": None, "reference_wav": b"RIFF2"}
-    samples = [{"question_text": "q", **wavs, "ok": True}]
+    samples = [{"question_text": "q", "answer_text": "a", "reference_text": None, **wavs, "ok": True}]
     save_evaluation(tmp_path / "e", {"resynthesis_wer": 0.2}, samples)
     assert load_evaluation(tmp_path / "e") == ({"resynthesis_wer": 0.2}, samples)
     with pytest.raises(DataError, match="no evaluation found"):

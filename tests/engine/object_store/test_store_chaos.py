@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -25,6 +26,8 @@ class Stored(Shared):
         super().__init__(folder)
         self.bucket, self.nodes, self.lost = bucket, folder / "nodes", 0
         self._monkeypatch = monkeypatch
+        # The process that ranks are forks of may be older than the server.
+        self.environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
     def scenario(self, name: str, steps: int) -> dict[str, Any]:
         made = super().scenario(name, steps)
