@@ -29,7 +29,7 @@ def recipe(
     name: str = "tiny-s2t", stage: str = "s2t", uri: str | None = None, hours: float = 0.1, parent: str = "tiny"
 ) -> Any:
     tracking = SimpleNamespace(uri=uri, experiment="tests", parent_run=parent, system_metrics=True, deliver_hours=hours)
-    return SimpleNamespace(name=name, stage=stage, scale="tiny", tracking=tracking)
+    return SimpleNamespace(name=name, stage=stage, scale="tiny", storage="runs", tracking=tracking)
 
 
 def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

@@ -44,7 +44,7 @@ def run_list(args: argparse.Namespace) -> int:
         try:
             manifest = read_manifest(path)
             loss = manifest["metrics"].get("loss/total")
-            row = {
+            row: dict[str, Any] = {
                 "checkpoint": path.name,
                 "step": manifest["step"],
                 "created": manifest["created"],
@@ -64,8 +64,8 @@ def run_list(args: argparse.Namespace) -> int:
         if "problem" in row:
             print(printable(f"{row['checkpoint']}  damaged: {row['problem']}"))
         else:
-            loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-            about = f"{row['created']}  {row['workers']} workers  {row['mib']} MiB  loss {loss}"
+            shown = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+            about = f"{row['created']}  {row['workers']} workers  {row['mib']} MiB  loss {shown}"
             print(printable(f"{row['checkpoint']}  {about}"))
     return 0
 
