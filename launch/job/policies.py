@@ -123,12 +123,29 @@ def available() -> Mapping[str, float]:
     return free
 
 
-def _later() -> ScalingDecision:
-    time.sleep(1.0)  # the controller asks again at once
-    return NoopDecision()
+class Queued(ScalingPolicy):
+    """Asks for room unless another run goes first; before one of Ray's policies among the bases, which `super()` is."""
+
+    queue: Queue
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Later, or as Ray's policy says."""
+        if self.queue.waits():
+            time.sleep(1.0)  # the controller asks again at once
+            return NoopDecision()
+        return super().make_decision_for_non_running_worker_group()  # type: ignore[safe-super]
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        """The run has its room."""
+        self.queue.leave()
+        return super().make_decision_for_running_worker_group(  # type: ignore[safe-super]
+            worker_group_state, worker_group_status
+        )
 
 
-class LegalCounts(ElasticScalingPolicy):
+class LegalCounts(Queued, ElasticScalingPolicy):
     """Ray's elastic policy, kept to counts that divide the batch; growing waits for a save.
 
     Ray kills a healthy group to make it larger, which costs all steps since the last checkpoint. Here the run is asked
@@ -147,15 +164,10 @@ class LegalCounts(ElasticScalingPolicy):
         possible = super()._count_possible_workers(reserved_resources)
         return max((count for count in self.counts if count <= possible), default=0)
 
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Ask for room, unless another run goes first."""
-        return _later() if self.queue.waits() else super().make_decision_for_non_running_worker_group()
-
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
         """Never resize; ask for a stop where there is room for more."""
-        self.queue.leave()
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         now = worker_group_state.num_workers
         if isinstance(decision, ResizeDecision) and decision.num_workers > now:
@@ -163,7 +175,7 @@ class LegalCounts(ElasticScalingPolicy):
         return NoopDecision()
 
 
-class FixedCount(FixedScalingPolicy):
+class FixedCount(Queued, FixedScalingPolicy):
     """Ray's policy of a fixed count, for a cluster that does not grow: it sends no requests for resources.
 
     Ray's own starts a process to ask an autoscaler through, and waits for it; the placement group of the workers asks
@@ -173,17 +185,6 @@ class FixedCount(FixedScalingPolicy):
     def __init__(self, scaling_config: ScalingConfig, *, queue: Queue) -> None:
         super().__init__(scaling_config)
         self.queue = queue
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Ask for room, unless another run goes first."""
-        return _later() if self.queue.waits() else super().make_decision_for_non_running_worker_group()
-
-    def make_decision_for_running_worker_group(
-        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
-    ) -> ScalingDecision:
-        """The run has its room, and keeps it."""
-        self.queue.leave()
-        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Do nothing: no client for the requests is made, so none is cancelled at the end."""
