@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
-from echox.engine.monitor import run_dir
-from echox.engine.monitor.run_dir import Progress
+from echox import run_records
 from echox.files import is_within, open_regular, parse_json, read_lines
+from echox.run_records import Progress
 
 LOG = "log"
 DRIVER_FILE = "driver.jsonl"
@@ -80,7 +80,7 @@ class JobLog:
 
 def read_progress(run_folder: Path) -> Progress:
     """The engine's progress record; empty if there is none."""
-    return run_dir.read_progress(run_folder)
+    return run_records.read_progress(run_folder)
 
 
 def read_events(run_folder: Path) -> list[JobEvent]:

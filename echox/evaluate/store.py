@@ -9,10 +9,10 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from echox.engine.monitor.run_dir import metric_rows
 from echox.errors import DataError
 from echox.evaluate.columns import METRICS, RELATION_COLUMNS
 from echox.files import read_json
+from echox.run_records import metric_rows
 
 SCORES, SAMPLES = "scores.json", "samples.json"
 _WAVS = ("question_wav", "answer_wav", "reference_wav")

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echox.engine.monitor.run_dir import metric_rows
 from echox.files import read_record
+from echox.run_records import metric_rows
 from echox.tracking.delivery import attempts_of
 from echox.tracking.names import flatten
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from echox.config.locations import without_secrets
 from echox.config.mistakes import did_you_mean
-from echox.engine.monitor.run_dir import Progress, read_progress
 from echox.errors import NetworkError, RecipeError
+from echox.run_records import Progress, read_progress
 from echox.tracking.delivery import ROLE
 from echox.tracking.names import batches
 from echox.tracking.servers import listing_client, refusal

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from echox.engine.monitor.run_dir import Progress as ProgressRecord
 from echox.errors import LaunchError
+from echox.run_records import Progress as ProgressRecord
 from launch.client.jobs import Jobs
 from launch.events import read_progress
 

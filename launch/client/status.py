@@ -11,9 +11,9 @@ from typing import TypedDict, cast
 from echox.config.paths import is_url
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.manifest import newest_manifest
-from echox.engine.monitor.run_dir import Progress
 from echox.engine.object_store.reading import bring_checkpoints, local_logs
 from echox.errors import LaunchError
+from echox.run_records import Progress
 from launch import paths
 from launch.client.follow import describe
 from launch.client.jobs import Job

@@ -35,7 +35,7 @@ from launch.demo.phases import MemoryWatch, Phases
 
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
-    from echox.engine.monitor.run_dir import Progress
+    from echox.run_records import Progress
     from launch.client.jobs import Jobs
     from shards.demo.plan import Scale
 

@@ -25,8 +25,8 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-from echox.engine.monitor.run_dir import Progress
 from echox.engine.stop import request_stop
+from echox.run_records import Progress
 from launch.events import FAILED, MORE_ROOM, JobLog, read_events, read_progress
 from launch.job.failure_cause import Cause, find_cause
 from launch.job.queue import Queue

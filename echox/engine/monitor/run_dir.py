@@ -4,90 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING
 
-from echox.errors import CheckpointError, DataError
-from echox.files import append_line, is_within, parse_json, read_lines, read_record, read_text, write_atomically
+from echox.errors import CheckpointError
+from echox.files import append_line, parse_json, read_text, write_atomically
+from echox.run_records import LARGEST_METRICS, Progress, read_progress
 
 if TYPE_CHECKING:
     from echox.engine.object_store.run_store import RunStore
 
 ATTEMPT = "attempt"
 """File or object that holds the number of the newest attempt."""
-
-
-class Progress(TypedDict, total=False):
-    """`progress.json`: where a run stands right now; empty before its first attempt.
-
-    Attributes:
-        stage: of the recipe.
-        step, steps: optimizer steps done, and those of the whole run.
-        state: starting, training, refreshing, validating, saving, stopping, stopped, finished or failed.
-        attempt: number of the attempt.
-        loss, samples_per_s: of the last report; None before it.
-        eta_s: seconds to the last step, where a rate is known.
-        time: Unix time of the record.
-    """
-
-    stage: str
-    step: int
-    steps: int
-    state: str
-    attempt: int
-    loss: float | None
-    samples_per_s: float | None
-    eta_s: float | None
-    time: float
-
-
-_LARGEST = 256 << 20
-"""Bytes of the metrics of a run."""
-_FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("stage", "state"), str),
-    **dict.fromkeys(("step", "steps", "attempt"), int),
-    **dict.fromkeys(("loss", "samples_per_s", "eta_s"), int | float | None),
-    "time": int | float,
-}
-
-
-def read_progress(run_folder: Path) -> Progress:
-    """The progress of a run; empty if there is none. The folder may be someone else's: other fields are left out."""
-    found = read_record(run_folder, "progress.json")
-    kept = {name: value for name, value in found.items() if isinstance(value, _FIELDS.get(name, ())) and _sane(value)}
-    return cast(Progress, kept)
-
-
-def metric_rows(run_folder: Path) -> Iterator[dict[str, float]]:
-    """The rows of a run's `metrics.jsonl` in order; none if there is none. What is no row of numbers is left out.
-
-    Raises:
-        DataError: the file is no log of metrics.
-    """
-    file = run_folder / "metrics.jsonl"
-    if not file.exists() or not is_within(run_folder, file):
-        return
-    try:
-        if file.stat().st_size > _LARGEST:
-            raise ValueError(f"it has more than {_LARGEST >> 20} MiB")
-        for line in read_lines(file):
-            try:
-                row = parse_json(line)
-            except ValueError:
-                continue  # cut short by a crash
-            if isinstance(row, dict) and isinstance(row.get("step"), int) and _sane(row["step"]):
-                yield {name: value for name, value in row.items() if isinstance(value, int | float) and _sane(value)}
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"the metrics of the run cannot be read: {error}", where=str(file), fix="keep a copy of its last lines only"
-        ) from error
-
-
-def _sane(value: object) -> bool:
-    """Whether a number is one that arithmetic with floats takes."""
-    return not isinstance(value, int) or abs(value) < 1 << 62
 
 
 @dataclass(frozen=True)
@@ -149,7 +79,7 @@ class RunDir:
         """Drop metrics of steps that will be done again because the run resumes at `step`."""
         if not self.metrics_path.is_file():
             return
-        kept = [line for line in read_text(self.metrics_path, _LARGEST).splitlines() if _step_of(line) <= step]
+        kept = [line for line in read_text(self.metrics_path, LARGEST_METRICS).splitlines() if _step_of(line) <= step]
         write_atomically(self.metrics_path, "".join(line + "\n" for line in kept))
 
     def write_progress(
