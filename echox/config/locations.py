@@ -55,7 +55,7 @@ def unfit_places(storage: str, tracking_uri: str | None, data: Mapping[str, str]
         fix = _TRACKING_LOGIN if uri.startswith("http") else _DATABASE_LOGIN
         yield Unfit("tracking.uri", f"tracking.uri={without_secrets(uri)} holds a password", fix)
     for key, place in data.items():
-        if has_password(place) or (place.startswith("http") and _SIGNED.search(place)):
+        if holds_secret(place):
             yield Unfit(key, f"{key}={without_secrets(place)} holds a secret", DATA_LOGIN)
 
 

@@ -42,7 +42,7 @@ from echox.engine.checkpoint.writer import part_files
 from echox.engine.monitor.run_dir import newest_attempt
 from echox.engine.object_store.run_store import RunStore
 from echox.errors import CheckpointError, EchoXError
-from echox.files import exclusive, sha256_file, write_atomically
+from echox.files import exclusive, parse_json, sha256_file, write_atomically
 
 if TYPE_CHECKING:
     from echox.engine.world import World
@@ -95,15 +95,6 @@ class PublishedCheckpoints:
             if data is not None:
                 return _parsed(data, self.store.where(_index(attempt)))
         return [], []
-
-    def published(self) -> list[tuple[Entry, Manifest]]:
-        """Entries with manifests that match their own hash, newest first; their files are not looked at."""
-        found = []
-        for entry in self.entries():
-            with contextlib.suppress(CheckpointError):
-                if (data := self._manifest_bytes(entry)) is not None:
-                    found.append((entry, parse_manifest(data, self._where(entry))))
-        return found
 
     def choose(self, run_folder: Path, only: Sequence[str] | None = None) -> tuple[Choice, Entry | None]:
         """Bring the newest checkpoint that verifies to a run's folder on this node.
@@ -293,9 +284,9 @@ def _index(attempt: int) -> str:
 
 def _parsed(data: bytes, where: str) -> tuple[list[Entry], list[Entry]]:
     try:
-        index = json.loads(data)
+        index = parse_json(data)
         return [_entry(each) for each in index["checkpoints"]], [_entry(each) for each in index["retired"]]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"the index of checkpoints cannot be read: {error}", where=where, fix="restore the object from a copy"
         ) from None

@@ -10,7 +10,7 @@ import boto3
 import torch
 
 from echox.engine import rng_state
-from echox.engine.checkpoint.manifest import CREATED, checkpoints_folder, step_name
+from echox.engine.checkpoint.manifest import checkpoints_folder, step_name
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.checkpoint.sharded_state import SavedSlices
 from echox.engine.checkpoint.writer import Consolidation, RankPart, publish_whole, write_part
@@ -23,7 +23,6 @@ RANKS, ELEMENTS = 2, 500
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 QUICK = Retry(attempts=3, first_wait_s=0.001)
 CLOCK = "2026-01-02T03:04:05Z"
-assert CREATED.endswith("Z")
 
 
 def store_of(bucket: str, name: str = "run") -> RunStore:
