@@ -98,8 +98,10 @@ def run_life(args: argparse.Namespace) -> int:
     from echox.bench.step import Load
     from echox.bench.table import table
     from echox.config.load import load_recipe
+    from echox.device import follow_recipe
 
     recipe = load_recipe(args.recipe, ["scaling.workers=1"])
+    follow_recipe(recipe)
     load = Load(rows=args.rows)
     rows = measure_life(recipe, load, steps=args.steps, every=args.every, repeats=args.repeats)
     print(json.dumps([asdict(row) for row in rows]) if args.json else table(rows))

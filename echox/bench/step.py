@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from echox.audio.features import HOP, WINDOW
 from echox.builders.setup import TextTools, build_stage
+from echox.device import best_device
 from echox.engine.precision import resolve_precision, torch_dtype
 from echox.models.ragged import Layout
 from echox.release.pretrained import encoder_width, mel_bins
@@ -83,7 +84,7 @@ def run(recipe: Recipe, load: Load | None = None, *, repeats: int = 5, seed: int
         repeats: timed pairs, after one that is not.
         seed: of weights and lengths.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(best_device())
     torch.manual_seed(seed)
     stage, batch = synthetic_batch(recipe, load or Load(), seed)
     stage, batch = stage.to(device), batch.to(device)

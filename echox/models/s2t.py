@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from echox.models.causal_lm import decoder_of, logits_of
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
+from echox.models.rotary import keep_rotary_float32
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
 
 
@@ -83,6 +84,7 @@ class S2TModel(nn.Module):
         self.ctc_embedding = ctc_embedding
         self.front_end = front_end
         self.llm = llm
+        keep_rotary_float32(llm)
         if layout == "packed":
             use_packed_attention(self.causal_lm)
 

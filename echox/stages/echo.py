@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
+from echox.models.greedy import DecodedUnits, repeats
 from echox.models.ragged import lengths_to_mask, padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
-from echox.models.t2c import DecodedUnits, T2CDecoder, Teacher, TextPart, repeats, text_part
+from echox.models.t2c import T2CDecoder, Teacher, TextPart, text_part
 from echox.models.t2c_text import T2CText
 from echox.stages.labels import LabelStore, annotated_units, stored_units, token_rows
 from echox.stages.losses import LossTerm, denoising_loss, text_loss

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from echox.models.echo import Segments
-from echox.models.t2c import DecodedUnits, TextPart
+from echox.models.greedy import DecodedUnits
+from echox.models.t2c import TextPart
 
 
 class Label(NamedTuple):

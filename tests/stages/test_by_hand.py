@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from echox.builders.stages import build_s2t_stage
 from echox.models.echo import segment_rows
-from echox.models.t2c import DecodedUnits
+from echox.models.greedy import DecodedUnits
 from echox.stages.echo import EchoStage
 from echox.stages.losses import denoising_loss
 from echox.stream.batch import SpeechBatch, UnitBatch

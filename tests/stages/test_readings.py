@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echox.builders.labels import LabelFile, teacher_identity
-from echox.models.t2c import DecodedUnits
+from echox.models.greedy import DecodedUnits
 from echox.stages.echo import EchoStage
 from echox.stages.labels import Label
 from echox.stream.batch import SpeechBatch

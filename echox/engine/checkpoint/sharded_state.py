@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.device import usable_gpus
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -60,7 +62,7 @@ class HostState:
         for group in range(len(zero.fp32_partitioned_groups_flat)):
             for kind in kinds:
                 self._copy(group, kind, _flat(zero, group, kind))
-        if torch.cuda.is_available():
+        if usable_gpus():
             torch.cuda.synchronize()  # pinned copies run behind
         for name, parameter in trainables(engine):
             group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
