@@ -56,6 +56,11 @@ class Stage(Protocol):
     whether token counts or weights of its losses depend on forwards of the whole window. Where it does, and a step has
     several micro-batches, each gets a forward without gradient before the first backward (`Engine.evaluating`).
 
+    A stage that notes what a forward computed on as `work`, without a kernel, and has `flops(works)`, the FLOP by part
+    of so many forwards and their backward, gets `perf/tflops_per_s_per_gpu`, and on GPUs whose limits are known
+    `perf/mfu`. Of `part_seconds() -> dict[str, float]`, seconds in named parts since it was last asked, come
+    `perf/<part>_share` of the time.
+
     A stage with `probe(batch) -> dict[str, LossTerm]` is asked for it where metrics are read, on all ranks, as
     `stage(None, probe)`: it hands on to a function given beside a batch, so that ZeRO-3 gathers what that needs.
     """

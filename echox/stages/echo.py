@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,14 +12,24 @@ from torch import Tensor, nn
 
 from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
+from echox.models.flops import Costs, denoising_costs, flops_by_part, llm_costs, speech_costs, t2c_costs
 from echox.models.greedy import DecodedUnits, repeats
-from echox.models.ragged import lengths_to_mask, padding_share
+from echox.models.ragged import Rows, lengths_to_mask, padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
+from echox.models.sizes import llm_size, speech_size, t2c_size
 from echox.models.t2c import T2CDecoder, Teacher, TextPart, text_part
 from echox.models.t2c_text import T2CText
+from echox.models.work import Work, counts_of
 from echox.stages.labels import LabelStore, annotated_units, stored_units, token_rows
 from echox.stages.losses import LossTerm, denoising_loss, text_loss
-from echox.stages.s2t import response_loss, speech_parameter_groups, transcript_loss
+from echox.stages.part_timer import PartTimer
+from echox.stages.s2t import (
+    note_response,
+    note_speech,
+    response_loss,
+    speech_parameter_groups,
+    transcript_loss,
+)
 from echox.stream.batch import SpeechBatch
 
 
@@ -93,6 +104,8 @@ class EchoStage(nn.Module):
         adapters = (s2t.front_end.alignment, s2t.front_end.shrink)
         self._adapters_train = any(p.requires_grad for adapter in adapters for p in adapter.parameters())
         self.label_store: LabelStore | None = None
+        self.work = Work()
+        self._timer = PartTimer()
         self._last: dict[str, Tensor] = {}
         self._said: tuple[SpeechBatch, PseudoText] | None = None
 
@@ -122,6 +135,7 @@ class EchoStage(nn.Module):
         """
         if job is not None:
             return job(batch)
+        self.work = Work()
         if self._aligns(batch.step):
             return self._align(batch)
         out = self.s2t(batch, at_tokens=self._at_tokens)
@@ -132,6 +146,7 @@ class EchoStage(nn.Module):
         found: PseudoTargets | None = batch.targets
         text = self.pseudo_text(batch, out) if found is None else found.text
         states = self._states(batch, out, text)
+        decodes = found is None and self.config.labels != "annotated"
         prefix, header, text_BRh = self._embeddings(text.tokens_BR)
         if found is None:
             hidden_BRh = states.response.to_padded(states.hidden)
@@ -151,6 +166,8 @@ class EchoStage(nn.Module):
         terms["echo"] = LossTerm(loss.total, loss.tokens)
         terms["denoising"] = self._denoising_loss(adapted_BRh, text_BRh, text, batch)
         self._said = (batch, text)
+        self._note(batch, out, states, live=True)
+        self._note_units(loss.rows, found, decodes=decodes)
         self._last = {
             **self._answers_rejected(batch),
             "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
@@ -193,8 +210,13 @@ class EchoStage(nn.Module):
     def _decode(self, text: TextPart, limit_N: Tensor) -> DecodedUnits:
         """What the frozen teacher says."""
         asked = text.left_padded()
-        units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS)
+        with self._timer.timed("teacher", limit_N.device):
+            units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS)
         return units
+
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds in the teacher since they were last asked for. A host sync."""
+        return self._timer.read("teacher")
 
     def _aligns(self, step: int) -> bool:
         return 0 <= step < self.config.denoising.align_steps
@@ -206,10 +228,55 @@ class EchoStage(nn.Module):
             states = self._states(batch, out, text)
             text_BRh = self.embed_text(text.tokens_BR)
         self._keep(batch, text)
+        self._note(batch, out, states, live=False)
         adapted_BRh = states.response.to_padded(self.adapt(states.hidden))
         self._said = None
         self._last = self._answers_rejected(batch)
         return {"denoising": self._denoising_loss(adapted_BRh, text_BRh, text, batch)}
+
+    def _note(self, batch: SpeechBatch, out: S2TOutput, states: ResponseStates, *, live: bool) -> None:
+        """Note what was computed, but not a second time what a forward without gradient surveys beforehand."""
+        if not self.training:
+            return
+        trained = live and (self._adapters_train or self.config.ctc_weight > 0)
+        note_speech(self.work, batch, out.speech, live=trained)
+        note_response(self.work, out, live=live)
+        if states.rows is not out.states.rows:
+            self.work.add("llm", *(["llm_live"] if live else []), lengths_N=states.rows.lengths_N, kind="causal")
+        through = ["adapted_through"] if live else []
+        self.work.add("adapted", "adapted_live", *through, lengths_N=states.response.lengths_N)
+
+    def _note_units(self, rows: Rows, found: PseudoTargets, *, decodes: bool) -> None:
+        """Note the rows of the Echo decoder, and those of the teacher, which reads and writes the same."""
+        words = found.units.mask_NM
+        if self.training:
+            self.work.add("echo", "echo_live", lengths_N=rows.lengths_N, kind="causal")
+            self.work.add("echo_head", "echo_head_live", lengths_N=words, kind="mask")
+        if decodes:
+            self.work.add("teacher", lengths_N=rows.lengths_N, kind="causal", known_N=found.known_N)
+            self.work.add("teacher_head", lengths_N=words, kind="mask", known_N=found.known_N)
+
+    def flops(self, works: Sequence[Work]) -> dict[str, float]:
+        """FLOP by part of the forwards that noted `works` and of their backward. A host sync.
+
+        Answers that the LLM generates in the step (`pseudo_text: free_run`) are not among them.
+        """
+        return flops_by_part(self._costs, counts_of(works))
+
+    @cached_property
+    def _costs(self) -> Costs:
+        llm = llm_size(self.s2t.causal_lm)
+        return {
+            **speech_costs(
+                speech_size(self.s2t, encodes=True),
+                adapters_train=self._adapters_train,
+                ctc_trains=self.config.ctc_weight > 0,
+            ),
+            **llm_costs(llm, inputs_live=self._adapters_train),
+            **denoising_costs(llm.width, self.denoising.inner.out_features),
+            **t2c_costs(t2c_size(self.echo), "echo", trains=True),
+            **t2c_costs(t2c_size(self.echo), "teacher", trains=False),
+        }
 
     def _keep(self, batch: SpeechBatch, found: PseudoTargets | PseudoText) -> None:
         if not self.training:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 from torch import Tensor, nn
 
 from echox.config.model_schema import CtcConfig
+from echox.models.flops import Costs, flops_by_part, llm_costs, speech_costs
 from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
+from echox.models.sizes import llm_size, speech_size
+from echox.models.speech import SpeechOutput
+from echox.models.work import Work, counts_of
 from echox.stages.losses import LossTerm, ctc_loss, text_loss
 from echox.stream.batch import SpeechBatch
 
@@ -23,6 +30,7 @@ class S2TStage(nn.Module):
         super().__init__()
         self.config = config
         self.s2t = s2t
+        self.work = Work()
         self._last: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> S2TStage:
@@ -33,11 +41,15 @@ class S2TStage(nn.Module):
 
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
+        self.work = Work()
         if self._aligns(batch.step):
             _, logits, frames = self.s2t.front_end.align(*batch.audio)
+            note_frames(self.work, batch, frames, live=True)
             self._last = {"perf/padding_share": padding_share(frames)}
             return {"ctc": transcript_loss(self.s2t, logits, frames, batch)}
         out = self.s2t(batch)
+        note_speech(self.work, batch, out.speech, live=True)
+        note_response(self.work, out)
         self._last = {"perf/padding_share": padding_share(out.speech.frames, out.states.rows)}
         return {
             "s2t": response_loss(out, batch),
@@ -65,6 +77,39 @@ class S2TStage(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """Padding of the last forward."""
         return self._last
+
+    def flops(self, works: Sequence[Work]) -> dict[str, float]:
+        """FLOP by part of the forwards that noted `works` and of their backward. A host sync."""
+        return flops_by_part(self._costs, counts_of(works))
+
+    @cached_property
+    def _costs(self) -> Costs:
+        speech = speech_size(self.s2t, encodes=True)
+        return {
+            **speech_costs(speech, adapters_train=True, ctc_trains=True),
+            **llm_costs(llm_size(self.s2t.causal_lm), inputs_live=True),
+        }
+
+
+def note_frames(work: Work, batch: SpeechBatch, frames: Rows, *, live: bool) -> None:
+    """Note the encoder's and the aligned frames of a batch; `live`: a gradient comes back to the aligned ones."""
+    if batch.features_BTd is None:
+        work.add("frames", lengths_N=batch.frames_B, kind="mel")
+    work.add("aligned", *(["aligned_live"] if live else []), lengths_N=frames.lengths_N)
+
+
+def note_speech(work: Work, batch: SpeechBatch, speech: SpeechOutput, *, live: bool) -> None:
+    """Note all that the speech front end computed on."""
+    note_frames(work, batch, speech.frames, live=live)
+    frames_N, kept_N = speech.frames.lengths_N, speech.rows.lengths_N
+    work.add("aligned_keys", *(["aligned_keys_live"] if live else []), lengths_N=frames_N)
+    work.add("kept", "kept_keys", *(["kept_live", "kept_keys_live"] if live else []), lengths_N=kept_N, keys_N=frames_N)
+
+
+def note_response(work: Work, out: S2TOutput, *, live: bool = True) -> None:
+    """Note the rows of the LLM and the positions of its head; `live`: a gradient comes back."""
+    work.add("llm", *(["llm_live"] if live else []), lengths_N=out.states.rows.lengths_N, kind="causal")
+    work.add("head", *(["head_live"] if live else []), lengths_N=out.states.response.lengths_N)
 
 
 def response_loss(out: S2TOutput, batch: SpeechBatch) -> LossTerm:
