@@ -619,7 +619,7 @@ def _label_rules(recipe: Recipe) -> list[Breach]:
                 (labels, "model.echo.pseudo_text"),
                 f"{labels}=cached keeps the labels of a text that is fixed, and model.echo.pseudo_text="
                 f"{echo.pseudo_text} changes with the weights",
-                f"set model.echo.pseudo_text to generated or reference, or {labels} to teacher",
+                f"set model.echo.pseudo_text to generated or reference, or {labels} to drafted",
             )
         )
     if echo.labels == "cached" and recipe.engine.frozen_placement == "shard":

@@ -26,11 +26,22 @@ _LONGEST_PERIOD, _TIMES = 4, 8
 
 
 class DecodedUnits(NamedTuple):
-    """Greedy words: ids `[N, M]`, True on words before the end (the end itself excluded), rows that did end."""
+    """Greedy words: ids `[N, M]`, True on words before the end (the end itself excluded), rows that did end.
+
+    `drafted_N`: how many of a row's first words were drafted and only verified, where there were drafts.
+    """
 
     words_NM: Tensor
     mask_NM: Tensor
     ended_N: Tensor
+    drafted_N: Tensor | None = None
+
+
+class Draft(NamedTuple):
+    """Words that are likely to come: ids `[N, D]`, and True on a row's own, which come first."""
+
+    words_ND: Tensor
+    mask_ND: Tensor
 
 
 class DecodeStep:
@@ -42,39 +53,83 @@ class DecodeStep:
         places_NL: rotary positions of the text.
         place_N1: that of the first word, or of what is before it where words have lengths.
         columns: of the cache.
+        draft: words that are verified together with the text, in one pass; those up to the first that is not the most
+            probable count as said.
 
     Attributes:
-        words_NK: the words said, each in its column of the cache; the text's columns mean nothing.
+        words_NK: the words said, each in its column of the cache; those of text and draft mean nothing.
+        verified_N: words of the draft that count as said.
     """
 
     def __init__(
-        self, decoder: T2CDecoder, text: JoinedRows, places_NL: Tensor, place_N1: Tensor, columns: int
+        self,
+        decoder: T2CDecoder,
+        text: JoinedRows,
+        places_NL: Tensor,
+        place_N1: Tensor,
+        columns: int,
+        draft: Draft | None = None,
     ) -> None:
         self._decoder, self._body = decoder, StaticLlama(decoder.body)
         self._text_dtype = text.values_BLh.dtype
         # The padding word, the last class, is never said.
         self._head_Uh = decoder.head.weight[decoder.text_classes : decoder.text_classes + decoder.pad]
         self._cache = self._body.empty_cache(len(place_N1), columns)
-        inputs_NLh, places_NL = decoder.projection(text.values_BLh), places_NL.float()
-        length = text.mask_BL.shape[1]
+        inputs_NLh, places_NL, real_NL = decoder.projection(text.values_BLh), places_NL.float(), text.mask_BL
+        place_N1 = place_N1.float()
+        if draft is not None:
+            # Where each drafted word is, and where the word after it will be counted from.
+            inputs_NLh = torch.cat([inputs_NLh, self._inputs(draft.words_ND)], dim=1)
+            after_ND = self._after(place_N1, draft)
+            places_NL = torch.cat([places_NL, after_ND if self._has_lengths else after_ND - 1], dim=1)
+            real_NL = torch.cat([real_NL, draft.mask_ND], dim=1)
+        length, told = real_NL.shape[1], text.mask_BL.shape[1]
         columns_L = torch.arange(length, device=place_N1.device)
-        seen_N1LL = decoder.sees(places_NL, text.mask_BL)
+        seen_N1LL = decoder.sees(places_NL, real_NL)
         mask_N1LL = inputs_NLh.new_zeros(seen_N1LL.shape).masked_fill(~seen_N1LL, self._never(inputs_NLh))
-        self._hidden_Nh = self._body(inputs_NLh, places_NL, mask_N1LL, columns_L, self._cache)[:, -1].clone()
-        self._place_N1 = place_N1.float().clone()
+        hidden_NLh = self._body(inputs_NLh, places_NL, mask_N1LL, columns_L, self._cache)[:, told - 1 :]
+        self.verified_N = columns_L.new_zeros(len(place_N1))
+        if draft is not None:
+            self.verified_N = self._agreeing(hidden_NLh, draft)
+            real_NL = real_NL & (columns_L < told + self.verified_N[:, None])
+            place_N1 = torch.cat([place_N1, after_ND], dim=1).gather(1, self.verified_N[:, None])
+        self._hidden_Nh = hidden_NLh[torch.arange(len(place_N1), device=columns_L.device), self.verified_N]
+        self._place_N1 = place_N1.clone()
         self._column_1 = columns_L.new_full((1,), length)
         self.words_NK = columns_L.new_zeros(len(place_N1), columns)
         later = (0, columns - length)
         # Without a window, what is seen is kept; with one, where each column is: what is not real is nowhere near.
-        mask_NL = inputs_NLh.new_zeros(text.mask_BL.shape).masked_fill(~text.mask_BL, self._never(inputs_NLh))
+        mask_NL = inputs_NLh.new_zeros(real_NL.shape).masked_fill(~real_NL, self._never(inputs_NLh))
         self._mask_N11K = F.pad(mask_NL, later, value=self._never(inputs_NLh))[:, None, None]
-        self._places_NK = F.pad(places_NL.masked_fill(~text.mask_BL, torch.inf), later, value=torch.inf)
+        self._places_NK = F.pad(places_NL.masked_fill(~real_NL, torch.inf), later, value=torch.inf)
+
+    @property
+    def _has_lengths(self) -> bool:
+        return self._decoder.word_units_U is not None
+
+    def _inputs(self, words_ND: Tensor) -> Tensor:
+        inputs_NDh: Tensor = self._decoder.projection(self._decoder.unit_embedding(words_ND).to(self._text_dtype))
+        return inputs_NDh
+
+    def _after(self, place_N1: Tensor, draft: Draft) -> Tensor:
+        """`place_N1` as it is after each of the drafted words, `[N, D]`."""
+        units_U = self._decoder.word_units_U
+        steps_ND = torch.ones_like(draft.words_ND, dtype=place_N1.dtype) if units_U is None else units_U[draft.words_ND]
+        return place_N1 + steps_ND.cumsum(1)
+
+    def _agreeing(self, hidden_NEh: Tensor, draft: Draft) -> Tensor:
+        """Drafted words of each row before the first that the decoder would not say."""
+        said_ND = self._said(hidden_NEh[:, : draft.words_ND.shape[1]])
+        return ((said_ND == draft.words_ND) & draft.mask_ND).cumprod(1).sum(1)
+
+    def _said(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._head_Uh).argmax(-1)
 
     def __call__(self) -> None:
         """Say one word a row."""
-        word_N = F.linear(self._hidden_Nh, self._head_Uh).argmax(-1)
+        word_N = self._said(self._hidden_Nh)
         self.words_NK.index_copy_(1, self._column_1, word_N[:, None])
-        inputs_N1h = self._decoder.projection(self._decoder.unit_embedding(word_N[:, None]).to(self._text_dtype))
+        inputs_N1h = self._inputs(word_N[:, None])
         units_U = self._decoder.word_units_U
         if units_U is not None:
             self._place_N1.add_(units_U[word_N][:, None])
@@ -110,7 +165,14 @@ class DecodeStep:
 
 
 def decode(
-    step: DecodeStep, start: int, limit_N: Tensor, *, end: int, pad: int, stop_loops: bool = False
+    step: DecodeStep,
+    start: int,
+    limit_N: Tensor,
+    *,
+    end: int,
+    pad: int,
+    stop_loops: bool = False,
+    first_look: int = BLOCK,
 ) -> DecodedUnits:
     """Run a step until every row has ended or said the most words it may.
 
@@ -122,6 +184,7 @@ def decode(
         limit_N: most words of each row; as the word after them, the end may still come.
         end, pad: words that end a row and pad it.
         stop_loops: also stop rows that `repeats` finds; they have no end, and `repeats` finds them in what is returned.
+        first_look: steps before the first look at which rows have ended.
     """
     longest = int(limit_N.max()) + 1  # host sync
     rows, said = len(limit_N), 0
@@ -131,7 +194,7 @@ def decode(
     run = StepGraph(step, limit_N.device)
     blocks: list[Tensor] = []
     while True:
-        steps = min(BLOCK, longest - said)
+        steps = min(BLOCK if said else first_look, longest - said)
         for _ in range(steps):
             run()
         now = start + said + steps
@@ -164,6 +227,17 @@ def decode(
     ended_N = ((words_NM == end) & (places_M <= limit_N[:, None])).any(1)
     most = max(int(mask_NM.sum(1).max()), 1)  # host sync
     return DecodedUnits(words_NM.masked_fill(~mask_NM, pad)[:, :most], mask_NM[:, :most], ended_N)
+
+
+def after_draft(draft: Draft, verified_N: Tensor, found: DecodedUnits, pad: int) -> DecodedUnits:
+    """Rows of the drafted words that were verified and of those decoded after them. One host sync."""
+    places_D = torch.arange(draft.words_ND.shape[1], device=verified_N.device)
+    mask_NX = torch.cat([places_D < verified_N[:, None], found.mask_NM], dim=1)
+    words_NX = torch.cat([draft.words_ND, found.words_NM], dim=1).masked_fill(~mask_NX, pad)
+    order_NX = mask_NX.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    most = max(int(mask_NX.sum(1).max()), 1)  # host sync
+    words_NM, mask_NM = words_NX.gather(1, order_NX)[:, :most], mask_NX.gather(1, order_NX)[:, :most]
+    return DecodedUnits(words_NM, mask_NM, found.ended_N, verified_N)
 
 
 def capacity(columns: int) -> int:

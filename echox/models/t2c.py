@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, capacity, decode
+from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, Draft, after_draft, capacity, decode
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
 from echox.models.rotary import keep_rotary_float32
@@ -212,7 +212,13 @@ class T2CDecoder(nn.Module):
 
     @torch.no_grad()
     def greedy(
-        self, text: JoinedRows, limit_N: Tensor, starts_NS: Tensor | None = None, *, stop_loops: bool = False
+        self,
+        text: JoinedRows,
+        limit_N: Tensor,
+        starts_NS: Tensor | None = None,
+        *,
+        stop_loops: bool = False,
+        draft: Draft | None = None,
     ) -> DecodedUnits:
         """Greedy, KV-cached decoding of all rows at once.
 
@@ -221,13 +227,24 @@ class T2CDecoder(nn.Module):
             limit_N: most words each row may have before it counts as runaway (U20).
             starts_NS: of the text part.
             stop_loops: a row that repeats itself need not be decoded to its limit; it then has no end.
+            draft: what the words will probably be. It changes no word: those that are the most probable ones are known
+                in one pass, and decoding begins after them.
         """
         places_NL, length = self._positions(text.mask_BL, starts_NS), text.mask_BL.shape[1]
         # Words count from 0 where the text is placed by them, else on from the text.
         place_N1 = torch.zeros_like(places_NL[:, :1]) if self._places_text else places_NL[:, -1:] + 1
         limit_N = limit_N.clamp(max=self.max_positions - length).clamp(min=0)  # too long a text never ends
-        step = DecodeStep(self, text, places_NL, place_N1, capacity(length + BLOCK))
-        return decode(step, length, limit_N, end=self.end, pad=self.pad, stop_loops=stop_loops)
+        if draft is None:
+            step = DecodeStep(self, text, places_NL, place_N1, capacity(length + BLOCK))
+            return decode(step, length, limit_N, end=self.end, pad=self.pad, stop_loops=stop_loops)
+        within_ND = torch.arange(draft.words_ND.shape[1], device=limit_N.device) < limit_N[:, None]
+        draft = Draft(draft.words_ND, draft.mask_ND & within_ND)
+        start = length + draft.words_ND.shape[1]
+        step = DecodeStep(self, text, places_NL, place_N1, capacity(start + BLOCK), draft)
+        rest_N = limit_N - step.verified_N
+        # A whole row may be verified, and then the next word is its end.
+        found = decode(step, start, rest_N, end=self.end, pad=self.pad, stop_loops=stop_loops, first_look=1)
+        return after_draft(draft, step.verified_N, found, self.pad)
 
 
 class Teacher(nn.Module):
@@ -242,11 +259,17 @@ class Teacher(nn.Module):
         self.decoder = decoder
 
     def forward(
-        self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor, starts_BS: Tensor | None = None
+        self,
+        text_BLh: Tensor,
+        mask_BL: Tensor,
+        limit_N: Tensor,
+        starts_BS: Tensor | None = None,
+        draft: Draft | None = None,
     ) -> DecodedUnits:
         """Pseudo units of left-padded text parts, without gradient; a row that repeats itself, which is rejected as one
         that never ends, stops early."""
-        return self.decoder.greedy(JoinedRows(text_BLh, mask_BL, []), limit_N, starts_BS, stop_loops=True)
+        text = JoinedRows(text_BLh, mask_BL, [])
+        return self.decoder.greedy(text, limit_N, starts_BS, stop_loops=True, draft=draft)
 
 
 def text_part(

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
 from echox.models.flops import Costs, denoising_costs, flops_by_part, llm_costs, speech_costs, t2c_costs
-from echox.models.greedy import DecodedUnits, repeats
+from echox.models.greedy import DecodedUnits, Draft, repeats
 from echox.models.ragged import Rows, lengths_to_mask, padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
 from echox.models.sizes import llm_size, speech_size, t2c_size
 from echox.models.t2c import T2CDecoder, Teacher, TextPart, text_part
 from echox.models.t2c_text import T2CText
 from echox.models.work import Work, counts_of
-from echox.stages.labels import LabelStore, annotated_units, stored_units, token_rows
+from echox.stages.labels import LabelStore, annotated_units, drafted_units, stored_units, token_rows
 from echox.stages.losses import LossTerm, denoising_loss, text_loss
 from echox.stages.part_timer import PartTimer
 from echox.stages.s2t import (
@@ -69,7 +69,7 @@ class EchoStage(nn.Module):
         t2c_text: how the decoders are given their text; None gives them the embeddings as they are.
 
     Attributes:
-        label_store: keeps the teacher's labels where the recipe has them cached; set after construction.
+        label_store: keeps the teacher's labels where the recipe has them cached or drafted; set after construction.
     """
 
     prefix_P: Tensor
@@ -179,6 +179,9 @@ class EchoStage(nn.Module):
         if found.known_N is not None:
             known = (found.known_N * weight_N).sum() / weight_N.sum().clamp(min=1)
             self._last["teacher/cached_share"] = known
+        if units.drafted_N is not None:
+            words = (units.mask_NM.sum(1) * weight_N).sum().clamp(min=1)
+            self._last["teacher/drafted_share"] = (units.drafted_N * weight_N).sum() / words
         return terms
 
     @property
@@ -202,16 +205,19 @@ class EchoStage(nn.Module):
         if self.config.labels == "teacher":
             return self._decode(teacher_text, limit_N), None
         if self.label_store is None:
-            raise ValueError("model.echo.labels=cached, but the stage was given no store of labels")
+            raise ValueError(f"model.echo.labels={self.config.labels}, but the stage was given no store of labels")
         segments = token_rows(rows.scatter(text.tokens_BR), rows.mask_NT)
         padding = self.teacher.decoder.pad
+        if self.config.labels == "drafted":
+            units = drafted_units(self._decode, teacher_text, limit_N, segments, self.label_store, padding)
+            return units, None
         return stored_units(self._decode, teacher_text, limit_N, segments, self.label_store, padding)
 
-    def _decode(self, text: TextPart, limit_N: Tensor) -> DecodedUnits:
+    def _decode(self, text: TextPart, limit_N: Tensor, draft: Draft | None = None) -> DecodedUnits:
         """What the frozen teacher says."""
         asked = text.left_padded()
         with self._timer.timed("teacher", limit_N.device):
-            units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS)
+            units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS, draft)
         return units
 
     def part_seconds(self) -> dict[str, float]:

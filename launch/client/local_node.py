@@ -29,7 +29,7 @@ class LocalNode:
         head: which one.
         cpus: that it offers.
         around: words that run the command in other surroundings, such as a namespace of its own.
-        ip: its address; Ray takes workers at one address to be on one node, whatever their folders are.
+        ip: its address, where it is not the machine's; Ray numbers the workers at one address as those of one node.
 
     Attributes:
         address: of the cluster, `host:port`.
@@ -39,7 +39,7 @@ class LocalNode:
     """
 
     def __init__(
-        self, head: local_head.Head, *, cpus: int = 1, around: Sequence[str] = (), ip: str = "127.0.0.1"
+        self, head: local_head.Head, *, cpus: int = 1, around: Sequence[str] = (), ip: str | None = None
     ) -> None:
         noted = Path(head.folder) / "ray_current_cluster"  # Ray writes it after the head answers
         deadline = time.monotonic() + JOIN_S

@@ -170,6 +170,7 @@ def test_answers_are_made_again_only_where_they_are_read() -> None:
         (["labels=annotated", "pseudo_text=reference"], "segmentation.mode=trigger cuts them"),
         (["labels=cached", "pseudo_text=reference"], ""),
         (["labels=cached", "pseudo_text=generated"], ""),
+        (["labels=drafted", "pseudo_text=free_run"], ""),
         (["labels=cached", "pseudo_text=free_run"], "pseudo_text=free_run changes with the weights"),
         (["labels=cached", "pseudo_text=argmax_teacher_forced"], "argmax_teacher_forced changes with the weights"),
     ],

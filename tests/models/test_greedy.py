@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from echox.models import step_graph
-from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, capacity, repeats
+from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, Draft, capacity, repeats
 from echox.models.ragged import JoinedRows
 from echox.models.step_graph import StepGraph
 from echox.models.t2c import T2CDecoder, Teacher
@@ -144,6 +144,42 @@ def test_over_several_blocks_words_are_what_training_predicts(window: float | No
         said = said + ([decoder.end] if ended else [])
         assert logits[row, : len(said)].argmax(-1).tolist() == said
     assert own.mask_NM.sum() > 100
+
+
+@pytest.mark.parametrize("placed", ["by columns", "by a stride", "by characters", "within a window"])
+def test_drafts_change_no_word_and_save_the_steps_of_those_that_were_right(
+    placed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_characters = placed in ("by characters", "within a window")
+    decoder = _placing_text("padded") if by_characters else tiny.t2c_decoder(seed=1)
+    text = _text_of_characters() if by_characters else _text()
+    decoder.text_stride = 2.5 if placed == "by a stride" else None
+    decoder.window_units = 9.0 if placed == "within a window" else None
+    steps = []
+    says = DecodeStep.__call__
+    monkeypatch.setattr(DecodeStep, "__call__", lambda step: steps.append(says(step)))
+    limits = torch.tensor([60, 20, 35, 70, 16, 17])
+
+    def said(draft: Draft | None) -> DecodedUnits:
+        steps.clear()
+        return decoder.greedy(text.left_padded(), limits, text.starts_NS, draft=draft)
+
+    alone, needed = said(None), len(steps)
+    words, mask = alone.words_NM, alone.mask_NM
+    whole = said(Draft(words, mask))
+    assert rows_of(whole) == rows_of(alone) and whole.drafted_N is not None
+    assert whole.drafted_N.tolist() == mask.sum(1).tolist() and len(steps) == 1 < needed
+    # The whole row, half of it, none, one with a wrong word, one that goes on for too long, and words of another row.
+    wrong, have = words.clone(), mask.clone()
+    have[1, mask[1].sum() // 2 :] = False
+    have[2] = False
+    wrong[3, 2] = (words[3, 2] + 1) % tiny.WORDS
+    have[4], wrong[4] = True, torch.where(mask[4], words[4], 3)
+    wrong[5], have[5] = words[0], mask[0]
+    some = said(Draft(wrong, have))
+    assert rows_of(some) == rows_of(alone) and some.drafted_N is not None
+    assert some.drafted_N[:4].tolist() == [mask[0].sum(), mask[1].sum() // 2, 0, 2]
+    assert some.drafted_N[4] >= mask[4].sum()
 
 
 def test_a_teachers_row_that_repeats_itself_stops_early_and_stays_rejected() -> None:
