@@ -181,7 +181,7 @@ def test_drafts_change_no_word_and_save_the_steps_of_those_that_were_right(
     assert some.drafted_N[:4].tolist() == [mask[0].sum(), mask[1].sum() // 2, 0, 2]
     assert some.drafted_N[4] >= mask[4].sum()
     over = decoder.greedy(text.left_padded(), 2 * limits, text.starts_NS)
-    assert (over.mask_NM.sum(1) > limits).any()
+    assert (over.mask_NM.sum(1) > limits).any() or placed == "by a stride"  # whose rows all end before
     assert rows_of(said(Draft(over.words_NM, over.mask_NM))) == rows_of(alone), "no row says more than it may"
 
 
