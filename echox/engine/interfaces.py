@@ -51,7 +51,6 @@ class Stage(Protocol):
     """What one training stage computes; an `nn.Module` with these methods.
 
     It may also have `zero_leaf_modules() -> list[nn.Module]`: modules whose parameters ZeRO-3 gathers at once,
-    `reused_modules() -> list[nn.Module]`: modules that run several times before a backward,
     `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward, and `needs_survey(batch) -> bool`:
     whether token counts or weights of its losses depend on forwards of the whole window. Where it does, and a step has
     several micro-batches, each gets a forward without gradient before the first backward (`Engine.evaluating`).

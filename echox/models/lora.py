@@ -1,9 +1,9 @@
 """Computes low-rank updates of frozen linear maps with few kernels; maps that read one input share a product with A.
 
-The layers, their tensors, names and files stay PEFT's; only the arithmetic of a forward differs. PEFT computes A, B, the
-scale and the sum of each map by themselves: 35 kernels in a Llama layer with its seven maps. Here `q_proj`, `k_proj` and
-`v_proj` read one product with their three A, `gate_proj` and `up_proj` one with their two, and B, scale and sum are one
-kernel: 18.
+The layers, their tensors, names and files stay PEFT's; only the arithmetic of a forward differs. PEFT computes A, B,
+the scale and the sum of each map by themselves: 35 kernels in a Llama layer with its seven maps. Here `q_proj`,
+`k_proj` and `v_proj` read one product with their three A, `gate_proj` and `up_proj` one with their two, and B, scale
+and sum are one kernel: 18.
 
 Dropout falls on the input that a product reads. Where PEFT draws a mask for each map, maps that share a product share
 its mask: every element of the input is still dropped with the same probability, for a layer's q, k and v together.
@@ -32,7 +32,7 @@ ADAPTER = "default"
 
 
 class FusedForward(PeftLinear):
-    """Forward of a PEFT layer over a linear map, which comes behind this in a class's bases: W x + b + s B A dropout(x).
+    """Forward of a PEFT layer, the next of a class's bases, over a linear map: W x + b + s B A dropout(x).
 
     Attributes:
         lora_input: the product with A, which other maps may share.

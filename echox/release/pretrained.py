@@ -113,7 +113,12 @@ def fuse_lora(wrapped: nn.Module) -> None:
     for parent in list(wrapped.modules()):
         for child in parent.children():
             plain = type(child) is Linear and type(child.base_layer) in (nn.Linear, Conv1D)
-            if plain and list(child.lora_A) == [ADAPTER] and not child.lora_variant and not any(child.lora_bias.values()):
+            if (
+                plain
+                and list(child.lora_A) == [ADAPTER]
+                and not child.lora_variant
+                and not any(child.lora_bias.values())
+            ):
                 child.__class__ = FusedLinear
         share_inputs(parent)
 

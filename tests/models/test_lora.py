@@ -85,7 +85,9 @@ def test_outputs_and_gradients_are_pefts(family: str, checkpointing: bool, monke
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert found[1].keys() == expected[1].keys() and any("lora_A" in name for name in found[1])
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-8, msg=lambda text, n=name: f"{n}{text}")
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-4, atol=1e-8, msg=lambda text, n=name: f"{n}{text}"
+        )
     with without_lora(ours), without_lora(peft):
         torch.testing.assert_close(logits(ours), logits(peft), rtol=0, atol=0)
         assert not torch.allclose(logits(ours), found[0], atol=1e-4)
