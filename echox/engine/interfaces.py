@@ -60,6 +60,10 @@ class Stage(Protocol):
     `perf/mfu`. Of `part_seconds() -> dict[str, float]`, seconds in named parts since it was last asked, come
     `perf/<part>_share` of the time.
 
+    What trains becomes views of a few flat parameters (`echox/engine/flat.py`) that are made before each forward of the
+    stage: a forward reads a module's `weight` where it needs it, and keeps none. A module that multiplies with several
+    weights at once says so in `stacked_weights()` (`echox/models/lora.py`) and gets one view over all of them.
+
     A stage with `probe(batch) -> dict[str, LossTerm]` is asked for it where metrics are read, on all ranks, as
     `stage(None, probe)`: it hands on to a function given beside a batch, so that ZeRO-3 gathers what that needs.
     """
