@@ -122,7 +122,9 @@ def _operators() -> Any:
     class Operators(TorchDispatchMode):
         """Counts all operators, views too."""
 
-        count = 0
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.count = 0
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.count += 1
@@ -141,7 +143,10 @@ def main() -> None:
     print("ranks  trainable  CPU-s a step  Python calls  operators")
     for ranks in given.ranks:
         row = measured_apart(given.recipe, ranks, placement=given.placement)
-        print("{ranks:5d}  {trainable:9d}  {cpu_s:12.3f}  {python_calls:12d}  {operators:9d}".format(**row), flush=True)
+        print(
+            "{ranks:5.0f}  {trainable:9.0f}  {cpu_s:12.3f}  {python_calls:12.0f}  {operators:9.0f}".format(**row),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def fuse_lora(wrapped: nn.Module) -> None:
     class FusedLinear(FusedForward, Linear):
         """PEFT's layer with our forward."""
 
+    child: Any
     for parent in list(wrapped.modules()):
         for child in parent.children():
             plain = type(child) is Linear and type(child.base_layer) in (nn.Linear, Conv1D)

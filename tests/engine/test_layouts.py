@@ -1,4 +1,4 @@
-"""Two gloo processes under ZeRO-3: Stage III trains the same on packed and padded rows, with whole and divided weights."""
+"""Two gloo processes under ZeRO-3: Stage III trains the same on packed and padded rows, weights whole or divided."""
 
 from __future__ import annotations
 
