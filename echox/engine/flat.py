@@ -214,4 +214,4 @@ def pieces(trainables: FlatTrainables, rank: int, ranks: int) -> Iterator[Piece]
     for place in trainables.tensors:
         size = trainables.flats[place.flat].ds_numel // ranks
         start, stop = place.within(rank * size, (rank + 1) * size)
-        yield Piece(place, start, stop, min(max(place.start + start - rank * size, 0), size))
+        yield Piece(place, start, stop, min(max(place.start - rank * size, 0), size))

@@ -168,6 +168,6 @@ def test_another_input_is_not_taken_for_the_one_that_was_computed() -> None:
     wrapped = opened(add_lora(tiny.causal_lm(), LoraConfig(r=4, alpha=4.0, dropout=0.0))).eval()
     attention = wrapped.get_base_model().model.layers[0].self_attn  # type: ignore[operator, union-attr]
     x, y = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
-    alone = attention.k_proj(y)
+    _, alone, _ = attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)
     attention.q_proj(x)
     torch.testing.assert_close(attention.k_proj(y), alone)
