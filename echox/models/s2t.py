@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from echox.models.causal_lm import decoder_of, logits_of
+from echox.models.lora import without_lora
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
 from echox.models.rotary import keep_rotary_float32
@@ -163,7 +164,7 @@ class S2TModel(nn.Module):
         blocks = [batch.before_BP, batch.transcript_BC, batch.after_BQ, tokens_BR]
         masks = [_before_mask(batch), question_mask_BC, batch.after_mask_BQ, mask_BR]
         row = join([self.embed(block) for block in blocks], masks, self.layout)
-        with _without_lora(self.llm):
+        with without_lora(self.llm):
             hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
         return ResponseStates(row.predicting(hidden), row.targets, row.rows)
 
@@ -262,20 +263,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-@contextmanager
-def _without_lora(llm: nn.Module) -> Iterator[None]:
-    """Switch LoRA off, and on again.
-
-    PEFT's own switch also sets which parameters need gradients, which ZeRO-3 must not meet in the midst of a run.
-    """
-    layers: list[Any] = [module for module in llm.modules() if hasattr(module, "_disable_adapters")]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled

@@ -121,10 +121,6 @@ class EchoStage(nn.Module):
         """Modules that ZeRO-3 gathers whole before their forward."""
         return [self.teacher]
 
-    def reused_modules(self) -> list[nn.Module]:
-        """The LLM, where it reads both the reference and its own answer before a backward."""
-        return [self.s2t.llm] if self.config.pseudo_text in ("generated", "free_run") else []
-
     def forward(self, batch: SpeechBatch, job: Callable[[SpeechBatch], Any] | None = None) -> Any:
         """Losses of one micro-batch: `s2t`, `echo`, `denoising`, `ctc` if it has a weight; `denoising` alone at first.
 

@@ -72,8 +72,12 @@ def test_replicated_frozen_weights_are_neither_divided_nor_sent() -> None:
     assert state_bytes(whole, shape, 64)["frozen weights"] == 2 * sum(shape.frozen)
     sent = link_bytes(whole, shape, 8, 1)
     assert sent["gradients"] == pytest.approx(7 / 8 * 2 * sum(shape.trainable))
-    assert sent["weights"] == pytest.approx(2 * sent["gradients"])
+    assert sent["weights"] == pytest.approx(sent["gradients"]), "what trains is gathered once a step"
     assert link_bytes(shard, shape, 8, 1)["weights"] > 20 * sent["weights"]
+    hpz = load_recipe("3b/echo", ["engine.frozen_placement=hpz"])
+    assert link_bytes(hpz, shape, 512, 1)["weights"] == pytest.approx(
+        link_bytes(shard, shape, 8, 1)["weights"], rel=0.02
+    )
     assert sum(link_bytes(whole, shape, 1, 1).values()) == 0
 
 
@@ -98,21 +102,59 @@ def test_a_gpu_that_is_too_small_says_what_to_change(hardware: str, overrides: l
 
 
 def test_no_setting_helps_a_gpu_that_cannot_hold_the_states() -> None:
-    (advice,) = forecast(load_recipe("8b/s2t"), GPUS["rtx4090"], "rtx4090", 1, sample=Sample(question_s=30)).advice
+    recipe = load_recipe("8b/s2t", ["data.batch_for=null"])
+    *_, advice = forecast(recipe, GPUS["rtx4090"], "rtx4090", 1, sample=Sample(question_s=30)).advice
     assert advice.startswith("Not one sample fits, also with")
 
 
 def test_a_batch_that_does_not_divide_is_named() -> None:
-    found = forecast(load_recipe("8b/echo"), H100, "h100", 512)
+    found = forecast(load_recipe("8b/echo", ["data.batch_for=null"]), H100, "h100", 512)
     assert found.micro_batch == 1 and found.global_batch == 512
     assert any("data.global_batch=512" in each for each in found.advice)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 8, 64, 96, 512])
+def test_a_batch_that_grows_with_the_gpus_keeps_its_micro_batches(gpus: int) -> None:
+    found = forecast(load_recipe("8b/echo", [f"scaling.workers={gpus}"]), H100, "h100", gpus)
+    assert (found.micro_batch, found.global_batch) == (8, 16 * gpus)
+    grown = [each for each in found.advice if f"A step has {16 * gpus:,} samples on {gpus} ranks" in each]
+    assert len(grown) == (gpus != 8)
+    if gpus == 512:
+        assert (
+            "64 times the 128 for 8" in grown[0] and "optim.steps=39 is as many samples as 2500 were there" in grown[0]
+        )
+
+
+@pytest.mark.parametrize(
+    ("asked", "hardware", "gpus", "found"),
+    [
+        ("auto", "h200", 64, "replicate"),
+        ("auto", "rtx4090", 64, "hpz"),
+        ("auto", "rtx4090", 8, "shard"),
+        ("hpz", "h200", 64, "hpz"),
+    ],
+)
+def test_the_plan_places_frozen_weights_as_the_run_does(asked: str, hardware: str, gpus: int, found: str) -> None:
+    memory, expected = (
+        forecast(
+            load_recipe("8b/echo", [f"engine.frozen_placement={placement}"]), GPUS[hardware], hardware, gpus
+        ).memory
+        for placement in (asked, found)
+    )
+    assert memory == expected
+    shape = stage_shape(load_recipe("8b/echo"))
+    share = {"replicate": 1.0, "hpz": 1 / 8 + 1 / gpus, "shard": 1 / gpus}[found]
+    assert memory["frozen weights"] == pytest.approx(2 * sum(shape.frozen) * share, rel=1e-3)
 
 
 def test_a_survey_costs_forwards_and_gathers() -> None:
     recipe = load_recipe("3b/echo")
     shape = stage_shape(recipe)
     once, four = link_bytes(recipe, shape, 8, 1), link_bytes(recipe, shape, 8, 4)
-    assert four["gradients"] == 4 * once["gradients"] and four["weights"] == 6 * once["weights"]
+    assert four["gradients"] == 4 * once["gradients"] and four["weights"] == once["weights"]
+    divided = load_recipe("3b/echo", ["engine.frozen_placement=shard"])
+    once, four = link_bytes(divided, shape, 8, 1), link_bytes(divided, shape, 8, 4)
+    assert four["weights"] - once["gradients"] == pytest.approx(6 * (once["weights"] - once["gradients"]))
     one, split = (
         forecast(recipe, H100, "h100", 8),
         forecast(load_recipe("3b/echo", ["data.micro_batch=4"]), H100, "h100", 8),

@@ -26,7 +26,7 @@ GUARDED = {
     "init",
     "seed",
     *(f"model.{part}.path" for part in ("llm", "speech_encoder")),
-    *(f"data.{key}" for key in ("train", "global_batch", "budget", "window_shards", "pool", "weight_by")),
+    *(f"data.{key}" for key in ("train", "global_batch", "batch_for", "budget", "window_shards", "pool", "weight_by")),
 }
 
 

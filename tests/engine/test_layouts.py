@@ -1,7 +1,4 @@
-"""Two gloo processes under ZeRO-3: Stage III trains the same on packed and padded rows, gathered by layer or by module.
-
-Frozen weights that are replicated leave transformer layers that ZeRO-3 gathers as one leaf; sharded ones do not.
-"""
+"""Two gloo processes under ZeRO-3: Stage III trains the same on packed and padded rows, weights whole or divided."""
 
 from __future__ import annotations
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from echox.bench.plan.load import Rows, Sample, rows_of
 from echox.bench.plan.memory import USABLE, WORKSPACE_BYTES, activation_bytes, state_bytes
 from echox.bench.plan.shapes import StageShape, stage_shape
-from echox.bench.plan.timing import PartTime, link_bytes, times
+from echox.bench.plan.timing import GPUS_PER_NODE, PartTime, link_bytes, times
+from echox.config.schema import batch_sentence
+from echox.engine.placement import choose_placement
 
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
@@ -105,6 +107,19 @@ def forecast(
     """
     sample = sample or Sample()
     shape, rows = stage_shape(recipe), rows_of(recipe, sample)
+    grown = batch_sentence(recipe, gpus)
+    placement = choose_placement(
+        recipe.engine.frozen_placement,
+        frozen_bytes=2 * sum(shape.frozen),
+        memory_bytes=int(gpu.memory_gib * GIB),
+        nodes=-(-gpus // GPUS_PER_NODE),
+    )
+    recipe = recipe.model_copy(
+        update={
+            "data": recipe.data.on(gpus),
+            "engine": recipe.engine.model_copy(update={"frozen_placement": placement}),
+        }
+    )
     wanted, micro = _batches(recipe, sample)
     micro_batches = max(1, round(wanted / (micro * gpus)))
     if micro * gpus > wanted:
@@ -131,7 +146,10 @@ def forecast(
         steps=recipe.optim.steps,
         sample_s=sample.question_s,
         peak_flops=gpu.tflops * 1e12,
-        advice=tuple(_advice(recipe, shape, rows, gpus, limit, micro, largest, wanted, micro * gpus * micro_batches)),
+        advice=(
+            *([f"{grown[0].upper()}{grown[1:]}."] if grown else []),
+            *_advice(recipe, shape, rows, gpus, limit, micro, largest, wanted, micro * gpus * micro_batches),
+        ),
     )
 
 
@@ -181,7 +199,7 @@ def _advice(
     if used != wanted:
         found.append(
             f"{wanted} samples a step do not divide into equal micro-batches on {gpus} GPUs: set "
-            f"data.global_batch={used} data.micro_batch={micro}."
+            f"data.global_batch={used} data.micro_batch={micro}, or data.batch_for to the GPUs that {wanted} are for."
         )
     if micro <= largest:
         return found

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.bench.plan.timing import GPUS_PER_NODE
 from echox.config.paths import resolve_file
 
 if TYPE_CHECKING:
@@ -30,20 +31,23 @@ def state_bytes(recipe: Recipe, shape: StageShape, gpus: int, *, element: int = 
     """Weights, gradients and optimizer state of a rank.
 
     Args:
-        recipe: says where frozen weights lie, and whether the optimizer's state is kept in host memory.
+        recipe: says where frozen weights lie (not `auto`), and whether the optimizer's state is kept in host memory.
         shape: the tensors.
         gpus: ranks among which ZeRO-3 divides every tensor, each padded to a multiple of them.
         element: bytes of a weight as it computes: 2 in bf16, 4 in fp32.
     """
     own = sum(-(-size // gpus) for size in shape.trainable)
-    whole = recipe.engine.frozen_placement == "replicate"
+    placement = recipe.engine.frozen_placement
+    whole = placement == "replicate"
     frozen = sum(size if whole else -(-size // gpus) for size in shape.frozen)
+    if placement == "hpz":
+        frozen += sum(-(-size // min(gpus, GPUS_PER_NODE)) for size in shape.frozen)
     zero = _zero_config(recipe)
     on_host = zero.get("offload_optimizer", {}).get("device") in ("cpu", "nvme")
-    gathered = sum(shape.trainable)
-    if not whole:
+    trainable, live = sum(shape.trainable), 0
+    if not whole and gpus > 1:
         # What ZeRO-3 holds at once: at most `stage3_max_live_parameters`, 1e9 by default.
-        gathered = min(gathered + sum(shape.frozen), int(_number(zero, "stage3_max_live_parameters", 1e9)))
+        live = min(sum(shape.frozen), int(_number(zero, "stage3_max_live_parameters", 1e9)))
     reduce = int(_number(zero, "reduce_bucket_size", 5e8))
     return {
         "frozen weights": float(frozen * element),
@@ -51,8 +55,9 @@ def state_bytes(recipe: Recipe, shape: StageShape, gpus: int, *, element: int = 
         "fp32 master weights": 0.0 if on_host else float(own * _FP32),
         "Adam's moments": 0.0 if on_host else float(2 * own * _FP32),
         "gradients": float(own * _FP32),
-        "gathered weights": float(gathered * element if gpus > 1 else 0),
-        "reduce bucket": float(min(reduce, sum(shape.trainable)) * element if gpus > 1 else 0),
+        "gathered weights": float((trainable + live) * element),  # what trains stays whole, see echox/engine/flat.py
+        "whole gradients": float(trainable * element),  # until the last of a flat parameter is there
+        "reduce bucket": float(min(reduce, trainable) * element if gpus > 1 else 0),
     }
 
 

@@ -59,6 +59,7 @@ class StageShape:
         t2c, t2c_layers: of the T2C or Echo decoder; None in Stage I.
         denoising: hidden width of the Denoising Adapter, 0 without one.
         frozen, trainable: elements of each parameter tensor.
+        flats: parameters that hold all that trains, one a learning rate for matrices and one for vectors.
     """
 
     llm: Llm
@@ -70,6 +71,7 @@ class StageShape:
     denoising: int
     frozen: tuple[int, ...]
     trainable: tuple[int, ...]
+    flats: int
 
 
 def stage_shape(recipe: Recipe) -> StageShape:
@@ -113,7 +115,17 @@ def stage_shape(recipe: Recipe) -> StageShape:
         denoising=denoising,
         frozen=tuple(frozen),
         trainable=tuple(trainable),
+        flats=_flats(recipe),
     )
+
+
+def _flats(recipe: Recipe) -> int:
+    """LoRA and the CTC head have no vectors; the adapters, the denoising adapter and the decoders have both."""
+    if recipe.stage == "t2c":
+        return 2
+    echo = recipe.model.echo
+    adapters = 2 if recipe.stage == "s2t" or echo.train_speech_adapters else int(echo.ctc_weight > 0)
+    return 1 + adapters + (4 if recipe.stage == "echo" else 0)
 
 
 def _config(ref: str) -> dict[str, Any]:

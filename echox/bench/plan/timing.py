@@ -24,7 +24,7 @@ LAUNCH_S = 15e-6
 REPLAY_S = 3e-6
 """Time of a small kernel in a replayed CUDA graph, whose launch the host no longer does."""
 SLICE_S = 10e-6
-"""Host time of ZeRO-3 a step for one trainable tensor and rank (8 to 12 µs, with a stand-in for the network)."""
+"""Host time of ZeRO-3 a step for one flat parameter and rank (8 to 12 µs, with a stand-in for the network)."""
 GPUS_PER_NODE = 8
 _LLM_KERNELS, _TOWER_KERNELS, _DECODER_KERNELS = 90, 20, 70
 """Kernels of a layer: LLM with LoRA, forward and backward; speech encoder; trained decoder, forward and backward."""
@@ -122,7 +122,7 @@ def times(
         0.0,
         0.0,
         trainable / gpus * _STATE_BYTES / bandwidth,
-        SLICE_S * len(shape.trainable) * (gpus if gpus > 1 else 0),
+        SLICE_S * shape.flats * (gpus if gpus > 1 else 0),
     )
     link = link_bytes(recipe, shape, gpus, micro_batches)
     if gpus > 1:
@@ -132,7 +132,7 @@ def times(
 
 
 def link_bytes(recipe: Recipe, shape: StageShape, gpus: int, micro_batches: int) -> dict[str, float]:
-    """Bytes that a rank receives a step: weights gathered before each forward and backward, and gradients.
+    """Bytes that a rank receives a step: what trains, once; divided frozen weights, in each pass; and gradients.
 
     Args:
         recipe: says whether frozen weights are gathered too, and by its stage whether a step is surveyed.
@@ -140,11 +140,15 @@ def link_bytes(recipe: Recipe, shape: StageShape, gpus: int, micro_batches: int)
         gpus: ranks.
         micro_batches: of a rank and step.
     """
-    share = (gpus - 1) / gpus
     trainable, frozen = 2.0 * sum(shape.trainable), 2.0 * sum(shape.frozen)
-    gathered = trainable + (frozen if recipe.engine.frozen_placement == "shard" else 0.0)
-    passes = 2 + surveys(recipe, micro_batches)
-    return {"weights": micro_batches * passes * share * gathered, "gradients": micro_batches * share * trainable}
+    # Between so many ranks frozen weights are gathered.
+    among = {"shard": gpus, "hpz": min(gpus, GPUS_PER_NODE)}.get(recipe.engine.frozen_placement, 1)
+    passes = micro_batches * (2 + surveys(recipe, micro_batches))
+    share = (gpus - 1) / gpus
+    return {
+        "weights": share * trainable + passes * (among - 1) / among * frozen,
+        "gradients": micro_batches * share * trainable,
+    }
 
 
 def surveys(recipe: Recipe, micro_batches: int) -> int:
