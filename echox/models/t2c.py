@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echox.models.chunked_heads import Head, class_scores
 from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, capacity, decode
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
@@ -128,7 +129,7 @@ class T2CDecoder(nn.Module):
         keep_rotary_float32(self.body)
         if self.layout == "packed":
             use_packed_attention(self.body)
-        self.head = nn.Linear(width, text_classes + words + 2, bias=False)
+        self.head = Head(width, text_classes + words + 2, bias=False)
 
     def scale_units(self, rms: float) -> None:
         """Give the unit table the root mean square of the text table, so that both inputs weigh the same at first."""
@@ -146,20 +147,21 @@ class T2CDecoder(nn.Module):
         Returns:
             `[N, M + 1, classes]` float32: column m predicts word m, the one after a row's last word the end.
         """
-        logits, targets, _ = self._predict(text, words_NM, mask_NM)
-        return targets.to_padded(logits)
+        hidden, targets, _ = self._states(text, words_NM, mask_NM)
+        return targets.to_padded(self.head(hidden).float())
 
     def loss(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> UnitLoss:
         """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
-        logits, targets, rows = self._predict(text, words_NM, mask_NM)
+        hidden, targets, rows = self._states(text, words_NM, mask_NM)
         words = targets.from_padded(F.pad(words_NM, (0, 1), value=self.end))
         words = words.masked_fill(targets.positions >= targets.broadcast(mask_NM.sum(1)), self.end)
         counted = targets.real & targets.broadcast(weight_N > 0)
-        losses = F.cross_entropy(logits.flatten(0, 1), (words + self.text_classes).flatten(), reduction="none")
+        scores = class_scores(self.head, hidden.flatten(0, 1), (words + self.text_classes).view(-1, 1))
+        losses = scores.normaliser - scores.chosen[:, 0]
         return UnitLoss((losses * counted.flatten()).sum(), counted.sum(), rows)
 
-    def _predict(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
-        """Logits of words and end tokens alone, their layout, and the layout of the whole rows."""
+    def _states(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
+        """States that predict words and end tokens alone, their layout, and the layout of the whole rows."""
         units = self.unit_embedding(words_NM).to(text.blocks[0].dtype)
         if self.training and self.history_dropout:
             units = units * (torch.rand_like(mask_NM, dtype=units.dtype) >= self.history_dropout)[..., None]
@@ -174,7 +176,7 @@ class T2CDecoder(nn.Module):
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
-        return self.head(row.predicting(hidden)).float(), row.targets, row.rows
+        return row.predicting(hidden), row.targets, row.rows
 
     @property
     def _places_text(self) -> bool:
