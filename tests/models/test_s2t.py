@@ -73,7 +73,10 @@ def test_ctc_embeddings_are_the_text_the_head_expects_at_each_kept_frame() -> No
     speech, front_end = model.encode_speech(batch), model.front_end
     assert float(front_end.shrink.norm.weight.abs().sum()) == 0  # the states come in as training finds them useful
     speech_BVh, mask_BV = speech.padded()
-    kept_BV, logits_BTC = speech.rows.to_padded(speech.kept), speech.frames.to_padded(front_end.ctc_head.linear(speech.aligned))
+    kept_BV, logits_BTC = (
+        speech.rows.to_padded(speech.kept),
+        speech.frames.to_padded(front_end.ctc_head.linear(speech.aligned)),
+    )
     table = model.causal_lm.get_input_embeddings().weight
     for row in range(4):
         for column in range(int(mask_BV[row].sum())):
