@@ -204,7 +204,6 @@ class CtcHead(nn.Module):
         """CTC class of each LLM token; a token without a class becomes the blank, which CTC never asks for."""
         table = torch.zeros(self.vocabulary + 1, dtype=torch.long, device=tokens_BC.device)
         table[self.tokens] = torch.arange(len(self.tokens), device=tokens_BC.device)
-        table[self.tokens[0]] = 0
         return table[tokens_BC]
 
     def forward(self, aligned_BTh: Tensor, frames: Rows, tokens_BC: Tensor | None = None) -> CtcScores:

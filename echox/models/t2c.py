@@ -27,15 +27,17 @@ class TextPart(NamedTuple):
     Attributes:
         blocks, masks: in order.
         starts_NS: characters before each position of the joined row, for a decoder that places its text by them.
+        one_is_full: some row has no padding in any block.
     """
 
     blocks: list[Tensor]
     masks: list[Tensor]
     starts_NS: Tensor | None = None
+    one_is_full: bool = False
 
     def left_padded(self) -> JoinedRows:
         """Joined so that the first unit of every row stands in the same column, as decoding needs it."""
-        return join_rows(self.blocks, self.masks, pad_left=True)
+        return join_rows(self.blocks, self.masks, pad_left=True, one_is_full=self.one_is_full)
 
 
 class UnitLoss(NamedTuple):
@@ -191,7 +193,7 @@ class T2CDecoder(nn.Module):
             return torch.where(word_NS < 0, columns_S * float(self.text_stride or 1), word_NS)
         assert starts_NS is not None and self.word_units_U is not None
         text_NS = starts_NS.gather(1, columns_S.clamp(max=starts_NS.shape[1] - 1).expand(len(words_NM), -1))
-        said_NM = self.word_units_U[words_NM].cumsum(1)
+        said_NM = self.word_units_U[words_NM].long().cumsum(1).float()  # whole numbers, in any order the same
         said_NS = said_NM.gather(1, word_NS.clamp(0, max(words_NM.shape[1] - 1, 0)))
         return torch.where(word_NS < 0, text_NS * self.units_per_character, said_NS)
 
@@ -265,9 +267,9 @@ def text_part(
     real = mask_NT.new_ones(rows, prefix.shape[1]), mask_NT.new_ones(rows, header.shape[1])
     starts_NS = None
     if characters_NT is not None:
-        spoken_NT = (characters_NT * mask_NT).float()
-        before_NT = (spoken_NT.cumsum(1) - spoken_NT) * mask_NT
+        spoken_NT = characters_NT * mask_NT
+        before_NT = ((spoken_NT.cumsum(1) - spoken_NT) * mask_NT).float()
         # The template stands where speech begins: after the header, the first word is to be found in the first token.
-        template = [spoken_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
+        template = [before_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
         starts_NS = torch.cat([template[0], before_NT, template[1]], dim=1)
     return TextPart([prefix, words_NTh, header], [real[0], mask_NT, real[1]], starts_NS)

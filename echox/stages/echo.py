@@ -372,7 +372,8 @@ class EchoStage(nn.Module):
         """What a decoder reads of each segment: embeddings, or what the adapter made of H, of the tokens of X'."""
         characters_BR = self.t2c_text.characters(tokens_BR)
         characters_NT = None if characters_BR is None else rows.scatter(characters_BR)
-        return text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
+        part = text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
+        return part._replace(one_is_full=rows.full)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""

@@ -29,6 +29,7 @@ def ctc_loss(
     frames_B: Tensor,
     lengths_B: Tensor,
     weight_B: Tensor,
+    on_host: tuple[Tensor, Tensor] | None = None,
 ) -> LossTerm:
     """Summed CTC loss, counted in target tokens, from the few logits of a frame that it reads.
 
@@ -45,6 +46,7 @@ def ctc_loss(
         classes_BC: right-padded targets; class 0 is the blank.
         frames_B, lengths_B: real frames, and targets, of each row.
         weight_B: 1 for a row that counts.
+        on_host: `frames_B` and `lengths_B` on the CPU, where torch wants them; else it waits for the device.
     """
     places_C = torch.arange(classes_BC.shape[1], device=classes_BC.device)
     same_BCC = classes_BC[:, :, None] == classes_BC[:, None]
@@ -53,7 +55,7 @@ def ctc_loss(
     distinct_BC = (first_BC == places_C) & (classes_BC != 0) & (places_C < lengths_B[:, None])
     few_BTS = chosen_BTS.masked_fill(~F.pad(distinct_BC, (1, 0), value=True)[:, None], _NEVER)
     log_probs_TBS = few_BTS.log_softmax(-1).transpose(0, 1)
-    losses_B = _ctc(log_probs_TBS, target_BC, frames_B, lengths_B)
+    losses_B = _ctc(log_probs_TBS, target_BC, *(on_host or (frames_B, lengths_B)))  # host sync, where not known
     real_BT = torch.arange(normaliser_BT.shape[1], device=frames_B.device) < frames_B[:, None]
     others_B = ((normaliser_BT - few_BTS.logsumexp(-1)) * real_BT).sum(1)
     repeats_BC = (classes_BC[:, 1:] == classes_BC[:, :-1]) & (places_C[1:] < lengths_B[:, None])
@@ -66,6 +68,11 @@ _NEVER = -1e30
 
 
 def _ctc(log_probs_TBS: Tensor, target_BC: Tensor, frames_B: Tensor, lengths_B: Tensor) -> Tensor:
+    device = log_probs_TBS.device
+    if device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+        # Its gradient on a GPU adds in any order. Of a row's own classes there are few enough for the CPU.
+        found = _ctc(log_probs_TBS.cpu(), target_BC.cpu(), frames_B.cpu(), lengths_B.cpu())  # host sync
+        return found.to(device)
     return F.ctc_loss(log_probs_TBS, target_BC, frames_B, lengths_B, blank=0, reduction="none", zero_infinity=True)
 
 

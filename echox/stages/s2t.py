@@ -126,6 +126,7 @@ def transcript_loss(scores: CtcScores, frames: Rows, batch: SpeechBatch) -> Loss
     """CTC of the questions against their transcripts, from scores in the layout `frames`; no earlier clip counts."""
     rows = len(batch.weight_B)
     assert scores.normaliser is not None and scores.chosen is not None and scores.classes_BC is not None
+    frames_N, lengths_B = frames.lengths_on_host_N, batch.transcript_lengths_on_host_B
     return ctc_loss(
         frames.to_padded(scores.normaliser)[:rows],
         frames.to_padded(scores.chosen)[:rows],
@@ -133,6 +134,7 @@ def transcript_loss(scores: CtcScores, frames: Rows, batch: SpeechBatch) -> Loss
         frames.lengths_N[:rows],
         batch.transcript_lengths_B,
         batch.weight_B,
+        None if frames_N is None or lengths_B is None else (frames_N[:rows], lengths_B),
     )
 
 

@@ -111,7 +111,7 @@ class SpokenText(nn.Module):
         self._embedded = [llm.get_input_embeddings()(tokens_BV)]
         self._rows = rows_of(mask_BV.sum(1), tokens_BV.shape[1], layout)  # type: ignore[arg-type]
 
-    def forward(self, *_: Any) -> SpeechOutput:
+    def forward(self, *_: Any, **__: Any) -> SpeechOutput:
         speech = self._rows.from_padded(self._embedded[0])
         return SpeechOutput(
             speech, self._rows, self._rows.positions, speech, CtcScores(self._rows.positions), self._rows
