@@ -34,8 +34,8 @@ def ctc_loss(
     """Summed CTC loss, counted in target tokens, from the few logits of a frame that it reads.
 
     A row's paths go through the blank and its own labels alone, one of them a frame. So the loss is that of a problem
-    with these few classes, whose normaliser over them is then replaced by the one over all classes. A label that a row
-    repeats is one class: its first place.
+    with these few classes, whose normaliser over them is then replaced by the one over all classes: whatever else is
+    among the few leaves both again. A label that a row repeats is one class: its first place.
 
     A target too long for its frames adds zero, and so does a row without target: it is not known what it says, and CTC
     would learn that it says nothing.
@@ -52,19 +52,13 @@ def ctc_loss(
     same_BCC = classes_BC[:, :, None] == classes_BC[:, None]
     first_BC = torch.where(same_BCC, places_C, len(places_C)).amin(-1)
     target_BC = (first_BC + 1).masked_fill(classes_BC == 0, 0)
-    distinct_BC = (first_BC == places_C) & (classes_BC != 0) & (places_C < lengths_B[:, None])
-    few_BTS = chosen_BTS.masked_fill(~F.pad(distinct_BC, (1, 0), value=True)[:, None], _NEVER)
-    log_probs_TBS = few_BTS.log_softmax(-1).transpose(0, 1)
+    log_probs_TBS = chosen_BTS.log_softmax(-1).transpose(0, 1)
     losses_B = _ctc(log_probs_TBS, target_BC, *(on_host or (frames_B, lengths_B)))  # host sync, where not known
     real_BT = torch.arange(normaliser_BT.shape[1], device=frames_B.device) < frames_B[:, None]
-    others_B = ((normaliser_BT - few_BTS.logsumexp(-1)) * real_BT).sum(1)
+    others_B = ((normaliser_BT - chosen_BTS.logsumexp(-1)) * real_BT).sum(1)
     repeats_BC = (classes_BC[:, 1:] == classes_BC[:, :-1]) & (places_C[1:] < lengths_B[:, None])
     fits_B = (lengths_B > 0) & (lengths_B + repeats_BC.sum(1) <= frames_B)
     return LossTerm(((losses_B + others_B) * (weight_B * fits_B)).sum(), (lengths_B * weight_B).sum())
-
-
-_NEVER = -1e30
-"""Logit of a class that a row does not have; not minus infinity, of which gradients would not be numbers."""
 
 
 def _ctc(log_probs_TBS: Tensor, target_BC: Tensor, frames_B: Tensor, lengths_B: Tensor) -> Tensor:
