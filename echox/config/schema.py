@@ -193,6 +193,10 @@ class EngineConfig(Section):
     activation_checkpointing: Free[bool] = Field(
         False, description="compute the LLM's activations again in the backward pass: less memory, more time"
     )
+    deterministic: Free[bool] = Field(
+        False,
+        description="on a GPU, the same bits from the same start; slower. A CPU gives them anyway",
+    )
     validate_every: Free[int] = Field(0, ge=0, description="steps; 0 validates at the end only")
     checkpoint_every: Free[int] = Field(0, ge=0, description="steps; 0 saves at the end only")
     async_save: Free[bool] = Field(

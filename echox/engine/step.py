@@ -95,7 +95,8 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
         for row, name in enumerate(names):
             count = window.counts[name].clamp(min=1)
             loss = loss + window.weights[name] * terms[name].total * (world.size / count).to(loss.dtype)
-            value = value + torch.as_tensor(window.weights[name]).to(value) * micro_K2[row, 0] / count
+            weight = window.weights[name]  # a number stays one: as a tensor it would be copied to the device
+            value = value + (weight.to(value) if isinstance(weight, Tensor) else weight) * micro_K2[row, 0] / count
         sums.names, sums.weights = names, window.weights
         sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
         sums.total = value if sums.total is None else sums.total + value

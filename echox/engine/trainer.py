@@ -18,6 +18,7 @@ from echox.engine.checkpoint.recipe_diff import changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
+from echox.engine.determinism import compute_deterministically
 from echox.engine.frozen import FrozenModel, compare_identities, identify, replicate_as_buffers
 from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
 from echox.engine.loop import Loop
@@ -80,7 +81,9 @@ def train(
         TrainingError: the loss is not a finite number or spikes, beyond what the recipe's `health` allows.
     """
     startup = StartupTimer()
-    world = World.of(context.rank, context.world_size, device_of(context))
+    device = device_of(context)
+    compute_deterministically(recipe.engine.deterministic, device)
+    world = World.of(context.rank, context.world_size, device)
     store = RunStore.of(recipe.storage, recipe.name)
     folder = RunDir(context.storage / recipe.name, store)
     listener = StopListener(

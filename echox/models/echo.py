@@ -85,6 +85,7 @@ class Segments(NamedTuple):
         rows: N, the number of segments in the batch.
         mask_NT: True on real positions of the segment rows.
         owner_N: which sample each segment row came from.
+        full: the longest row has no padding, as there is a segment.
     """
 
     row_BR: Tensor
@@ -92,6 +93,7 @@ class Segments(NamedTuple):
     rows: int
     mask_NT: Tensor
     owner_N: Tensor
+    full: bool = False
 
     def scatter(self, values_BRx: Tensor) -> Tensor:
         """Move `[B, R, ...]` into `[N, T, ...]`; differentiable."""
@@ -112,9 +114,9 @@ def segment_rows(segment_BR: Tensor, mask_BR: Tensor) -> Segments:
     start_BR = torch.where(first, positions, torch.zeros_like(positions)).cummax(1).values
     column_BR = (positions - start_BR).masked_fill(~mask_BR, 0)
     rows, longest = torch.stack([first.sum(), column_BR.max() + 1]).tolist()  # host sync
-    rows, longest = max(int(rows), 1), int(longest)
+    full, rows, longest = rows > 0, max(int(rows), 1), int(longest)
     row_BR = row_BR.masked_fill(~mask_BR, rows)
     owner_B = torch.arange(batch, device=mask_BR.device)[:, None].expand(-1, length)
     owner_N = owner_B.new_zeros(rows + 1).index_put((row_BR,), owner_B)[:rows]
     mask_NT = mask_BR.new_zeros(rows + 1, longest).index_put((row_BR, column_BR), mask_BR)[:rows]
-    return Segments(row_BR, column_BR, rows, mask_NT, owner_N)
+    return Segments(row_BR, column_BR, rows, mask_NT, owner_N, full)

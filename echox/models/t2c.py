@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echox.models.chunked_heads import Head, class_scores
 from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, Draft, after_draft, capacity, decode
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
@@ -26,15 +27,17 @@ class TextPart(NamedTuple):
     Attributes:
         blocks, masks: in order.
         starts_NS: characters before each position of the joined row, for a decoder that places its text by them.
+        one_is_full: some row has no padding in any block.
     """
 
     blocks: list[Tensor]
     masks: list[Tensor]
     starts_NS: Tensor | None = None
+    one_is_full: bool = False
 
     def left_padded(self) -> JoinedRows:
         """Joined so that the first unit of every row stands in the same column, as decoding needs it."""
-        return join_rows(self.blocks, self.masks, pad_left=True)
+        return join_rows(self.blocks, self.masks, pad_left=True, one_is_full=self.one_is_full)
 
 
 class UnitLoss(NamedTuple):
@@ -128,7 +131,7 @@ class T2CDecoder(nn.Module):
         keep_rotary_float32(self.body)
         if self.layout == "packed":
             use_packed_attention(self.body)
-        self.head = nn.Linear(width, text_classes + words + 2, bias=False)
+        self.head = Head(width, text_classes + words + 2, bias=False)
 
     def scale_units(self, rms: float) -> None:
         """Give the unit table the root mean square of the text table, so that both inputs weigh the same at first."""
@@ -146,20 +149,21 @@ class T2CDecoder(nn.Module):
         Returns:
             `[N, M + 1, classes]` float32: column m predicts word m, the one after a row's last word the end.
         """
-        logits, targets, _ = self._predict(text, words_NM, mask_NM)
-        return targets.to_padded(logits)
+        hidden, targets, _ = self._states(text, words_NM, mask_NM)
+        return targets.to_padded(self.head(hidden).float())
 
     def loss(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> UnitLoss:
         """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
-        logits, targets, rows = self._predict(text, words_NM, mask_NM)
+        hidden, targets, rows = self._states(text, words_NM, mask_NM)
         words = targets.from_padded(F.pad(words_NM, (0, 1), value=self.end))
         words = words.masked_fill(targets.positions >= targets.broadcast(mask_NM.sum(1)), self.end)
         counted = targets.real & targets.broadcast(weight_N > 0)
-        losses = F.cross_entropy(logits.flatten(0, 1), (words + self.text_classes).flatten(), reduction="none")
+        scores = class_scores(self.head, hidden.flatten(0, 1), (words + self.text_classes).view(-1, 1))
+        losses = scores.normaliser - scores.chosen[:, 0]
         return UnitLoss((losses * counted.flatten()).sum(), counted.sum(), rows)
 
-    def _predict(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
-        """Logits of words and end tokens alone, their layout, and the layout of the whole rows."""
+    def _states(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
+        """States that predict words and end tokens alone, their layout, and the layout of the whole rows."""
         units = self.unit_embedding(words_NM).to(text.blocks[0].dtype)
         if self.training and self.history_dropout:
             units = units * (torch.rand_like(mask_NM, dtype=units.dtype) >= self.history_dropout)[..., None]
@@ -174,7 +178,7 @@ class T2CDecoder(nn.Module):
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
-        return self.head(row.predicting(hidden)).float(), row.targets, row.rows
+        return row.predicting(hidden), row.targets, row.rows
 
     @property
     def _places_text(self) -> bool:
@@ -189,7 +193,7 @@ class T2CDecoder(nn.Module):
             return torch.where(word_NS < 0, columns_S * float(self.text_stride or 1), word_NS)
         assert starts_NS is not None and self.word_units_U is not None
         text_NS = starts_NS.gather(1, columns_S.clamp(max=starts_NS.shape[1] - 1).expand(len(words_NM), -1))
-        said_NM = self.word_units_U[words_NM].cumsum(1)
+        said_NM = self.word_units_U[words_NM].long().cumsum(1).float()  # whole numbers, in any order the same
         said_NS = said_NM.gather(1, word_NS.clamp(0, max(words_NM.shape[1] - 1, 0)))
         return torch.where(word_NS < 0, text_NS * self.units_per_character, said_NS)
 
@@ -286,9 +290,9 @@ def text_part(
     real = mask_NT.new_ones(rows, prefix.shape[1]), mask_NT.new_ones(rows, header.shape[1])
     starts_NS = None
     if characters_NT is not None:
-        spoken_NT = (characters_NT * mask_NT).float()
-        before_NT = (spoken_NT.cumsum(1) - spoken_NT) * mask_NT
+        spoken_NT = characters_NT * mask_NT
+        before_NT = ((spoken_NT.cumsum(1) - spoken_NT) * mask_NT).float()
         # The template stands where speech begins: after the header, the first word is to be found in the first token.
-        template = [spoken_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
+        template = [before_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
         starts_NS = torch.cat([template[0], before_NT, template[1]], dim=1)
     return TextPart([prefix, words_NTh, header], [real[0], mask_NT, real[1]], starts_NS)

@@ -21,7 +21,7 @@ from echox.models.t2c import T2CDecoder, Teacher, TextPart, text_part
 from echox.models.t2c_text import T2CText
 from echox.models.work import Work, counts_of
 from echox.stages.labels import LabelStore, annotated_units, drafted_units, stored_units, token_rows
-from echox.stages.losses import LossTerm, denoising_loss, text_loss
+from echox.stages.losses import LossTerm, denoising_loss
 from echox.stages.part_timer import PartTimer
 from echox.stages.s2t import (
     note_response,
@@ -134,13 +134,14 @@ class EchoStage(nn.Module):
         self.work = Work()
         if self._aligns(batch.step):
             return self._align(batch)
-        out = self.s2t(batch, at_tokens=self._at_tokens)
-        terms = {"s2t": response_loss(out, batch)}
-        if self.config.ctc_weight:
-            terms["ctc"] = transcript_loss(self.s2t, out.speech.ctc_logits, out.speech.frames, batch)
-
         found: PseudoTargets | None = batch.targets
-        text = self.pseudo_text(batch, out) if found is None else found.text
+        out = self.s2t(batch, at_tokens=self._at_tokens, ctc=self.config.ctc_weight > 0)
+        loss_s2t, own = response_loss(self.s2t, out, batch, best=found is None and self._says_argmax)
+        terms = {"s2t": loss_s2t}
+        if self.config.ctc_weight:
+            terms["ctc"] = transcript_loss(out.speech.ctc, out.speech.frames, batch)
+
+        text = self.pseudo_text(batch, out, own) if found is None else found.text
         states = self._states(batch, out, text)
         decodes = found is None and self.config.labels != "annotated"
         prefix, header, text_BRh = self._embeddings(text.tokens_BR)
@@ -184,6 +185,11 @@ class EchoStage(nn.Module):
     def _at_tokens(self) -> bool:
         return self.config.state == "own"
 
+    @property
+    def _says_argmax(self) -> bool:
+        """Whether X' is what the states of the reference make the most probable."""
+        return self.config.pseudo_text == "argmax_teacher_forced"
+
     def _labels(
         self, batch: SpeechBatch, text: PseudoText, rows: Segments, teacher_text: TextPart
     ) -> tuple[DecodedUnits, Tensor | None]:
@@ -226,7 +232,10 @@ class EchoStage(nn.Module):
     def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         with torch.no_grad():
             out = self.s2t(batch, at_tokens=self._at_tokens)
-            text: PseudoText = self.pseudo_text(batch, out) if batch.targets is None else batch.targets
+            text: PseudoText = batch.targets
+            if text is None:
+                own = self.s2t.best_tokens(out.states.hidden) if self._says_argmax else None
+                text = self.pseudo_text(batch, out, own)
             states = self._states(batch, out, text)
             text_BRh = self.embed_text(text.tokens_BR)
         self._keep(batch, text)
@@ -297,8 +306,13 @@ class EchoStage(nn.Module):
         return {"pseudo_text/rejected_share": rejected_B.sum() / counted_B.sum().clamp(min=1)}
 
     @torch.no_grad()
-    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput) -> PseudoText:
+    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput, own: Tensor | None) -> PseudoText:
         """X' and the mask of its spoken positions, those before the end token.
+
+        Args:
+            batch: with the reference, and answers made beforehand where they are wanted.
+            out: of the S2T model.
+            own: the token that each state makes the most probable, where X' consists of them.
 
         Raises:
             ValueError: answers made beforehand are wanted, and the batch has none.
@@ -308,12 +322,11 @@ class EchoStage(nn.Module):
                 raise ValueError("model.echo.pseudo_text=generated, but no answers were attached to the batch")
             return PseudoText(batch.own_BR, batch.own_mask_BR)
         if self.config.pseudo_text == "free_run":
-            own = self.s2t.generate(
+            said = self.s2t.generate(
                 batch, self.end_token, self.config.free_run_tokens, early_stop=False, speech=out.speech
             )
-            return PseudoText(own.tokens_BR, own.mask_BR)
-        is_own = self.config.pseudo_text == "argmax_teacher_forced"
-        text_BR = out.states.response.to_padded(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
+            return PseudoText(said.tokens_BR, said.mask_BR)
+        text_BR = batch.response_BR if own is None else out.states.response.to_padded(own)
         spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
         return PseudoText(text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool())
 
@@ -361,7 +374,8 @@ class EchoStage(nn.Module):
         """What a decoder reads of each segment: embeddings, or what the adapter made of H, of the tokens of X'."""
         characters_BR = self.t2c_text.characters(tokens_BR)
         characters_NT = None if characters_BR is None else rows.scatter(characters_BR)
-        return text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
+        part = text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
+        return part._replace(one_is_full=rows.full)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""
@@ -418,8 +432,8 @@ class EchoStage(nn.Module):
         states = self.s2t.text_states(heard, question_mask_BC, text.tokens_BR, text.spoken_BR)
         response = states.response
         counted = response.real & response.broadcast(asked_B)
-        loss = text_loss(self.s2t.head(states.hidden), response.from_padded(text.tokens_BR), counted)
-        return {"pseudo_text/nats_per_token": loss}
+        loss = self.s2t.text_loss(states.hidden, response.from_padded(text.tokens_BR), counted)
+        return {"pseudo_text/nats_per_token": LossTerm(loss.total, counted.sum())}
 
 
 def _differing(text: PseudoText, batch: SpeechBatch) -> Tensor:

@@ -12,9 +12,9 @@ from echox.models.flops import Costs, flops_by_part, llm_costs, speech_costs
 from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
 from echox.models.sizes import llm_size, speech_size
-from echox.models.speech import SpeechOutput
+from echox.models.speech import CtcScores, SpeechOutput
 from echox.models.work import Work, counts_of
-from echox.stages.losses import LossTerm, ctc_loss, text_loss
+from echox.stages.losses import LossTerm, ctc_loss
 from echox.stream.batch import SpeechBatch
 
 
@@ -43,17 +43,17 @@ class S2TStage(nn.Module):
         """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
         self.work = Work()
         if self._aligns(batch.step):
-            _, logits, frames = self.s2t.front_end.align(*batch.audio)
+            _, scores, frames = self.s2t.front_end.align(*batch.audio, tokens_BC=batch.transcript_BC)
             note_frames(self.work, batch, frames, live=True)
             self._last = {"perf/padding_share": padding_share(frames)}
-            return {"ctc": transcript_loss(self.s2t, logits, frames, batch)}
-        out = self.s2t(batch)
+            return {"ctc": transcript_loss(scores, frames, batch)}
+        out = self.s2t(batch, ctc=True)
         note_speech(self.work, batch, out.speech, live=True)
         note_response(self.work, out)
         self._last = {"perf/padding_share": padding_share(out.speech.frames, out.states.rows)}
         return {
-            "s2t": response_loss(out, batch),
-            "ctc": transcript_loss(self.s2t, out.speech.ctc_logits, out.speech.frames, batch),
+            "s2t": response_loss(self.s2t, out, batch)[0],
+            "ctc": transcript_loss(out.speech.ctc, out.speech.frames, batch),
         }
 
     def _aligns(self, step: int) -> bool:
@@ -112,22 +112,29 @@ def note_response(work: Work, out: S2TOutput, *, live: bool = True) -> None:
     work.add("head", *(["head_live"] if live else []), lengths_N=out.states.response.lengths_N)
 
 
-def response_loss(out: S2TOutput, batch: SpeechBatch) -> LossTerm:
-    """L_S2T of a teacher-forced pass over the batch."""
+def response_loss(
+    s2t: S2TModel, out: S2TOutput, batch: SpeechBatch, *, best: bool = False
+) -> tuple[LossTerm, Tensor | None]:
+    """L_S2T of a teacher-forced pass over the batch; `best`: also the most probable token of each position."""
     response = out.states.response
     counted = response.real & response.broadcast(batch.weight_B > 0)
-    return text_loss(out.logits, response.from_padded(batch.response_BR), counted)
+    loss = s2t.text_loss(out.states.hidden, response.from_padded(batch.response_BR), counted, best=best)
+    return LossTerm(loss.total, counted.sum()), loss.best
 
 
-def transcript_loss(s2t: S2TModel, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
-    """CTC of the questions against their transcripts, from logits in the layout `frames`; no earlier clip counts."""
+def transcript_loss(scores: CtcScores, frames: Rows, batch: SpeechBatch) -> LossTerm:
+    """CTC of the questions against their transcripts, from scores in the layout `frames`; no earlier clip counts."""
     rows = len(batch.weight_B)
+    assert scores.normaliser is not None and scores.chosen is not None and scores.classes_BC is not None
+    frames_N, lengths_B = frames.lengths_on_host_N, batch.transcript_lengths_on_host_B
     return ctc_loss(
-        frames.to_padded(logits)[:rows],
+        frames.to_padded(scores.normaliser)[:rows],
+        frames.to_padded(scores.chosen)[:rows],
+        scores.classes_BC,
         frames.lengths_N[:rows],
-        s2t.front_end.ctc_head.classes(batch.transcript_BC),
         batch.transcript_lengths_B,
         batch.weight_B,
+        None if frames_N is None or lengths_B is None else (frames_N[:rows], lengths_B),
     )
 
 

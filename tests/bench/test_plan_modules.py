@@ -11,11 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from echox.bench.plan import load, memory
 from echox.bench.plan.load import stage_costs
 from echox.bench.plan.memory import layer_bytes_per_token, state_bytes
 from echox.bench.plan.shapes import stage_shape
 from echox.builders.setup import TextTools, build_stage
 from echox.config.load import load_recipe
+from echox.models import chunked_heads
 from echox.models.flops import flops_by_part, llm_costs
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import PackedRows
@@ -138,6 +140,14 @@ def _saved_bytes(llm: Any, compute: Any) -> int:
         kept = compute()
     del kept
     return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def test_a_chunk_of_logits_is_as_large_as_the_heads_make_it() -> None:
+    assert memory.CHUNK_ELEMENTS == chunked_heads.CHUNK_ELEMENTS
+    recipe = load_recipe("3b/s2t")
+    shape, rows = stage_shape(recipe), load.rows_of(recipe, load.Sample())
+    few, many = (memory.activation_bytes(recipe, shape, rows, samples) for samples in (1, 64))
+    assert few["a chunk of logits"] < many["a chunk of logits"] == memory.CHUNK_ELEMENTS * memory.LOGIT_BYTES
 
 
 @pytest.mark.parametrize("scale", ["3b", "8b"])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echox.models.echo import TriggerRule, segment_rows, trigger_segments
-from tests.models.test_greedy import Kernels
+from tests.counters import Kernels
 
 
 def _cuts(scores: list[float], rule: TriggerRule) -> list[int]:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from echox.models import step_graph
 from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, Draft, capacity, repeats
@@ -16,32 +15,10 @@ from echox.models.ragged import JoinedRows
 from echox.models.step_graph import StepGraph
 from echox.models.t2c import T2CDecoder, Teacher
 from tests import tiny
+from tests.counters import WAITS, Kernels
 from tests.models.test_t2c import _as_hugging_face, _placing_text, _text, _text_of_characters
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NOT_A_KERNEL = {"aten._unsafe_view.default", "aten.empty.memory_format", "aten.lift_fresh.default"}
-WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.masked_select.default"}
-
-
-class Kernels(TorchDispatchMode):
-    """Notes every operator with the shapes it gets; views are no kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.noted: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returned = func._schema.returns[0].alias_info if func._schema.returns else None
-        if str(func) not in NOT_A_KERNEL and (returned is None or returned.is_write):
-            shapes = tuple(
-                (tuple(arg.shape), arg.dtype) if isinstance(arg, Tensor) else arg
-                for arg in torch.utils._pytree.tree_leaves((args, kwargs or {}))
-            )
-            self.noted.append((str(func), shapes))
-        return func(*args, **(kwargs or {}))
-
-    def count(self, *names: str) -> int:
-        return sum(name in names for name, _ in self.noted)
 
 
 def decoder_of_layers(layers: int, **others: Any) -> T2CDecoder:

@@ -19,11 +19,10 @@ USABLE = 0.94
 """Share of a GPU's memory that training can fill: the rest is the CUDA context, NCCL's buffers and fragmentation."""
 WORKSPACE_BYTES = 2**30
 """Of cuBLAS, attention and whatever lives for one kernel."""
-CTC_BYTES = 24
-"""A CTC class of a frame: logits as they are and padded (2 + 2), fp32 (4), log-softmax (4), its gradient (4), that of
-the logits (4), and their way back (2 + 2)."""
-LOGIT_BYTES = 12
-"""A class of a predicted token: bf16 (2), fp32 (4), and the gradients of both (4 + 2)."""
+CHUNK_ELEMENTS = 1 << 25
+"""Logits that heads hold at once, as in `echox/models/chunked_heads.py`; one head at a time."""
+LOGIT_BYTES = 16
+"""A logit of a chunk: bf16 (2), fp32 (4), log-softmax (4), and the gradients of the first two (4 + 2)."""
 _BF16, _FP32 = 2, 4
 
 
@@ -62,9 +61,10 @@ def state_bytes(recipe: Recipe, shape: StageShape, gpus: int, *, element: int = 
 
 
 def activation_bytes(recipe: Recipe, shape: StageShape, rows: Rows, samples: int) -> dict[str, float]:
-    """What a micro-batch of `samples` keeps for its backward, and its logits, at their largest."""
+    """What a micro-batch of `samples` keeps for its backward, and a chunk of its logits, at their largest."""
     model = recipe.model
     found: dict[str, float] = {}
+    logits = 0.0
     if recipe.stage != "t2c":
         tokens = samples * rows.llm * rows.passes
         per_token = llm_bytes_per_token(
@@ -74,14 +74,14 @@ def activation_bytes(recipe: Recipe, shape: StageShape, rows: Rows, samples: int
             checkpointing=recipe.engine.activation_checkpointing,
         )
         found["LLM activations"] = tokens * per_token
-        found["text logits"] = samples * rows.reply * shape.llm.vocabulary * LOGIT_BYTES
+        # The gradient of the predicting states comes with their logits.
+        found["gradient of the text loss"] = samples * rows.reply * shape.llm.width * _BF16
         assert shape.speech is not None
         trains = recipe.stage == "s2t" or model.echo.train_speech_adapters
         width, ffn = shape.llm.width, shape.speech.ffn
         kept = 2 * (shape.speech.stacked + 14 * width + 2 * ffn) if trains else 2 * (4 * width + ffn)
         found["speech activations"] = samples * rows.aligned * kept
-        ctc = CTC_BYTES if recipe.stage == "s2t" or model.echo.ctc_weight > 0 else _BF16
-        found["CTC logits"] = samples * rows.aligned * shape.speech.classes * ctc
+        logits = max(rows.reply * shape.llm.vocabulary, rows.aligned * shape.speech.classes)
         if shape.speech.encoder is not None:
             found["speech encoder"] = samples * rows.frames * shape.speech.encoder.width * 2 * 10.0
     if shape.t2c is not None:
@@ -89,7 +89,7 @@ def activation_bytes(recipe: Recipe, shape: StageShape, rows: Rows, samples: int
         assert t2c is not None
         layer = 12 * t2c.width + 8 * t2c.width + 8 * t2c.ffn + 4 * t2c.width  # its norms train too
         found["decoder activations"] = positions * (t2c.layers * layer + 4 * shape.llm.width)
-        found["unit logits"] = samples * rows.segments * rows.words * shape.t2c.classes * LOGIT_BYTES
+        logits = max(logits, rows.segments * rows.words * shape.t2c.classes)
     if recipe.stage == "echo":
         assert model.t2c is not None
         found["denoising activations"] = samples * rows.reply * (6 * shape.denoising + 16 * shape.llm.width)
@@ -98,6 +98,7 @@ def activation_bytes(recipe: Recipe, shape: StageShape, rows: Rows, samples: int
             # Decoded without a cap on runaway rows: each may fill its limit.
             limit = rows.segment + rows.words / max(rows.words - 1, 1) * model.echo.units_per_token * rows.reply
             found["teacher's KV cache"] = samples * rows.segments * limit * cache * 2  # it grows by copying
+    found["a chunk of logits"] = min(samples * logits, CHUNK_ELEMENTS) * LOGIT_BYTES
     return {name: float(size) for name, size in found.items()}
 
 
