@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,7 +114,7 @@ def run(
     stage, batch = stage.to(device), batch.to(device)
     contenders = _contenders(stage, batch, techniques)
     with imposed(stage, load.words_per_token):
-        gaps = {each.name: _loss_gap(each, stage, batch) for each in contenders}
+        gaps = _loss_gaps(contenders, stage, batch)
         stage.train()
         optimizer = PlainAdamW(stage)
         flops = {each.name: _counted(each, stage, batch, optimizer) for each in contenders}
@@ -214,33 +214,36 @@ def _contenders(stage: Any, batch: Any, techniques: Sequence[Technique]) -> list
     ]
 
 
-@torch.no_grad()
-def _loss_gap(contender: _Contender, stage: Any, batch: Any) -> float | None:
-    """The largest relative difference of a loss, or None where other features are heard.
+def _loss_gaps(contenders: Sequence[_Contender], stage: Any, batch: Any) -> dict[str, float | None]:
+    """The largest relative difference of a loss from the engine's, or None where other features are heard.
 
     The naive loop hears 30 s of every clip: where the engine trims them, it is compared with the engine that does not.
     """
     stage.eval()
-    reference: Any = _Contender(ENGINE)
-    if not contender.same_losses:
-        if not contender.naive:
-            return None
-        reference = _Contender(ENGINE, technique("trimmed audio"))
-    means = []
-    for each in (reference, contender):
-        with each.losses(stage, batch) as losses:
-            means.append({name: float(t.total / t.count.clamp(min=1)) for name, t in losses().items()})
-        if hasattr(batch, "targets"):
-            batch.targets = None
-    wanted, found = means
-    gap = max(abs(found[name] - value) / max(abs(value), 1e-9) for name, value in wanted.items())
-    exact = next(stage.parameters()).dtype == torch.float32
-    if exact and not gap <= LOSS_GAP:
-        raise EchoXError(
-            f"the losses of '{contender.name}' differ from the engine's by {gap:.1e}: {found} for {wanted}",
-            fix="do not trust these times; compare the two paths first",
-        )
-    return gap
+    engine, found = _means(contenders[0], stage, batch), dict[str, float | None]()
+    for each in contenders:
+        wanted = engine
+        if not each.same_losses:
+            if not each.naive:
+                found[each.name] = None
+                continue
+            wanted = _means(_Contender(ENGINE, technique("trimmed audio")), stage, batch)
+        means = engine if each is contenders[0] else _means(each, stage, batch)
+        gap = max(abs(means[name] - value) / max(abs(value), 1e-9) for name, value in wanted.items())
+        found[each.name] = gap
+        if next(stage.parameters()).dtype == torch.float32 and not gap <= LOSS_GAP:
+            raise EchoXError(
+                f"the losses of '{each.name}' differ from the engine's by {gap:.1e}: {means} for {wanted}",
+                fix="do not trust these times; compare the two paths first",
+            )
+    return found
+
+
+@torch.no_grad()
+def _means(contender: _Contender, stage: Any, batch: Any) -> dict[str, float]:
+    """Token means of the losses, without dropout; nothing that was found stays on the batch."""
+    with contender.losses(stage, replace(batch)) as losses:
+        return {name: float(term.total / term.count.clamp(min=1)) for name, term in losses().items()}
 
 
 def _counted(contender: _Contender, stage: Any, batch: Any, optimizer: PlainAdamW) -> float:

@@ -90,31 +90,34 @@ def measure_step(
     optimizer = PlainAdamW(stage)
     used: list[Any] = []
     losses: list[Tensor] = []
+    works: dict[int, Any] = {}
     with ExitStack() as switched:
         for batch in batches:
             used.append(batch if without is None else switched.enter_context(without.off(stage, batch)))
 
         def step(number: int) -> None:
-            batch = used[number % len(used)]
+            place = number % len(used)
+            batch = used[place]
             terms = naive_losses(stage, batch, limit_ends=True) if naive else stage(batch)
             loss = total_loss(stage, terms)
             loss.backward()
             optimizer.step()
             losses[:] = [loss.detach()]
+            works[place] = stage.work
 
-        warm = _seconds(step, 0, WARM_UP, device) / WARM_UP
-        one = _seconds(step, 0, 1, device)
-        steps = max(LEAST, min(MOST, int(seconds / max(min(one, warm), 1e-6))))
+        _seconds(step, 0, 0 if naive else WARM_UP - 1, device)
+        one = _seconds(step, WARM_UP - 1, 1, device)
+        steps = max(LEAST, min(MOST, int(seconds / max(one, 1e-6))))
         steps -= steps % len(used) if steps > len(used) else 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         _teacher_seconds(stage)
         total = _seconds(step, 0, steps, device)
         teacher = _teacher_seconds(stage)
-        busy, kernels = _busy(step, device)
         peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None
+        busy, kernels = (None, None) if naive else _busy(step, device)
         # The naive loop notes no work: a forward of the stage says how much there was.
-        work = [_work_of(stage, batch) for batch in used]
+        work = [_work_of(stage, batch) for batch in used] if naive else [works[place] for place in sorted(works)]
         padding = None if naive else float(stage.metrics()["perf/padding_share"])
     return StepRow(
         ms=total / steps * 1e3,
@@ -198,9 +201,14 @@ def _busy(step: Callable[[int], None], device: torch.device) -> tuple[float | No
         return None, None
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step(0)
-        synchronize(device)
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            step(0)
+            synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # some virtual machines keep the profiler from the device: the rest of the row is known
+        return None, None
     events = [event for event in profiled.events() or () if event.device_type.name == "CUDA"]
     spans = sorted((event.time_range.start, event.time_range.end) for event in events)
     return covered(spans) / 1e6, len(spans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ def supervise(
         EchoXError: it ended before any cell, or at the same place twice.
     """
     while True:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env=environment())
         try:
             code = _watch(process, path, until + grace_s)
         finally:
@@ -55,6 +56,11 @@ def supervise(
             raise EchoXError(f"the measurement ended with {_how(code)} before a cell", fix="see its last lines above")
         if time.time() > until:
             return
+
+
+def environment() -> dict[str, str]:
+    """As a worker of a run has it: memory in segments that grow, unless told otherwise."""
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
 
 
 def _watch(process: subprocess.Popen[bytes], path: Path, end: float) -> int | None:
