@@ -49,7 +49,7 @@ def test_dropout_does_not_change_the_text() -> None:
 def test_the_audio_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = stage().train(), []
     encode = model.s2t.encode_speech
-    monkeypatch.setattr(model.s2t, "encode_speech", lambda batch: calls.append(1) or encode(batch))
+    monkeypatch.setattr(model.s2t, "encode_speech", lambda batch, **how: calls.append(1) or encode(batch, **how))
     model(tiny.speech_batch(4))
     assert calls == [1]
 
