@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from echox.models.causal_lm import decoder_of, logits_of
 from echox.models.chunked_heads import TextLoss, frozen_cross_entropy, let_run_jobs, most_probable_by
 from echox.models.lora import without_lora
+from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
 from echox.models.rotary import keep_rotary_float32
@@ -85,6 +86,7 @@ class S2TModel(nn.Module):
         self.front_end = front_end
         self.llm = llm
         keep_rotary_float32(llm)
+        fuse_rms_norms(llm)
         let_run_jobs(self.text_head)
         if layout == "packed":
             use_packed_attention(self.causal_lm)

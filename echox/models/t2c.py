@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from echox.models.chunked_heads import Head, class_scores
 from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, Draft, after_draft, capacity, decode
+from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
 from echox.models.rotary import keep_rotary_float32
@@ -129,6 +130,7 @@ class T2CDecoder(nn.Module):
         )
         self.body.embed_tokens = None  # type: ignore[assignment]  # inputs are always embeddings; an unused table would only weigh on checkpoints
         keep_rotary_float32(self.body)
+        fuse_rms_norms(self.body)
         if self.layout == "packed":
             use_packed_attention(self.body)
         self.head = Head(width, text_classes + words + 2, bias=False)

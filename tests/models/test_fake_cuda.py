@@ -94,6 +94,9 @@ def test_on_a_gpu_packed_rows_take_the_variable_length_kernel_and_no_devices_mix
     # Encoder, alignment, look-back and LLM.
     assert sum("_varlen_attn" in name for name in operators.names) == layers + 1 + 1 + layers
     assert not any("scaled_dot_product" in name for name in operators.names)
+    # Two norms of an LLM layer and the last one; LayerNorms of the speech front end have a kernel of their own.
+    assert operators.names.count("aten._fused_rms_norm.default") == 2 * layers + 1
+    assert "aten.rsqrt.default" not in operators.names
 
 
 class _Losses(torch.nn.Module):
