@@ -35,7 +35,7 @@ class _FusedForward(nn.Module):
 
 
 @cache
-def _is_plain(norm: type[nn.Module]) -> bool:
+def _is_plain(norm: Any) -> bool:
     """Whether modules of a class compute what the operator does, tried on one of them."""
     if not norm.__name__.endswith("RMSNorm") or issubclass(norm, _FusedForward):
         return False
@@ -52,6 +52,6 @@ def _is_plain(norm: type[nn.Module]) -> bool:
 
 
 @cache
-def _fused(norm: type[nn.Module]) -> type[nn.Module]:
+def _fused(norm: Any) -> Any:
     """The same class by the same name, which transformers' own code may ask for."""
     return type(norm.__name__, (_FusedForward, norm), {"__module__": norm.__module__})
