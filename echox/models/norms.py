@@ -19,10 +19,13 @@ def fuse_rms_norms(model: nn.Module) -> int:
     Plain is x / rms(x) times a weight, with `variance_epsilon` below the root: the norm of Llama and its like. Others,
     such as Gemma's with its weight of 1 + w, stay as they are.
     """
-    found = [module for module in model.modules() if _is_plain(type(module))]
-    for module in found:
-        module.__class__ = _fused(type(module))
-    return len(found)
+    found = 0
+    for module in model.modules():
+        kind: Any = type(module)
+        if _is_plain(kind):
+            module.__class__ = _fused(kind)
+            found += 1
+    return found
 
 
 class _FusedForward(nn.Module):
