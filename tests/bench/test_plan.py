@@ -34,8 +34,11 @@ def no_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_never_falls_and_time_is_positive(recipe: str, gpus: int) -> None:
     loaded = load_recipe(recipe)
     shape, rows = stage_shape(loaded), rows_of(loaded, Sample())
-    sizes = [sum(activation_bytes(loaded, shape, rows, samples).values()) for samples in (1, 2, 3, 8, 64)]
+    parts = [activation_bytes(loaded, shape, rows, samples) for samples in (1, 2, 3, 8, 64)]
+    chunks = [found.pop("a chunk of logits") for found in parts]
+    sizes = [sum(found.values()) for found in parts]
     assert sizes == sorted(sizes) and sizes[0] > 0 and sizes[1] == pytest.approx(2 * sizes[0])
+    assert chunks == sorted(chunks) and chunks[0] > 0
     found = forecast(loaded, H100, "h100", gpus)
     assert found.step_s > 0 and 0 < found.mfu < 0.44
     assert found.global_batch == found.micro_batch * found.micro_batches * gpus

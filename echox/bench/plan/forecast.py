@@ -9,7 +9,6 @@ from echox.bench.plan.load import Rows, Sample, rows_of
 from echox.bench.plan.memory import USABLE, WORKSPACE_BYTES, activation_bytes, state_bytes
 from echox.bench.plan.shapes import StageShape, stage_shape
 from echox.bench.plan.timing import GPUS_PER_NODE, PartTime, link_bytes, times
-from echox.config.schema import batch_sentence
 from echox.engine.placement import choose_placement
 
 if TYPE_CHECKING:
@@ -105,6 +104,8 @@ def forecast(
         sample: lengths, the same of every sample.
         network_gb_s: GB/s between nodes, for each GPU and direction.
     """
+    from echox.config.schema import batch_sentence  # where memory alone is asked for, pydantic is not needed
+
     sample = sample or Sample()
     shape, rows = stage_shape(recipe), rows_of(recipe, sample)
     grown = batch_sentence(recipe, gpus)

@@ -118,14 +118,14 @@ def layer_bytes_per_token(llm: Llm, *, rank: int, dropout: bool) -> float:
     """
     h, f = llm.width, llm.ffn
     q, k = llm.heads * llm.head_width, llm.kv_heads * llm.head_width
-    norms = 2 * (_FP32 * h + _BF16 * h)  # the input in fp32, and what LoRA reads
+    norms = 2 * (_BF16 * h + _FP32 + _BF16 * h)  # the input and its root mean square, and what LoRA reads
     attention = _BF16 * (2 * q + 2 * k) + _FP32 * llm.heads
     projected = _BF16 * q  # what the output map's LoRA reads, in its packed place
     gates = _BF16 * 4 * f  # gate, its SiLU, up, and their product
     lora = _BF16 * 7 * rank
     kept = norms + attention + projected + gates + lora
-    if dropout:  # a mask of a byte for each of LoRA's inputs, of which five are no longer shared
-        kept += _BF16 * 3 * h + (5 * h + q + f)
+    if dropout:  # a mask of a byte for each product with A
+        kept += 2 * h + q + f
     return float(kept)
 
 
