@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from echox.models import chunked_heads
+from echox.models import chunked_heads, norms
 from echox.models.greedy import BLOCK
 from echox.stages import losses
 from echox.stream.batch import SpeechBatch
@@ -23,10 +23,10 @@ from tests.stages import topology
 from tests.stages.test_layouts import _s2t
 
 DECODE = "echox/models/greedy.py"
-STAGE_I, STAGE_III, STAGE_III_OWN = 7_226, 8_013, 14_321
-"""Kernels; the last where the LLM reads its own answer beside the reference. A GPU needs fewer: of an RMSNorm's six it
-has one, and its attention takes packed rows as they are. 7,394, 8,251 and 14,787 with losses on whole logits and rows
-that were selected rather than squeezed."""
+STAGE_I, STAGE_III, STAGE_III_OWN = 5_521, 6_126, 10_769
+"""Kernels; the last where the LLM reads its own answer beside the reference. A GPU needs fewer: its attention takes
+packed rows as they are. 7,394, 8,251 and 14,787 before losses read logits in chunks, maps of LoRA shared products and a
+norm was one operator."""
 
 
 def step(stage: nn.Module, batch: SpeechBatch) -> None:
@@ -51,7 +51,9 @@ def kernels_of(stage: Any, batch: SpeechBatch) -> int:
     return len(kernels.noted) - sum(inside)
 
 
-def test_kernels_of_a_step_at_3b_topology() -> None:
+def test_kernels_of_a_step_at_3b_topology(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU a norm is one kernel, which a CPU takes apart: `tests/models/test_fake_cuda.py` sees it whole.
+    monkeypatch.setattr(norms._FusedForward, "forward", lambda norm, hidden: hidden * norm.weight)
     batch = topology.batch_of(16)
     assert kernels_of(topology.s2t_stage(), batch) <= STAGE_I
     teacher_forced = topology.echo_stage(pseudo_text="argmax_teacher_forced")
