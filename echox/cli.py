@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "report": "echox.evaluate.cli",
     "runs": "echox.tracking.cli",
     "bench": "launch.recovery",
+    "plan": "echox.bench.plan.cli",
     "ablate": "launch.ablation.cli",
     "doctor": "launch.client.cluster_doctor",
 }

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from echox.config.paths import DEMO_MODELS, KNOWN_MODELS, cache_dir, how_to_get, missing_files, project_root
+from echox.device import DEVICE, cpu_is_wanted
 from echox.errors import EchoXError
 from echox.release import hub
 from echox.release.checksums import SUMS_NAME, read_sums, verify
@@ -161,6 +162,8 @@ def _packages(tested: dict[str, str]) -> list[Finding]:
 def _accelerator() -> Finding:
     import torch
 
+    if cpu_is_wanted():
+        return Finding("accelerator", "ok", f"{DEVICE}=cpu: GPUs, if there are any, are left alone")
     if not torch.cuda.is_available():
         return Finding("accelerator", "ok", "no CUDA device; training runs on the CPU in fp32 or bf16")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

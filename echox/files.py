@@ -11,7 +11,7 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 LARGEST_JSON = 32 << 20
@@ -115,6 +115,12 @@ def is_within(folder: Path, path: Path) -> bool:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError, ValueError):
         return False
+
+
+def names_inside(name: str) -> bool:
+    """Whether a relative name, as records of others may hold one, is of something in the folder it is joined to."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import storage_folder
+from echox.device import best_device, follow_recipe
 from echox.errors import EchoXError, RecipeError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def run_respond(args: argparse.Namespace) -> int:
     from echox.progress import Progress
 
     recipe = load_recipe(args.recipe, args.overrides)
+    follow_recipe(recipe)
     if TorchrunContext.detected():
         with TorchrunContext(storage_folder(recipe.storage), timeout_s=recipe.scaling.collective_timeout_s) as context:
             world = World.of(context.rank, context.world_size, device_of(context))
@@ -277,7 +279,7 @@ def _alone() -> World:
 
     from echox.engine.world import World
 
-    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return World(0, 1, torch.device(best_device()))
 
 
 def _counts(one: Answered) -> list[tuple[str, float]]:

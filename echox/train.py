@@ -49,9 +49,11 @@ def run_train(args: argparse.Namespace) -> int:
     """Train; rank 0 tracks the run and prints the result."""
     from echox.config.load import load_recipe
     from echox.config.paths import storage_folder
+    from echox.device import follow_recipe
     from echox.engine.context import LocalContext, TorchrunContext
 
     recipe = load_recipe(args.recipe, args.overrides)
+    follow_recipe(recipe)
     storage = storage_folder(recipe.storage).resolve()
     if TorchrunContext.detected():
         with TorchrunContext(storage, timeout_s=recipe.scaling.collective_timeout_s) as world:

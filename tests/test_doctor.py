@@ -66,6 +66,12 @@ def test_a_check_that_breaks_is_a_finding() -> None:
     assert (finding.subject, finding.state) == ("accelerator", "fail") and "libc10_cuda" in finding.detail
 
 
+def test_gpus_that_are_left_alone_are_no_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECHOX_DEVICE", "cpu")
+    finding = doctor._accelerator()
+    assert finding.state == "ok" and "ECHOX_DEVICE=cpu" in finding.detail
+
+
 def test_a_listening_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -53,7 +53,7 @@ from tests.stream.streaming import Run, Setting
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("README.md", "CONTRIBUTING.md", "*/README.md", "echox/*/README.md")
+    for pattern in ("README.md", "CONTRIBUTING.md", "*/README.md", "echox/*/README.md", "launch/*/README.md")
     for path in ROOT.glob(pattern)
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )

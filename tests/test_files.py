@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from echox.files import append_line, fsync, rename_to_free, write_atomically
+from echox.files import append_line, fsync, names_inside, rename_to_free, write_atomically
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -124,3 +124,9 @@ def test_a_broken_disk_is_an_error_of_a_folder_too(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "fsync", breaks)
     with pytest.raises(OSError, match="Input/output"):
         fsync(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "/a", "..", "../a", "a/../b", "a/.."])
+def test_a_name_that_may_lead_out_of_a_folder_is_told(name: str) -> None:
+    assert not names_inside(name)
+    assert names_inside("a..b/.c")

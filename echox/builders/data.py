@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.config.paths import resolve_data
+from echox.device import usable_gpus
 from echox.errors import DataError, EchoXError
 from echox.stream.format.catalogue import DATASET_NAME
 from echox.stream.format.scan import AUDIO, ENCODED, TASKS, UNITS
@@ -142,6 +143,7 @@ def train_reader(
         threads=data.reader_threads,
         prefetch=data.prefetch,
         allowance=Allowance(data.quarantine.samples, data.quarantine.share),
+        pin=usable_gpus() > 0,
     )
 
 
@@ -161,6 +163,7 @@ def valid_readers(
             world_size=world_size,
             threads=data.reader_threads,
             prefetch=data.prefetch,
+            pin=usable_gpus() > 0,
         )
         for source in sources
     }

@@ -1,10 +1,13 @@
-"""Keeps the units that the frozen teacher made of each segment in the run's folder (`model.echo.labels: cached`)."""
+"""Keeps the units that the frozen teacher made of each segment in the run's folder (`model.echo.labels: cached`).
+
+With `labels: drafted` they are what the teacher will probably say of another text that begins alike.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from echox.stages.labels import Label
 
 FOLDER = "labels"
 """In the folder of a run: `labels/<identity of the teacher>/rank-00000.jsonl`, one segment a line."""
+_ALIKE = (16, 8, 4)
+"""Text tokens that two segments have in common at their beginning, for the label of one to be a draft of the other's;
+the longest are asked first."""
 
 
 class LabelFile:
@@ -35,6 +41,7 @@ class LabelFile:
     def __init__(self, folder: Path, rank: int) -> None:
         self._path = folder / f"rank-{rank:05d}.jsonl"
         self._known: dict[bytes, tuple[bytes, bool]] = {}
+        self._newest: dict[bytes, bytes] = {}
         for path in sorted(folder.glob("rank-*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._take(line)
@@ -48,15 +55,27 @@ class LabelFile:
         found = self._known.get(_packed(tokens))
         return None if found is None else Label(np.frombuffer(found[0], dtype="<u4").tolist(), found[1])
 
+    def alike(self, tokens: tuple[int, ...]) -> Label | None:
+        """The label of the segment itself, or the newest of one that has its first tokens; None, or one with an end."""
+        own = self.get(tokens)
+        if own is not None:
+            return own if own.ended else None
+        beginnings = (_packed(tokens[:length]) for length in _ALIKE if len(tokens) >= length)
+        words = next((self._newest[each] for each in beginnings if each in self._newest), None)
+        return None if words is None else Label(np.frombuffer(words, dtype="<u4").tolist(), True)
+
     def add(self, labels: Mapping[tuple[int, ...], Label]) -> None:
         """Keep labels, here and in the file.
 
         Raises:
             EchoXError: the file cannot be written.
         """
-        for tokens, label in labels.items():
-            self._known[_packed(tokens)] = (_packed(label.words), label.ended)
-        lines = [json.dumps([list(tokens), label.words, label.ended]) for tokens, label in labels.items()]
+        new = {tokens: label for tokens, label in labels.items() if self.get(tokens) != label}
+        if not new:
+            return
+        for tokens, label in new.items():
+            self._keep(tokens, label.words, label.ended)
+        lines = [json.dumps([list(tokens), label.words, label.ended]) for tokens, label in new.items()]
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             append_line(self._path, "\n".join(lines))
@@ -70,9 +89,16 @@ class LabelFile:
     def _take(self, line: str) -> None:
         try:
             tokens, words, ended = json.loads(line)
-            self._known[_packed(tokens)] = (_packed(words), bool(ended))
+            self._keep(tokens, words, bool(ended))
         except (ValueError, TypeError, OverflowError, RecursionError):
             return
+
+    def _keep(self, tokens: Sequence[int], words: Sequence[int], ended: bool) -> None:
+        packed = _packed(words)
+        self._known[_packed(tokens)] = (packed, ended)
+        for length in _ALIKE:
+            if ended and len(tokens) >= length:
+                self._newest[_packed(tokens[:length])] = packed
 
 
 def _packed(numbers: Any) -> bytes:
@@ -80,8 +106,8 @@ def _packed(numbers: Any) -> bytes:
 
 
 def keep_labels(recipe: Recipe, stage: EchoStage, rank: int) -> None:
-    """Give a stage the labels that its run has kept, where the recipe wants them cached."""
-    if recipe.model.echo.labels == "cached":
+    """Give a stage the labels that its run has kept, where the recipe wants them used."""
+    if recipe.model.echo.labels in ("cached", "drafted"):
         folder = run_dir(recipe.storage, recipe.name) / FOLDER / teacher_identity(stage)
         stage.label_store = LabelFile(folder, rank)
 

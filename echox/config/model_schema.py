@@ -318,11 +318,13 @@ class EchoConfig(Section):
         "and the only one there is when the token is chosen; own: the state at the token itself, as in the released "
         "joint training code, known one step later when streaming",
     )
-    labels: Literal["teacher", "cached", "annotated"] = Field(
+    labels: Literal["teacher", "cached", "drafted", "annotated"] = Field(
         "teacher",
         description="Y' that the Echo decoder learns. teacher: units that the frozen T2C decodes in the step, the "
         "paper's pseudo labels; cached: the same, each segment decoded once and kept in the run's folder, as labels "
         "made before training are: it pays off where segments come again, so where text and cuts do not change. "
+        "drafted: for texts that do change: what the teacher said of a segment that begins alike is verified in one "
+        "pass, and decoded on from the first word that it would not say; the labels are those of teacher. "
         "annotated: the ablation with the units of the recorded answers (`answer.units`), which needs "
         "pseudo_text=reference and segmentation.mode=none, and decodes nothing",
     )

@@ -77,6 +77,11 @@ class DataConfig(Section):
     micro_batch: Free[PositiveInt] = Field(
         16, description="samples in one forward on one rank, as memory allows; no effect under a budget"
     )
+    batch_for: Guarded[PositiveInt | None] = Field(
+        None,
+        description="ranks that global_batch is meant for: on n ranks a step has global_batch * n / batch_for samples, "
+        "as many for each rank; learning rates and optim.steps stay; null: global_batch on any number of ranks",
+    )
     budget: Guarded[BudgetConfig | None] = Field(None, description="takes the place of global_batch and micro_batch")
     window_shards: Guarded[PositiveInt] = Field(
         16, description="shards whose samples are shuffled together and read ahead"
@@ -112,6 +117,12 @@ class DataConfig(Section):
         if self.budget is not None:
             return self.budget.micro_batches, 1
         return self.global_batch, self.micro_batch
+
+    def on(self, ranks: int) -> DataConfig:
+        """The section as it holds on a number of ranks: with the batch of that number where it grows with them."""
+        if self.batch_for is None or self.budget is not None:
+            return self
+        return self.model_copy(update={"global_batch": self.global_batch // self.batch_for * ranks, "batch_for": ranks})
 
 
 class LrConfig(Section):
@@ -172,11 +183,19 @@ class EngineConfig(Section):
         description="DeepSpeed JSON, file path; `ds_configs/README.md` describes those of the project"
     )
     precision: Precision = Field("auto", description="auto: bf16 where the hardware multiplies it fast, else fp32")
-    frozen_placement: Free[Literal["shard", "replicate"]] = Field(
-        "replicate", description="frozen weights: ZeRO-3 partitions, or whole on each rank and outside ZeRO-3"
+    frozen_placement: Free[Literal["shard", "hpz", "replicate", "auto"]] = Field(
+        "replicate",
+        description="frozen weights: replicate: whole on each rank, nothing of them is sent; shard: ZeRO-3 partitions, "
+        "gathered for every use; hpz: partitions within each node besides, so that nothing of them crosses nodes after "
+        "the first step; auto: replicate where they take a quarter of a rank's memory at most, else hpz, on one node "
+        "shard",
     )
     activation_checkpointing: Free[bool] = Field(
         False, description="compute the LLM's activations again in the backward pass: less memory, more time"
+    )
+    deterministic: Free[bool] = Field(
+        False,
+        description="on a GPU, the same bits from the same start; slower. A CPU gives them anyway",
     )
     validate_every: Free[int] = Field(0, ge=0, description="steps; 0 validates at the end only")
     checkpoint_every: Free[int] = Field(0, ge=0, description="steps; 0 saves at the end only")
@@ -357,9 +376,26 @@ def change_of(key: str) -> Change:
 
 def worker_counts(recipe: Recipe) -> tuple[int, ...]:
     """The numbers of workers within `scaling.workers` that the recipe's batch divides by, ascending."""
-    data, (least, most) = recipe.data, recipe.scaling.bounds
-    portions = data.global_batch / data.micro_batch if data.budget is None else data.budget.micro_batches
-    return tuple(count for count in range(least, most + 1) if portions % count == 0)
+    least, most = recipe.scaling.bounds
+    return tuple(count for count in range(least, most + 1) if _divides(recipe.data.on(count), count))
+
+
+def _divides(data: DataConfig, ranks: int) -> bool:
+    step_batch, micro_batch = data.nominal_batch
+    return step_batch % (micro_batch * ranks) == 0
+
+
+def batch_sentence(recipe: Recipe, ranks: int) -> str | None:
+    """What a batch that grows with the ranks means on so many; None where it is what the recipe says."""
+    data, now = recipe.data, recipe.data.on(ranks)
+    if data.batch_for is None or now.global_batch == data.global_batch:
+        return None
+    steps, times = recipe.optim.steps, ranks / data.batch_for
+    return (
+        f"a step has {now.global_batch:,} samples on {ranks} ranks, {times:g} times the {data.global_batch:,} for "
+        f"{data.batch_for}, and the learning rates stay: optim.steps={max(1, round(steps / times))} is as many samples "
+        f"as {steps} were there"
+    )
 
 
 class Breach(NamedTuple):
@@ -413,6 +449,16 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
                 f"set it to a multiple of {least}, best one that many numbers divide, such as 24 or 48",
             )
         )
+    elif data.batch_for is not None and data.budget is None and not legal:
+        per_step = data.micro_batch * data.batch_for
+        found.append(
+            Breach(
+                ("data.global_batch", "data.micro_batch", "data.batch_for"),
+                f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch * data.batch_for = "
+                f"{data.micro_batch} * {data.batch_for} = {per_step}",
+                f"set data.global_batch to a multiple of {per_step}, or lower data.micro_batch",
+            )
+        )
     elif least == most and not legal:
         per_step = data.micro_batch * least
         found.append(
@@ -420,7 +466,7 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
                 ("data.global_batch", "data.micro_batch", "scaling.workers"),
                 f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch * scaling.workers = "
                 f"{data.micro_batch} * {least} = {per_step}",
-                f"set data.global_batch to a multiple of {per_step}, or lower data.micro_batch",
+                f"set data.global_batch to a multiple of {per_step}, {_smaller(data, least)}",
             )
         )
     if scaling.gpus_per_worker not in (0, 1):
@@ -453,6 +499,15 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
                     )
                 )
     return found
+
+
+def _smaller(data: DataConfig, ranks: int) -> str:
+    """The other way out where a batch does not divide: smaller micro-batches, or a batch that grows with the ranks."""
+    each = data.global_batch // ranks
+    fits = [size for size in range(1, data.micro_batch) if data.global_batch % ranks == 0 and each % size == 0]
+    if fits:
+        return f"data.micro_batch={fits[-1]}, or data.batch_for to the ranks that the batch is meant for"
+    return "or data.batch_for to the ranks that the batch is meant for"
 
 
 def _schedule_rules(recipe: Recipe) -> list[Breach]:
@@ -619,15 +674,16 @@ def _label_rules(recipe: Recipe) -> list[Breach]:
                 (labels, "model.echo.pseudo_text"),
                 f"{labels}=cached keeps the labels of a text that is fixed, and model.echo.pseudo_text="
                 f"{echo.pseudo_text} changes with the weights",
-                f"set model.echo.pseudo_text to generated or reference, or {labels} to teacher",
+                f"set model.echo.pseudo_text to generated or reference, or {labels} to drafted",
             )
         )
-    if echo.labels == "cached" and recipe.engine.frozen_placement == "shard":
+    placement = recipe.engine.frozen_placement
+    if echo.labels == "cached" and placement != "replicate":
         found.append(
             Breach(
                 (labels, "engine.frozen_placement"),
-                f"{labels}=cached lets each rank ask the teacher when it must, and engine.frozen_placement=shard makes "
-                "all ranks gather it together",
+                f"{labels}=cached lets each rank ask the teacher when it must, and engine.frozen_placement={placement} "
+                f"{'may make' if placement == 'auto' else 'makes'} all ranks gather it together",
                 f"set engine.frozen_placement to replicate, or {labels} to teacher",
             )
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from echox.device import usable_gpus
 from echox.errors import LaunchError
 
 if TYPE_CHECKING:
@@ -53,12 +54,13 @@ class RunContext(Protocol):
 
 
 def device_of(context: RunContext) -> torch.device:
-    """The device this process trains on: its GPU where there is one (also made current), else the CPU."""
+    """The device this process trains on: its GPU where it may use one (also made current), else the CPU."""
     import torch
 
-    if not torch.cuda.is_available():
+    gpus = usable_gpus()
+    if not gpus:
         return torch.device("cpu")
-    index = context.local_rank % torch.cuda.device_count()
+    index = context.local_rank % gpus
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -141,9 +143,7 @@ def _announce(*, rank: int, world_size: int, local_rank: int) -> None:
 
 
 def _backend() -> str:
-    import torch
-
-    return "nccl" if torch.cuda.is_available() else "gloo"
+    return "nccl" if usable_gpus() else "gloo"
 
 
 def _close() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from echox.engine.flat import HOLDER, FlatTrainables, Group, whole
 from echox.engine.lr_schedule import rate_at
 
 if TYPE_CHECKING:
@@ -43,15 +44,15 @@ def prepare_deepspeed(device: torch.device) -> None:
             sys.modules[module_name] = absent
 
 
-def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW groups of a stage: one a learning rate, split into tensors that decay and vectors that do not.
+def trainable_groups(module: Any) -> list[Group]:
+    """Trainable tensors by learning rate, split into matrices, which decay, and vectors, which do not.
 
     Raises:
         ValueError: a trainable parameter is in no group or in two, or a group names an unknown or frozen one.
     """
     trainable = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     left = set(trainable)
-    groups: list[dict[str, Any]] = []
+    groups: list[Group] = []
     for rate, names in module.parameter_groups().items():
         wrong = [name for name in names if name not in left]
         if wrong:
@@ -59,47 +60,45 @@ def parameter_groups(module: Any, optim: OptimConfig) -> list[dict[str, Any]]:
                 f"parameter group '{rate}' names parameters that are frozen, unknown or grouped twice: {wrong}"
             )
         left.difference_update(names)
-        peak = float(getattr(optim.lr, rate))
         for decays in (True, False):
-            chosen = [trainable[name] for name in names if (_dimensions(trainable[name]) > 1) == decays]
+            chosen = tuple(name for name in names if (trainable[name].dim() > 1) == decays)
             if chosen:  # DeepSpeed fails on an empty group.
-                decay = optim.weight_decay if decays else 0.0
-                groups.append({"params": chosen, "lr": peak, "weight_decay": decay, "rate": rate})
+                groups.append(Group(rate, decays, chosen))
     if left:
         raise ValueError(f"trainable parameters without a learning rate: {sorted(left)}")
     return groups
 
 
-def _dimensions(parameter: Any) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def leaf_modules(stage: Any) -> list[Any]:
-    """Modules whose parameters ZeRO-3 gathers at once: those the stage names, and its transformer layers.
-
-    LoRA makes some fifty modules of a layer, each with hooks and gathers of its own; as one leaf a layer has one of
-    either, and the prefetch trace, whose first use costs the square of its length, is short. Three kinds stay as they
-    are. A layer with frozen partitions: a frozen weight let go after the forward is not there for the backward through
-    it. The first layer of a stack: where its input needs no gradient, PyTorch calls its backward hook, in which
-    ZeRO-3 reduces a leaf's gradients, before there are any. A layer of which one backward passes two forwards: the
-    hook is called in the midst, when the gradients are those of one of them.
-    """
-    from torch import nn
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    named = stage.zero_leaf_modules() if hasattr(stage, "zero_leaf_modules") else []
-    reused = stage.reused_modules() if hasattr(stage, "reused_modules") else []
-    inside = {id(module) for leaf in (*named, *reused) for module in leaf.modules()}
-    layers = [
-        layer
-        for stack in stage.modules()
-        if isinstance(stack, nn.ModuleList)
-        for layer in stack[1:]
-        if isinstance(layer, GradientCheckpointingLayer)
-        and id(layer) not in inside
-        and all(parameter.requires_grad for parameter in layer.parameters())
+def adam_groups(trainables: FlatTrainables, optim: OptimConfig) -> list[dict[str, Any]]:
+    """AdamW groups, one a flat parameter."""
+    return [
+        {
+            "params": [flat],
+            "lr": float(getattr(optim.lr, group.rate)),
+            "weight_decay": optim.weight_decay if group.decays else 0.0,
+            "rate": group.rate,
+        }
+        for flat, group in zip(trainables.flats, trainables.groups, strict=True)
     ]
-    return [*named, *layers]
+
+
+def drop_idle_hooks(offload: Any) -> None:
+    """Take ZeRO-3's hooks from modules that own none of its parameters.
+
+    It hooks every module four times, two of which put a node of Python into the graph, and LoRA gives an LLM thousands
+    of modules. What trains is gathered by ourselves, and replicated frozen weights by nobody.
+    """
+    from deepspeed.utils import z3_leaf_module
+
+    needed = {
+        id(hooks)
+        for module in offload.module.modules()
+        if any(True for _ in module.parameters(recurse=z3_leaf_module(module)))
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    }
+    for handle in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(handle.hooks_dict_ref()) not in needed:
+            handle.remove()
 
 
 def remember_tree(module: Any) -> None:
@@ -144,6 +143,7 @@ class Engine:
     Attributes:
         ds: DeepSpeed's engine.
         stage: the stage inside it.
+        trainables: all that trains in it.
         config: the DeepSpeed configuration in force.
         invalidations: counter of prefetch-trace invalidations.
     """
@@ -163,9 +163,11 @@ class Engine:
         if list(module.parameters(recurse=False)):
             # ZeRO-3 hooks backward through tensors and tuples alone, so it could not bring these back in time.
             raise ValueError("a stage may not own parameters itself; move them into a submodule that returns tensors")
-        for leaf in leaf_modules(module):
+        for leaf in module.zero_leaf_modules() if hasattr(module, "zero_leaf_modules") else ():
             set_z3_leaf_module(leaf, True)
-        groups = parameter_groups(module, recipe.optim)
+        self.trainables = FlatTrainables(module, trainable_groups(module), torch.distributed.get_world_size())
+        setattr(module, HOLDER, self.trainables)
+        groups = adam_groups(self.trainables, recipe.optim)
         adam = torch.optim.AdamW(groups, betas=recipe.optim.betas, eps=recipe.optim.eps, fused=True)
         deepspeed.init_distributed(
             dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
@@ -174,11 +176,16 @@ class Engine:
         self.config = config
         self.precision = precision
         self.stage: Any = self.ds.module
+        self._stale = True
+        self._hold_whole(device)
+        adam.register_step_post_hook(lambda *_: setattr(self, "_stale", True))
+        self.stage.register_forward_pre_hook(lambda *_: self.refresh())
         remember_tree(self.stage)
         self._recipe = recipe
         self.invalidations = TraceInvalidations()
         self._offload: Any = getattr(self.ds.optimizer, "parameter_offload", None)
         if self._offload is not None:
+            drop_idle_hooks(self._offload)
             self._coordinators: dict[str, Any] = {}
             for purpose in ("evaluation", "probe", "answers"):
                 coordinator = self._coordinators[purpose] = copy.copy(self._offload.param_coordinator)
@@ -186,6 +193,31 @@ class Engine:
                 if purpose != "answers":  # how many tokens are generated is another number each time
                     self.invalidations.watch(coordinator)
             self.invalidations.watch(self._offload.param_coordinator)
+
+    def _hold_whole(self, device: torch.device) -> None:
+        """Give every flat parameter memory for all of it; ZeRO-3 takes it for partitioned and leaves it alone."""
+        import torch
+
+        # Small ones would be gathered twice, and into other memory, where the JSON leaves a threshold to DeepSpeed.
+        persistent = self.ds.optimizer.persistent_parameters
+        persistent[:] = [parameter for parameter in persistent if not parameter.requires_grad]
+        for flat in self.trainables.flats:
+            flat.ds_persist = False
+            flat.data = torch.zeros(flat.ds_numel, dtype=flat.dtype, device=device)
+        with torch.no_grad():
+            self.refresh()
+
+    def gather(self) -> None:
+        """Bring the whole trainables to what the ranks' slices hold."""
+        for flat in self.trainables.flats:
+            whole(flat, flat.data)
+        self._stale = False
+
+    def refresh(self) -> None:
+        """Before a forward: gather the trainables if they were updated, and give the modules their views of them."""
+        if self._stale:
+            self.gather()
+        self.trainables.bind()
 
     def set_learning_rates(self, step: int) -> dict[str, float]:
         """Set every group's rate for optimizer step `step` (from 0); return them by group."""
@@ -216,6 +248,7 @@ class Engine:
         self.ds.eval()
         try:
             with torch.no_grad():
+                self.refresh()
                 yield
         finally:
             self.ds.train()

@@ -51,10 +51,18 @@ class Stage(Protocol):
     """What one training stage computes; an `nn.Module` with these methods.
 
     It may also have `zero_leaf_modules() -> list[nn.Module]`: modules whose parameters ZeRO-3 gathers at once,
-    `reused_modules() -> list[nn.Module]`: modules that run several times before a backward,
     `metrics() -> dict[str, Tensor]`: small detached tensors of the last forward, and `needs_survey(batch) -> bool`:
     whether token counts or weights of its losses depend on forwards of the whole window. Where it does, and a step has
     several micro-batches, each gets a forward without gradient before the first backward (`Engine.evaluating`).
+
+    A stage that notes what a forward computed on as `work`, without a kernel, and has `flops(works)`, the FLOP by part
+    of so many forwards and their backward, gets `perf/tflops_per_s_per_gpu`, and on GPUs whose limits are known
+    `perf/mfu`. Of `part_seconds() -> dict[str, float]`, seconds in named parts since it was last asked, come
+    `perf/<part>_share` of the time.
+
+    What trains becomes views of a few flat parameters (`echox/engine/flat.py`) that are made before each forward of the
+    stage: a forward reads a module's `weight` where it needs it, and keeps none. A module that multiplies with several
+    weights at once says so in `stacked_weights()` (`echox/models/lora.py`) and gets one view over all of them.
 
     A stage with `probe(batch) -> dict[str, LossTerm]` is asked for it where metrics are read, on all ranks, as
     `stage(None, probe)`: it hands on to a function given beside a batch, so that ZeRO-3 gathers what that needs.

@@ -181,6 +181,12 @@ class Loop:
         metrics.update({f"valid/loss/{term}": mean for term, mean in means.items() if math.isfinite(mean)})
         metrics.update(self._weighted(means))
         self.reporter.record("validation", metrics)
+        self._restart_clocks()
+
+    def _restart_clocks(self) -> None:
+        """Leave what was done beside training out of the next step's times; host sync where the stage times parts."""
+        if hasattr(self.engine.stage, "part_seconds"):
+            self.engine.stage.part_seconds()
         self._timer.restart()
 
     def _weighted(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal
 
+from echox.device import usable_gpus
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -25,7 +27,7 @@ def resolve_precision(requested: Precision) -> Resolved:
 
     if requested != "auto":
         return requested
-    if torch.cuda.is_available():
+    if usable_gpus():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if _cpu_flags() & _BF16_CPU_FLAGS else "fp32"
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.device import usable_gpus
 from echox.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def capture() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if usable_gpus() else None,
     }
 
 
@@ -55,7 +56,7 @@ def restore(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
+    if state["cuda"] is not None and usable_gpus():
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -39,6 +39,7 @@ class StepSums:
         stats: host numbers of this rank's batches.
         samples: samples of this rank.
         account_A: global sum of the batches' accounts, where they have any.
+        work: what the stage noted of each forward, from which it computes its FLOP.
     """
 
     names: tuple[str, ...] = ()
@@ -48,6 +49,12 @@ class StepSums:
     stats: dict[str, float] = field(default_factory=dict)
     samples: int = 0
     account_A: Tensor | None = None
+    work: list[Any] = field(default_factory=list)
+
+    def note_work(self, stage: Any) -> None:
+        """Keep what the stage noted of its last forward, if it does; no kernel and no host sync."""
+        if hasattr(stage, "work"):
+            self.work.append(stage.work)
 
     def means(self) -> dict[str, float]:
         """Token means of the losses that had tokens, and `total`. A host sync."""
@@ -71,11 +78,12 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
     sums = StepSums()
     on_device = [batch.to(world.device) for batch in batches]
     accounts = [_account(batch, world) for batch in batches]
-    survey = _survey(engine, on_device, step, world)
+    survey = _survey(engine, on_device, step, world, sums)
     known = {} if survey is not None else _known_counts(engine.stage, batches, world)
     engine.clear_gradients()
     for batch, account in zip(on_device, accounts, strict=True):
         terms = engine.ds(batch)
+        sums.note_work(engine.stage)
         names, micro_K2, account_A = _global_sums(terms, account, world)
         window = survey
         if window is None:
@@ -87,7 +95,8 @@ def train_step(engine: Engine, batches: Sequence[BatchLike], step: int, world: W
         for row, name in enumerate(names):
             count = window.counts[name].clamp(min=1)
             loss = loss + window.weights[name] * terms[name].total * (world.size / count).to(loss.dtype)
-            value = value + torch.as_tensor(window.weights[name]).to(value) * micro_K2[row, 0] / count
+            weight = window.weights[name]  # a number stays one: as a tensor it would be copied to the device
+            value = value + (weight.to(value) if isinstance(weight, Tensor) else weight) * micro_K2[row, 0] / count
         sums.names, sums.weights = names, window.weights
         sums.sums_K2 = micro_K2 if sums.sums_K2 is None else sums.sums_K2 + micro_K2
         sums.total = value if sums.total is None else sums.total + value
@@ -134,13 +143,16 @@ class _Window:
     weights: Mapping[str, Tensor | float]
 
 
-def _survey(engine: Engine, batches: Sequence[BatchLike], step: int, world: World) -> _Window | None:
+def _survey(engine: Engine, batches: Sequence[BatchLike], step: int, world: World, sums: StepSums) -> _Window | None:
     """Counts and weights of a window of several micro-batches, where the stage cannot tell them before."""
     needed = getattr(engine.stage, "needs_survey", None)
     if len(batches) == 1 or needed is None or not any(needed(batch) for batch in batches):
         return None
+    found = []
     with engine.evaluating():
-        found = [_local_sums(engine.ds(batch)) for batch in batches]
+        for batch in batches:
+            found.append(_local_sums(engine.ds(batch)))
+            sums.note_work(engine.stage)
     names = found[0][0]
     sums_K2 = world.all_reduce(torch.stack([sums_K2 for _, sums_K2 in found]).sum(0))
     weights = engine.stage.loss_weights(_means(names, sums_K2), step)

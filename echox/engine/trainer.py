@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import model_place
+from echox.config.schema import batch_sentence
 from echox.engine import rng_state, run_files
 from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_checkpoint
 from echox.engine.checkpoint.manifest import Checkpoint, Choice, set_aside, sweep
@@ -17,6 +18,7 @@ from echox.engine.checkpoint.recipe_diff import changes
 from echox.engine.checkpoint.retention import Retention
 from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
+from echox.engine.determinism import compute_deterministically
 from echox.engine.frozen import FrozenModel, compare_identities, identify, replicate_as_buffers
 from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
 from echox.engine.loop import Loop
@@ -31,6 +33,7 @@ from echox.engine.monitor.watchdog import Watchdog
 from echox.engine.object_store.checkpoints import Entry, PublishedCheckpoints
 from echox.engine.object_store.mirror import StoredStop
 from echox.engine.object_store.run_store import RunStore
+from echox.engine.placement import place_frozen
 from echox.engine.precision import Resolved, dtype_census, resolve_precision, torch_dtype
 from echox.engine.run_files import RunFileEntry
 from echox.engine.start_check import check_start
@@ -71,14 +74,16 @@ def train(
         The result, the same on every rank.
 
     Raises:
-        RecipeError: the batch does not divide by the world.
+        RecipeError: the batch does not divide by the world, or the frozen weights have no place in it.
         CheckpointError: no good checkpoint among those found, one that does not fit, or one that cannot be written.
         DataError: damaged data beyond what the recipe allows, or other samples than planned.
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
         TrainingError: the loss is not a finite number or spikes, beyond what the recipe's `health` allows.
     """
     startup = StartupTimer()
-    world = World.of(context.rank, context.world_size, device_of(context))
+    device = device_of(context)
+    compute_deterministically(recipe.engine.deterministic, device)
+    world = World.of(context.rank, context.world_size, device)
     store = RunStore.of(recipe.storage, recipe.name)
     folder = RunDir(context.storage / recipe.name, store)
     listener = StopListener(
@@ -119,6 +124,8 @@ class _Attempt:
         allow: Sequence[str],
     ) -> _Attempt:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
+        sized = recipe.model_copy(update={"data": recipe.data.on(world.size)})
+        batch, recipe = batch_sentence(recipe, world.size), sized
         prepare_deepspeed(world.device)
         proof = check_start(
             folder,
@@ -153,6 +160,8 @@ class _Attempt:
             raise problem or _unwritable(folder.path, error) from error
         reporter = Reporter(recipe, folder, log, tracker, world.is_main, attempt)
         reporter.event("start_check", **asdict(proof))
+        if batch is not None:
+            reporter.event("batch", what=batch)
         if problem is not None or chosen is None:
             reporter.event("failed", error=str(problem))
             raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
@@ -220,7 +229,8 @@ class _Attempt:
         self._start_data(setup.train_loader, accept_new_data=accept_new_data)
         self.startup.lap("data")
         buffers = frozenset[str]()
-        if recipe.engine.frozen_placement == "replicate":
+        placement = place_frozen(recipe.engine.frozen_placement, setup.module, torch_dtype(precision), world, ds_config)
+        if placement == "replicate":
             buffers = replicate_as_buffers(setup.module, world.device, torch_dtype(precision))
         engine = Engine(recipe, setup.module, device=world.device, precision=precision, config=ds_config)
         self.startup.lap("engine")
@@ -243,7 +253,7 @@ class _Attempt:
             },
             published=self.published,
         )
-        self._announce(precision, census, ds_config)
+        self._announce(precision, placement, census, ds_config)
         health = LossGuard(recipe.health, world.device)
         if self.choice.checkpoint is not None:
             self._resume(self.choice.checkpoint, checkpointer, health)
@@ -252,7 +262,7 @@ class _Attempt:
         if world.is_main:
             sweep(reporter.folder.path)
             reporter.folder.forget_after(reporter.state.step)
-        check = UpdateCheck(engine, buffers)
+        check = UpdateCheck(engine, buffers, world)
         loop = Loop(
             recipe=recipe,
             context=self.context,
@@ -275,7 +285,7 @@ class _Attempt:
             if world.is_main:
                 merge_ledgers(reporter.folder.path)
         movement = (
-            check.compare(world) if reporter.state.step > began else UpdateReport(unmoved_trainable=(), moved_frozen=())
+            check.compare() if reporter.state.step > began else UpdateReport(unmoved_trainable=(), moved_frozen=())
         )
         self._finish(movement, reporter.state.stopped)
         engine.close()
@@ -412,7 +422,9 @@ class _Attempt:
         ):
             self.reporter.event("new_data", what=clause)
 
-    def _announce(self, precision: str, census: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:
+    def _announce(
+        self, precision: str, placement: str, census: Mapping[str, Any], ds_config: Mapping[str, Any]
+    ) -> None:
         self.reporter.event(
             "start",
             run=self.recipe.name,
@@ -422,7 +434,7 @@ class _Attempt:
             world_size=self.world.size,
             device=self.world.device,
             precision=precision,
-            frozen_placement=self.recipe.engine.frozen_placement,
+            frozen_placement=placement,
             dtypes=json.dumps(census),
             start_s=self.startup.seconds,
             peak_gib=peak_gib(self.world.device),

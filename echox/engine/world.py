@@ -6,8 +6,12 @@ between the hosts, so that it never waits for a GPU.
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+from echox.device import DEVICE
+from echox.errors import LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -27,10 +31,32 @@ class World:
 
     @classmethod
     def of(cls, rank: int, size: int, device: torch.device) -> Self:
-        """The world of an initialised torch.distributed; every rank must make it."""
+        """The world of an initialised torch.distributed; every rank must make it.
+
+        Raises:
+            LaunchError: two ranks have one GPU.
+        """
         import torch.distributed as dist
 
-        return cls(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
+        world = cls(rank, size, device, dist.new_group(backend="gloo") if size > 1 else None)
+        world._refuse_shared_gpu()
+        return world
+
+    def _refuse_shared_gpu(self) -> None:
+        """Raise LaunchError on every rank where two have one GPU: NCCL would refuse it, in words of its own."""
+        if self.size == 1 or self.device.type != "cuda":
+            return
+        import torch
+
+        properties = torch.cuda.get_device_properties(self.device)
+        gpus = self.all_gather((socket.gethostname(), str(properties.uuid)))
+        for rank, gpu in enumerate(gpus):
+            if (first := gpus.index(gpu)) != rank:
+                raise LaunchError(
+                    f"ranks {first} and {rank} have one GPU, {properties.name}, which NCCL does not allow",
+                    where=f"{gpu[0]}, GPU {gpu[1]}",
+                    fix=f"start one process a GPU of a node, or train on the CPU with {DEVICE}=cpu",
+                )
 
     @property
     def is_main(self) -> bool:

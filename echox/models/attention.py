@@ -45,7 +45,9 @@ class Attention(nn.Module):
         query, key, value = split(self.query(queries_BQh)), split(self.key(memory_BTh)), split(self.value(memory_BTh))
         dropout = self.dropout if self.training else 0.0
         if isinstance(rows, PackedRows) and isinstance(memory_rows, PackedRows):
-            mixed = packed_attention(query[0], key[0], value[0], rows, memory_rows, causal=False, dropout=dropout)[None]
+            mixed = packed_attention(
+                query.squeeze(0), key.squeeze(0), value.squeeze(0), rows, memory_rows, causal=False, dropout=dropout
+            )[None]
         else:
             mixed = F.scaled_dot_product_attention(
                 query.transpose(1, 2),

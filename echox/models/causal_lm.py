@@ -40,13 +40,18 @@ def decoder_layers(causal_lm: Any) -> nn.ModuleList:
     return layers
 
 
-def logits_of(causal_lm: Any, hidden: Tensor) -> Tensor:
+def logits_of(causal_lm: Any, hidden: Tensor, *, within: nn.Module | None = None) -> Tensor:
     """Logits `[..., V]` that the model's class makes of last hidden states `[..., h]`, in the model's dtype.
 
     The class's own forward runs, with a decoder that has computed these states already.
+
+    Args:
+        causal_lm: the model.
+        hidden: the states.
+        within: the head, where this is called in a job of it: its hooks, which ran for the job, then run no more.
     """
     hidden_BTh = hidden if hidden.dim() == 3 else hidden.reshape(1, -1, hidden.shape[-1])
-    out = type(causal_lm).forward(_Decoded(causal_lm, hidden_BTh), inputs_embeds=hidden_BTh, use_cache=False)
+    out = type(causal_lm).forward(_Decoded(causal_lm, hidden_BTh, within), inputs_embeds=hidden_BTh, use_cache=False)
     logits: Tensor = out.logits
     return logits if hidden.dim() == 3 else logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
@@ -150,13 +155,30 @@ def _decoder_name(causal_lm: Any) -> str:
 class _Decoded:
     """A causal LM as its own forward sees it, whose decoder returns states that are there already."""
 
-    def __init__(self, causal_lm: Any, hidden_BTh: Tensor) -> None:
+    def __init__(self, causal_lm: Any, hidden_BTh: Tensor, within: nn.Module | None) -> None:
         self._causal_lm = causal_lm
+        self._within = within
         self._name = _decoder_name(causal_lm)
         self._states = _States(getattr(causal_lm, self._name), hidden_BTh)
 
     def __getattr__(self, name: str) -> Any:
-        return self._states if name == self._name else getattr(self._causal_lm, name)
+        if name == self._name:
+            return self._states
+        found = getattr(self._causal_lm, name)
+        return found if self._within is None or found is not self._within else _Unhooked(found)
+
+
+class _Unhooked:
+    """A module whose forward runs without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._module.forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class _States:

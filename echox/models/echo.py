@@ -43,7 +43,8 @@ def trigger_segments(scores_BR: Tensor, mask_BR: Tensor, rule: TriggerRule) -> T
 
     A position ends a segment if its score is the largest within `look_ahead` positions on both sides and the segment
     has `max_wait` tokens before it, or `min_tokens` tokens and a score above `threshold`. The last `look_ahead`
-    positions cannot be judged while streaming and are flushed with the end. The loop is over time, not over rows.
+    positions cannot be judged while streaming and are flushed with the end. There is no loop over time: each position
+    knows where the segment after one from there would start, and the starts from 0 on are found by doubling.
     """
     look_ahead = rule.look_ahead
     span = 2 * look_ahead + 1
@@ -51,18 +52,29 @@ def trigger_segments(scores_BR: Tensor, mask_BR: Tensor, rule: TriggerRule) -> T
     peak = scores_BR >= padded.unfold(1, span, 1).amax(-1)
     judged = F.pad(mask_BR, (0, look_ahead))[:, look_ahead:] & mask_BR
     peak = peak & judged
-    segment = torch.zeros(len(scores_BR), dtype=torch.long, device=scores_BR.device)
-    start = torch.zeros_like(segment)
-    out = []
-    for t in range(scores_BR.shape[1]):
-        out.append(segment)
-        waited = t - start
-        cut = peak[:, t] & (
-            (waited >= rule.max_wait) | ((waited >= rule.min_tokens) & (scores_BR[:, t] > rule.threshold))
-        )
-        segment = segment + cut
-        start = torch.where(cut, torch.full_like(start, t + 1), start)
-    return torch.stack(out, dim=1)
+    high = peak & (scores_BR > rule.threshold)
+    next_BS = _next_start(high, peak, rule)
+    # A segment has at least so many tokens, so that doubling the number of starts soon finds all of them.
+    shortest, size = min(rule.min_tokens, rule.max_wait) + 1, scores_BR.shape[1]
+    starts_BK = next_BS.new_zeros(len(scores_BR), 1)
+    while starts_BK.shape[1] < size // shortest + 1:
+        starts_BK = torch.cat([starts_BK, next_BS.gather(1, starts_BK)], dim=1)
+        next_BS = next_BS.gather(1, next_BS)
+    begins_BS = torch.zeros_like(next_BS).scatter_add_(1, starts_BK, torch.ones_like(starts_BK))
+    return begins_BS[:, :size].cumsum(1) - 1
+
+
+def _next_start(high_BR: Tensor, peak_BR: Tensor, rule: TriggerRule) -> Tensor:
+    """Where the segment after one that starts at each position starts: `[B, R + 1]`, R for none."""
+    size = peak_BR.shape[1]
+    places_R = torch.arange(size, device=peak_BR.device)
+    ends_2BR = torch.where(torch.stack([high_BR, peak_BR]), places_R, size)
+    ends_2BS = F.pad(ends_2BR, (0, 1), value=size).flip(-1).cummin(-1).values.flip(-1)
+    waited = [
+        F.pad(ends_BS[:, wait:], (0, wait), value=size)
+        for ends_BS, wait in zip(ends_2BS, (min(rule.min_tokens, size + 1), min(rule.max_wait, size + 1)), strict=True)
+    ]
+    return (torch.minimum(*waited) + 1).clamp(max=size)
 
 
 class Segments(NamedTuple):
@@ -73,6 +85,7 @@ class Segments(NamedTuple):
         rows: N, the number of segments in the batch.
         mask_NT: True on real positions of the segment rows.
         owner_N: which sample each segment row came from.
+        full: the longest row has no padding, as there is a segment.
     """
 
     row_BR: Tensor
@@ -80,6 +93,7 @@ class Segments(NamedTuple):
     rows: int
     mask_NT: Tensor
     owner_N: Tensor
+    full: bool = False
 
     def scatter(self, values_BRx: Tensor) -> Tensor:
         """Move `[B, R, ...]` into `[N, T, ...]`; differentiable."""
@@ -100,9 +114,9 @@ def segment_rows(segment_BR: Tensor, mask_BR: Tensor) -> Segments:
     start_BR = torch.where(first, positions, torch.zeros_like(positions)).cummax(1).values
     column_BR = (positions - start_BR).masked_fill(~mask_BR, 0)
     rows, longest = torch.stack([first.sum(), column_BR.max() + 1]).tolist()  # host sync
-    rows, longest = max(int(rows), 1), int(longest)
+    full, rows, longest = rows > 0, max(int(rows), 1), int(longest)
     row_BR = row_BR.masked_fill(~mask_BR, rows)
     owner_B = torch.arange(batch, device=mask_BR.device)[:, None].expand(-1, length)
     owner_N = owner_B.new_zeros(rows + 1).index_put((row_BR,), owner_B)[:rows]
     mask_NT = mask_BR.new_zeros(rows + 1, longest).index_put((row_BR, column_BR), mask_BR)[:rows]
-    return Segments(row_BR, column_BR, rows, mask_NT, owner_N)
+    return Segments(row_BR, column_BR, rows, mask_NT, owner_N, full)

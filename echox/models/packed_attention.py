@@ -81,7 +81,7 @@ def packed_attention(
         scale=scale,
         enable_gqa=query_LHD.shape[1] != key_TKD.shape[1],
     )
-    return rows.from_padded(padded.transpose(1, 2))[0]
+    return rows.from_padded(padded.transpose(1, 2)).squeeze(0)
 
 
 def _flash_takes(query_LHD: Tensor, dropout: float) -> bool:
@@ -147,9 +147,10 @@ def _attention(
         return found
     _check_told(module, sliding_window, {name: others.get(name) for name in ("softcap", "s_aux", "position_bias")})
     mixed_LHD = packed_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        # Of a selected row the gradient would be copied into zeros.
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         rows,
         rows,
         causal=module.is_causal if is_causal is None else is_causal,

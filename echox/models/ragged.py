@@ -27,13 +27,15 @@ class Rows(ABC):
         lengths_N: real positions of each row.
         size: S, columns of the padded form; no row is longer.
         computed: how many positions a module computes on, padding included.
-        places: place of each position in its row, counted from 0: `[N, S]` padded, `[1, L]` packed.
+        positions: place of each position in its row, counted from 0: `[N, S]` padded, `[1, L]` packed.
+        lengths_on_host_N: the lengths on the CPU, where they are known there.
     """
 
     lengths_N: Tensor
     size: int
     computed: int
     positions: Tensor
+    lengths_on_host_N: Tensor | None = None
 
     @property
     @abstractmethod
@@ -163,7 +165,7 @@ class PackedRows(Rows):
         shape = (len(self.lengths_N), self.size, *values.shape[2:])
         if self.computed == 0:  # still in the graph: ranks must agree on which parameters receive gradients
             return values.new_zeros(shape) + values.sum().to(values.dtype)
-        return values[0].index_select(0, self._padded_index).view(shape)
+        return values.squeeze(0).index_select(0, self._padded_index).view(shape)
 
     @cached_property
     def _padded_index(self) -> Tensor:
@@ -183,7 +185,7 @@ class PackedRows(Rows):
     def gather(self, values: Tensor, positions: Tensor, into: Rows) -> Tensor:
         """`[1, L, h]` and `[1, K]` to `[1, K, h]`."""
         index_1K = into.broadcast(self.starts_N1[:-1]) + positions
-        return values[0].index_select(0, index_1K[0])[None]
+        return values.squeeze(0).index_select(0, index_1K.squeeze(0))[None]
 
     def subset(self, keep: Tensor) -> tuple[Rows, Tensor]:
         """Kept positions end to end."""
@@ -210,10 +212,14 @@ def rows_of(lengths_N: Tensor, size: int, layout: Layout, lengths_on_host: Tenso
 
     Packing must know the sum of the lengths: a host sync, unless `lengths_on_host` repeats them on the CPU.
     """
+    rows: Rows
     if layout == "padded":
-        return PaddedRows(lengths_N, size)
-    known = lengths_N if lengths_on_host is None else lengths_on_host
-    return PackedRows(lengths_N, size, int(known.sum()))  # host sync, where not known
+        rows = PaddedRows(lengths_N, size)
+    else:
+        known = lengths_N if lengths_on_host is None else lengths_on_host
+        rows = PackedRows(lengths_N, size, int(known.sum()))  # host sync, where not known
+    rows.lengths_on_host_N = lengths_on_host
+    return rows
 
 
 class Joined(NamedTuple):
@@ -306,15 +312,22 @@ def gather_rows(values_BLh: Tensor, index_BK: Tensor) -> Tensor:
     return values_BLh.gather(1, index_BK[:, :, None].expand(-1, -1, values_BLh.shape[2]))
 
 
-def join_rows(blocks: Sequence[Tensor], masks: Sequence[Tensor], *, pad_left: bool = False) -> JoinedRows:
+def join_rows(
+    blocks: Sequence[Tensor], masks: Sequence[Tensor], *, pad_left: bool = False, one_is_full: bool = False
+) -> JoinedRows:
     """Concatenate blocks [B, L_i, h] along the row and squeeze the padding out of the middle.
 
     One host synchronisation, for the longest row: without it the LLM would compute on every block's padding.
+
+    Args:
+        blocks, masks: in order.
+        pad_left: padding of the result.
+        one_is_full: some row has no padding in any block, so that the longest is known.
     """
     values = torch.cat(list(blocks), dim=1)
     mask = torch.cat(list(masks), dim=1)
     lengths = mask.sum(1)
-    longest = int(lengths.max())  # host sync
+    longest = mask.shape[1] if one_is_full else int(lengths.max())  # host sync, unless one is full
     order = torch.argsort((mask if pad_left else ~mask).to(torch.uint8), dim=1, stable=True)
     order = order[:, -longest:] if pad_left else order[:, :longest]
     new_column = mask.cumsum(1) - 1

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from echox.models.causal_lm import decoder_of, logits_of
+from echox.models.chunked_heads import TextLoss, frozen_cross_entropy, let_run_jobs, most_probable_by
+from echox.models.lora import without_lora
+from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
+from echox.models.rotary import keep_rotary_float32
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
 
 
@@ -20,12 +24,10 @@ class S2TOutput(NamedTuple):
 
     Attributes:
         states: final-norm states that predict the response tokens.
-        logits: text logits of the response positions only, float32, in the layout of the response.
-        speech: what the front end computed, with the CTC logits.
+        speech: what the front end computed.
     """
 
     states: ResponseStates
-    logits: Tensor
     speech: SpeechOutput
 
 
@@ -83,6 +85,9 @@ class S2TModel(nn.Module):
         self.ctc_embedding = ctc_embedding
         self.front_end = front_end
         self.llm = llm
+        keep_rotary_float32(llm)
+        fuse_rms_norms(llm)
+        let_run_jobs(self.text_head)
         if layout == "packed":
             use_packed_attention(self.causal_lm)
 
@@ -102,18 +107,48 @@ class S2TModel(nn.Module):
         embedded: Tensor = self.causal_lm.get_input_embeddings()(tokens_BT)
         return embedded
 
+    @property
+    def text_head(self) -> Any:
+        """The LLM's head, which does not train."""
+        return self.causal_lm.get_output_embeddings()
+
     def head(self, hidden_BRh: Tensor) -> Tensor:
-        """Text logits in float32 as the LLM's own class scales and caps them, computed only for the states given."""
+        """Text logits in float32 as the LLM's own class scales and caps them; whole, so for a few states only."""
         return logits_of(self.causal_lm, hidden_BRh).float()
 
-    def encode_speech(self, batch: Any) -> SpeechOutput:
-        """Speech vectors of a `SpeechBatch`, at the LLM width."""
-        speech: SpeechOutput = self.front_end(*batch.audio)
+    def text_loss(self, hidden: Tensor, targets: Tensor, counted: Tensor, *, best: bool = False) -> TextLoss:
+        """Summed cross-entropy of the targets that count, given the states that predict them, in one layout.
+
+        `best`: also say which token each state makes the most probable, in that layout.
+        """
+        head, classes = self.text_head, self.causal_lm.config.vocab_size
+
+        def job(hidden_Rh: Tensor) -> TextLoss:
+            return frozen_cross_entropy(
+                self._logits_within, hidden_Rh, targets.flatten(), counted.flatten(), classes, best=best
+            )
+
+        found: TextLoss = head(hidden.flatten(0, 1), job)
+        return found if found.best is None else found._replace(best=found.best.view(targets.shape))
+
+    def best_tokens(self, hidden_BRh: Tensor) -> Tensor:
+        """The token that each state makes the most probable: `[B, R]`."""
+        classes = self.causal_lm.config.vocab_size
+        flat_Rh = hidden_BRh.detach().flatten(0, 1)
+        found: Tensor = self.text_head(flat_Rh, lambda part: most_probable_by(self._logits_within, part, classes))
+        return found.view(hidden_BRh.shape[:2])
+
+    def _logits_within(self, hidden_Rh: Tensor) -> Tensor:
+        return logits_of(self.causal_lm, hidden_Rh, within=self.text_head)
+
+    def encode_speech(self, batch: Any, *, ctc: bool = False) -> SpeechOutput:
+        """Speech vectors of a `SpeechBatch`, at the LLM width; `ctc`: with what a CTC loss reads."""
+        speech: SpeechOutput = self.front_end(*batch.audio, tokens_BC=batch.transcript_BC if ctc else None)
         if not self.ctc_embedding:
             return speech
-        kept_BVC = speech.frames.gather(speech.ctc_logits, speech.kept, speech.rows).float().softmax(-1)
-        table_Ch = self.embed(self.front_end.ctc_head.tokens[1:])  # the blank stands for no word
-        expected_BVh = kept_BVC[..., 1:].to(table_Ch.dtype) @ table_Ch
+        ctc_head = self.front_end.ctc_head
+        table_Ch = self.embed(ctc_head.tokens[1:])  # the blank stands for no word
+        expected_BVh = ctc_head.expected(speech.frames.gather(speech.aligned, speech.kept, speech.rows), table_Ch)
         return speech._replace(speech=speech.speech + expected_BVh)
 
     def prompt(self, speech: SpeechOutput, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -134,11 +169,11 @@ class S2TModel(nn.Module):
         blocks += [speech_AVh[:rows], self.embed(batch.after_BQ)]
         return blocks, [*masks, mask_AV[:rows], batch.after_mask_BQ]
 
-    def forward(self, batch: Any, *, at_tokens: bool = False) -> S2TOutput:
-        """Teacher-forced pass over a `SpeechBatch`; `at_tokens`: also the states at the tokens."""
-        speech = self.encode_speech(batch)
+    def forward(self, batch: Any, *, at_tokens: bool = False, ctc: bool = False) -> S2TOutput:
+        """Teacher-forced pass over a `SpeechBatch`; `at_tokens`: also the states at the tokens; `ctc`: for its loss."""
+        speech = self.encode_speech(batch, ctc=ctc)
         states = self.response_states(speech, batch, batch.response_BR, batch.response_mask_BR, at_tokens=at_tokens)
-        return S2TOutput(states, self.head(states.hidden), speech)
+        return S2TOutput(states, speech)
 
     def response_states(
         self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor, *, at_tokens: bool = False
@@ -161,7 +196,7 @@ class S2TModel(nn.Module):
         blocks = [batch.before_BP, batch.transcript_BC, batch.after_BQ, tokens_BR]
         masks = [_before_mask(batch), question_mask_BC, batch.after_mask_BQ, mask_BR]
         row = join([self.embed(block) for block in blocks], masks, self.layout)
-        with _without_lora(self.llm):
+        with without_lora(self.llm):
             hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
         return ResponseStates(row.predicting(hidden), row.targets, row.rows)
 
@@ -260,20 +295,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
-
-
-@contextmanager
-def _without_lora(llm: nn.Module) -> Iterator[None]:
-    """Switch LoRA off, and on again.
-
-    PEFT's own switch also sets which parameters need gradients, which ZeRO-3 must not meet in the midst of a run.
-    """
-    layers: list[Any] = [module for module in llm.modules() if hasattr(module, "_disable_adapters")]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled

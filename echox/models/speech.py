@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.models.attention import Attention, EncoderBlock
+from echox.models.chunked_heads import Head, best_classes, class_scores, expected_rows
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, lengths_to_mask, rows_of
 
@@ -184,7 +185,7 @@ class CtcHead(nn.Module):
 
     def __init__(self, width: int, tokens: Tensor, vocabulary: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, len(tokens), bias=False)
+        self.linear = Head(width, len(tokens), bias=False)
         self.vocabulary = vocabulary
         self.register_buffer("tokens", tokens)
 
@@ -203,13 +204,46 @@ class CtcHead(nn.Module):
         """CTC class of each LLM token; a token without a class becomes the blank, which CTC never asks for."""
         table = torch.zeros(self.vocabulary + 1, dtype=torch.long, device=tokens_BC.device)
         table[self.tokens] = torch.arange(len(self.tokens), device=tokens_BC.device)
-        table[self.tokens[0]] = 0
         return table[tokens_BC]
 
-    def forward(self, aligned_BTh: Tensor) -> Tensor:
-        """Class logits `[B, T, C]`, in the layout of the frames."""
-        logits: Tensor = self.linear(aligned_BTh)
-        return logits
+    def forward(self, aligned_BTh: Tensor, frames: Rows, tokens_BC: Tensor | None = None) -> CtcScores:
+        """The class of each frame, and what CTC reads of its logits where the row says `tokens_BC`.
+
+        Args:
+            aligned_BTh: frames in the layout `frames`.
+            frames: that layout; rows behind the B that say something are not scored.
+            tokens_BC: LLM tokens of the transcripts; None where only the classes of the frames are wanted.
+        """
+        flat_Th = aligned_BTh.flatten(0, 1)
+        if tokens_BC is None:
+            return CtcScores(best_classes(self.linear, flat_Th).view(aligned_BTh.shape[:2]))
+        classes_BC = self.classes(tokens_BC)
+        unheard = len(frames.lengths_N) - len(classes_BC)
+        classes_NS = F.pad(classes_BC, (1, 0, 0, unheard))  # class 0, the blank, comes first
+        classes_BTS = frames.broadcast(classes_NS).expand(*aligned_BTh.shape[:2], -1)
+        found = class_scores(self.linear, flat_Th, classes_BTS.flatten(0, 1))
+        normaliser_BT, best_BT = (part.view(aligned_BTh.shape[:2]) for part in (found.normaliser, found.best))
+        return CtcScores(best_BT, classes_BC, normaliser_BT, found.chosen.view(classes_BTS.shape))
+
+    def expected(self, aligned_BVh: Tensor, table_Ch: Tensor) -> Tensor:
+        """The mean of the words' rows of a table under the classes' probabilities; the blank stands for no word."""
+        return expected_rows(self.linear, aligned_BVh.flatten(0, 1), table_Ch, 1).view(*aligned_BVh.shape[:2], -1)
+
+
+class CtcScores(NamedTuple):
+    """What is read of the CTC logits of all frames, in their layout.
+
+    Attributes:
+        labels: the most probable class of each frame.
+        classes_BC: class of each transcript token.
+        normaliser: logarithm of the sum of exponentials over all classes.
+        chosen: logits of the blank and of the row's `classes_BC`, `[..., C + 1]`.
+    """
+
+    labels: Tensor
+    classes_BC: Tensor | None = None
+    normaliser: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 class Shrunk(NamedTuple):
@@ -264,14 +298,16 @@ class SpeechOutput(NamedTuple):
 
     Attributes:
         speech, rows, kept: see `Shrunk`.
-        ctc_logits: class logits of all frames.
+        aligned: all frames.
+        ctc: what is read of their CTC logits.
         frames: layout of the frames.
     """
 
     speech: Tensor
     rows: Rows
     kept: Tensor
-    ctc_logits: Tensor
+    aligned: Tensor
+    ctc: CtcScores
     frames: Rows
 
     def padded(self) -> tuple[Tensor, Tensor]:
@@ -297,8 +333,10 @@ class SpeechFrontEnd(nn.Module):
         frames_B: Tensor,
         features_BTd: Tensor | None = None,
         frames_on_host_B: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Rows]:
-        """Aligned frames, CTC logits, and the layout of both; the encoder gets no gradient."""
+        *,
+        tokens_BC: Tensor | None = None,
+    ) -> tuple[Tensor, CtcScores, Rows]:
+        """Aligned frames, their CTC scores, and the layout of both; the encoder gets no gradient."""
         if features_BTd is None:
             with torch.no_grad():
                 features, encoded_B = self.encoder(mel_BMT, frames_B, frames_on_host_B)
@@ -306,7 +344,7 @@ class SpeechFrontEnd(nn.Module):
             features, encoded_B = features_BTd.to(self.alignment.projection.weight.dtype), encoded_frames(frames_B)
         encoded_on_host_B = None if frames_on_host_B is None else encoded_frames(frames_on_host_B)
         aligned, frames = self.alignment(features, encoded_B, encoded_on_host_B)
-        return aligned, self.ctc_head(aligned), frames
+        return aligned, self.ctc_head(aligned, frames, tokens_BC), frames
 
     def forward(
         self,
@@ -314,6 +352,8 @@ class SpeechFrontEnd(nn.Module):
         frames_B: Tensor,
         features_BTd: Tensor | None = None,
         frames_on_host_B: Tensor | None = None,
+        *,
+        tokens_BC: Tensor | None = None,
     ) -> SpeechOutput:
         """Log-mel to speech vectors at the LLM width.
 
@@ -322,7 +362,8 @@ class SpeechFrontEnd(nn.Module):
             frames_B: real mel frames of each row.
             features_BTd: the encoder's output for this input, `[B, T/2, d]`, where it was computed before.
             frames_on_host_B: `frames_B` on the CPU, so that packing need not wait for the device.
+            tokens_BC: what is said in the first B rows, for the CTC loss; None for none.
         """
-        aligned, logits, frames = self.align(mel_BMT, frames_B, features_BTd, frames_on_host_B)
-        shrunk = self.shrink(aligned, frames, logits.detach().argmax(-1))
-        return SpeechOutput(shrunk.speech, shrunk.rows, shrunk.kept, logits, frames)
+        aligned, ctc, frames = self.align(mel_BMT, frames_B, features_BTd, frames_on_host_B, tokens_BC=tokens_BC)
+        shrunk = self.shrink(aligned, frames, ctc.labels)
+        return SpeechOutput(shrunk.speech, shrunk.rows, shrunk.kept, aligned, ctc, frames)

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echox.models.chunked_heads import Head, class_scores
+from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, Draft, after_draft, capacity, decode
+from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
+from echox.models.rotary import keep_rotary_float32
 
 
 class TextPart(NamedTuple):
@@ -24,15 +28,17 @@ class TextPart(NamedTuple):
     Attributes:
         blocks, masks: in order.
         starts_NS: characters before each position of the joined row, for a decoder that places its text by them.
+        one_is_full: some row has no padding in any block.
     """
 
     blocks: list[Tensor]
     masks: list[Tensor]
     starts_NS: Tensor | None = None
+    one_is_full: bool = False
 
     def left_padded(self) -> JoinedRows:
         """Joined so that the first unit of every row stands in the same column, as decoding needs it."""
-        return join_rows(self.blocks, self.masks, pad_left=True)
+        return join_rows(self.blocks, self.masks, pad_left=True, one_is_full=self.one_is_full)
 
 
 class UnitLoss(NamedTuple):
@@ -41,14 +47,6 @@ class UnitLoss(NamedTuple):
     total: Tensor
     tokens: Tensor
     rows: Rows
-
-
-class DecodedUnits(NamedTuple):
-    """Greedy words: ids `[N, M]`, True on words before the end (the end itself excluded), rows that did end."""
-
-    words_NM: Tensor
-    mask_NM: Tensor
-    ended_N: Tensor
 
 
 class T2CDecoder(nn.Module):
@@ -131,9 +129,11 @@ class T2CDecoder(nn.Module):
             )
         )
         self.body.embed_tokens = None  # type: ignore[assignment]  # inputs are always embeddings; an unused table would only weigh on checkpoints
+        keep_rotary_float32(self.body)
+        fuse_rms_norms(self.body)
         if self.layout == "packed":
             use_packed_attention(self.body)
-        self.head = nn.Linear(width, text_classes + words + 2, bias=False)
+        self.head = Head(width, text_classes + words + 2, bias=False)
 
     def scale_units(self, rms: float) -> None:
         """Give the unit table the root mean square of the text table, so that both inputs weigh the same at first."""
@@ -151,20 +151,21 @@ class T2CDecoder(nn.Module):
         Returns:
             `[N, M + 1, classes]` float32: column m predicts word m, the one after a row's last word the end.
         """
-        logits, targets, _ = self._predict(text, words_NM, mask_NM)
-        return targets.to_padded(logits)
+        hidden, targets, _ = self._states(text, words_NM, mask_NM)
+        return targets.to_padded(self.head(hidden).float())
 
     def loss(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor, weight_N: Tensor) -> UnitLoss:
         """Sum of cross-entropies over words and end tokens of rows with weight 1, and the number of those tokens."""
-        logits, targets, rows = self._predict(text, words_NM, mask_NM)
+        hidden, targets, rows = self._states(text, words_NM, mask_NM)
         words = targets.from_padded(F.pad(words_NM, (0, 1), value=self.end))
         words = words.masked_fill(targets.positions >= targets.broadcast(mask_NM.sum(1)), self.end)
         counted = targets.real & targets.broadcast(weight_N > 0)
-        losses = F.cross_entropy(logits.flatten(0, 1), (words + self.text_classes).flatten(), reduction="none")
+        scores = class_scores(self.head, hidden.flatten(0, 1), (words + self.text_classes).view(-1, 1))
+        losses = scores.normaliser - scores.chosen[:, 0]
         return UnitLoss((losses * counted.flatten()).sum(), counted.sum(), rows)
 
-    def _predict(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
-        """Logits of words and end tokens alone, their layout, and the layout of the whole rows."""
+    def _states(self, text: TextPart, words_NM: Tensor, mask_NM: Tensor) -> tuple[Tensor, Rows, Rows]:
+        """States that predict words and end tokens alone, their layout, and the layout of the whole rows."""
         units = self.unit_embedding(words_NM).to(text.blocks[0].dtype)
         if self.training and self.history_dropout:
             units = units * (torch.rand_like(mask_NM, dtype=units.dtype) >= self.history_dropout)[..., None]
@@ -175,11 +176,11 @@ class T2CDecoder(nn.Module):
             places_NS = self._places(text_N1, row.rows.size, text.starts_NS, words_NM)
             where["position_ids"] = row.rows.from_padded(places_NS)
             if self.window_units is not None:
-                where["attention_mask"] = self._near(places_NS, places_NS, row.rows.real)
+                where["attention_mask"] = self.sees(places_NS, row.rows.real)
         hidden = self.body(
             inputs_embeds=self.dropout(self.projection(row.values)), use_cache=False, **where
         ).last_hidden_state
-        return self.head(row.predicting(hidden)).float(), row.targets, row.rows
+        return row.predicting(hidden), row.targets, row.rows
 
     @property
     def _places_text(self) -> bool:
@@ -194,16 +195,18 @@ class T2CDecoder(nn.Module):
             return torch.where(word_NS < 0, columns_S * float(self.text_stride or 1), word_NS)
         assert starts_NS is not None and self.word_units_U is not None
         text_NS = starts_NS.gather(1, columns_S.clamp(max=starts_NS.shape[1] - 1).expand(len(words_NM), -1))
-        said_NM = self.word_units_U[words_NM].cumsum(1)
+        said_NM = self.word_units_U[words_NM].long().cumsum(1).float()  # whole numbers, in any order the same
         said_NS = said_NM.gather(1, word_NS.clamp(0, max(words_NM.shape[1] - 1, 0)))
         return torch.where(word_NS < 0, text_NS * self.units_per_character, said_NS)
 
-    def _near(self, queries_NQ: Tensor, keys_NK: Tensor, real_NK: Tensor) -> Tensor:
-        """Which of the keys each of the last Q queries attends: `[N, 1, Q, K]`, always itself."""
-        columns_K = torch.arange(keys_NK.shape[1], device=keys_NK.device)
-        age_QK = columns_K[-queries_NQ.shape[1] :, None] - columns_K
-        near_NQK = (queries_NQ[:, :, None] - keys_NK[:, None]).abs() <= float(self.window_units or 0)
-        return ((near_NQK & real_NK[:, None] & (age_QK >= 0)) | (age_QK == 0))[:, None]
+    def sees(self, places_NS: Tensor, real_NS: Tensor) -> Tensor:
+        """Which of the positions before it each one attends: `[N, 1, S, S]`, always itself."""
+        columns_S = torch.arange(places_NS.shape[1], device=places_NS.device)
+        age_SS = columns_S[:, None] - columns_S
+        seen_NSS = real_NS[:, None] & (age_SS >= 0)
+        if self.window_units is not None:
+            seen_NSS = seen_NSS & ((places_NS[:, :, None] - places_NS[:, None]).abs() <= self.window_units)
+        return (seen_NSS | (age_SS == 0))[:, None]
 
     def _positions(self, mask_NL: Tensor, starts_NS: Tensor | None) -> Tensor:
         """Rotary positions `[N, L]` of left-padded text parts."""
@@ -214,52 +217,40 @@ class T2CDecoder(nn.Module):
         return columns_NL if self.text_stride is None else columns_NL * self.text_stride
 
     @torch.no_grad()
-    def greedy(self, text: JoinedRows, limit_N: Tensor, starts_NS: Tensor | None = None) -> DecodedUnits:
+    def greedy(
+        self,
+        text: JoinedRows,
+        limit_N: Tensor,
+        starts_NS: Tensor | None = None,
+        *,
+        stop_loops: bool = False,
+        draft: Draft | None = None,
+    ) -> DecodedUnits:
         """Greedy, KV-cached decoding of all rows at once.
 
         Args:
             text: text part, left-padded.
             limit_N: most words each row may have before it counts as runaway (U20).
             starts_NS: of the text part.
+            stop_loops: a row that repeats itself need not be decoded to its limit; it then has no end.
+            draft: what the words will probably be. It changes no word: those that are the most probable ones are known
+                in one pass, and decoding begins after them.
         """
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.body.config)
-        inputs, mask, positions = text.values_BLh, text.mask_BL, self._positions(text.mask_BL, starts_NS)
+        places_NL, length = self._positions(text.mask_BL, starts_NS), text.mask_BL.shape[1]
         # Words count from 0 where the text is placed by them, else on from the text.
-        place_N1 = torch.zeros_like(positions[:, :1]) if self._places_text else positions[:, -1:] + 1
-        limit_N = limit_N.clamp(max=self.max_positions - mask.shape[1]).clamp(min=0)  # too long a text never ends
-        longest = int(limit_N.max())  # host sync
-        finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
-        ended = finished
-        words, places_NK = [], positions
-        for step in range(longest + 1):
-            hidden = self.body(
-                inputs_embeds=self.projection(inputs),
-                attention_mask=mask.long() if self.window_units is None else self._near(positions, places_NK, mask),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            logits = self.head(hidden)[:, self.text_classes :].float()
-            logits[:, self.pad] = -torch.inf
-            word = logits.argmax(-1).masked_fill(finished, self.pad)
-            ended = ended | (word == self.end)
-            finished = finished | (word == self.end) | (limit_N <= step)
-            words.append(torch.where(finished, torch.full_like(word, self.pad), word))
-            if step % 4 == 3 and bool(finished.all()):  # host sync, every fourth step
-                break
-            inputs = self.unit_embedding(word[:, None]).to(text.values_BLh.dtype)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            if self.word_units_U is None:
-                positions = place_N1 + step
-            else:
-                place_N1 = positions = place_N1 + self.word_units_U[word][:, None]
-                places_NK = torch.cat([places_NK, positions], dim=1)
-        words_NM = torch.stack(words, dim=1)
-        mask_NM = words_NM != self.pad
-        longest = max(int(mask_NM.sum(1).max()), 1)  # host sync
-        return DecodedUnits(words_NM[:, :longest], mask_NM[:, :longest], ended)
+        place_N1 = torch.zeros_like(places_NL[:, :1]) if self._places_text else places_NL[:, -1:] + 1
+        limit_N = limit_N.clamp(max=self.max_positions - length).clamp(min=0)  # too long a text never ends
+        if draft is None:
+            step = DecodeStep(self, text, places_NL, place_N1, capacity(length + BLOCK))
+            return decode(step, length, limit_N, end=self.end, pad=self.pad, stop_loops=stop_loops)
+        within_ND = torch.arange(draft.words_ND.shape[1], device=limit_N.device) < limit_N[:, None]
+        draft = Draft(draft.words_ND, draft.mask_ND & within_ND)
+        start = length + draft.words_ND.shape[1]
+        step = DecodeStep(self, text, places_NL, place_N1, capacity(start + BLOCK), draft)
+        rest_N = limit_N - step.verified_N
+        # A whole row may be verified, and then the next word is its end.
+        found = decode(step, start, rest_N, end=self.end, pad=self.pad, stop_loops=stop_loops, first_look=1)
+        return after_draft(draft, step.verified_N, found, self.pad)
 
 
 class Teacher(nn.Module):
@@ -274,10 +265,17 @@ class Teacher(nn.Module):
         self.decoder = decoder
 
     def forward(
-        self, text_BLh: Tensor, mask_BL: Tensor, limit_N: Tensor, starts_BS: Tensor | None = None
+        self,
+        text_BLh: Tensor,
+        mask_BL: Tensor,
+        limit_N: Tensor,
+        starts_BS: Tensor | None = None,
+        draft: Draft | None = None,
     ) -> DecodedUnits:
-        """Pseudo units of left-padded text parts, without gradient."""
-        return self.decoder.greedy(JoinedRows(text_BLh, mask_BL, []), limit_N, starts_BS)
+        """Pseudo units of left-padded text parts, without gradient; a row that repeats itself, which is rejected as one
+        that never ends, stops early."""
+        text = JoinedRows(text_BLh, mask_BL, [])
+        return self.decoder.greedy(text, limit_N, starts_BS, stop_loops=True, draft=draft)
 
 
 def text_part(
@@ -294,22 +292,9 @@ def text_part(
     real = mask_NT.new_ones(rows, prefix.shape[1]), mask_NT.new_ones(rows, header.shape[1])
     starts_NS = None
     if characters_NT is not None:
-        spoken_NT = (characters_NT * mask_NT).float()
-        before_NT = (spoken_NT.cumsum(1) - spoken_NT) * mask_NT
+        spoken_NT = characters_NT * mask_NT
+        before_NT = ((spoken_NT.cumsum(1) - spoken_NT) * mask_NT).float()
         # The template stands where speech begins: after the header, the first word is to be found in the first token.
-        template = [spoken_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
+        template = [before_NT.new_zeros(rows, part.shape[1]) for part in (prefix, header)]
         starts_NS = torch.cat([template[0], before_NT, template[1]], dim=1)
     return TextPart([prefix, words_NTh, header], [real[0], mask_NT, real[1]], starts_NS)
-
-
-def repeats(words_NM: Tensor, mask_NM: Tensor, *, longest_period: int = 4, times: int = 8) -> Tensor:
-    """True for rows in which some pattern of up to `longest_period` words repeats `times` times in a row (U20)."""
-    looping = torch.zeros(len(words_NM), dtype=torch.bool, device=words_NM.device)
-    for period in range(1, longest_period + 1):
-        window = period * (times - 1)
-        if words_NM.shape[1] < period + window:
-            break
-        same = (words_NM[:, period:] == words_NM[:, :-period]) & mask_NM[:, period:]
-        run = same.float().unfold(1, window, 1).sum(-1)
-        looping = looping | (run == window).any(1)
-    return looping

@@ -68,7 +68,7 @@ def load_tokenizer(ref: str, *, random_init: bool = False) -> Any:
 
 
 def add_lora(llm: Any, config: LoraConfig) -> nn.Module:
-    """Wrap the causal LM with trainable low-rank adapters of the LLM's own dtype (U6).
+    """Wrap the causal LM with trainable low-rank adapters of the LLM's own dtype (U6), named as PEFT names them.
 
     Raises:
         RecipeError: a target is missing in a decoder layer, or cannot have an adapter.
@@ -92,7 +92,36 @@ def add_lora(llm: Any, config: LoraConfig) -> nn.Module:
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    fuse_lora(wrapped)
     return wrapped
+
+
+def fuse_lora(wrapped: nn.Module) -> None:
+    """Let PEFT's layers over linear maps compute as `echox.models.lora` does; tensors, names and files stay PEFT's.
+
+    Layers that are more than a plain update of a plain map compute as before.
+    """
+    from peft.tuners.lora.layer import Linear
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from echox.models.lora import ADAPTER, FusedForward, share_inputs
+
+    class FusedLinear(FusedForward, Linear):
+        """PEFT's layer with our forward."""
+
+    child: Any
+    for parent in list(wrapped.modules()):
+        for child in parent.children():
+            plain = type(child) is Linear and type(child.base_layer) in (nn.Linear, Conv1D)
+            if (
+                plain
+                and list(child.lora_A) == [ADAPTER]
+                and not child.lora_variant
+                and not any(child.lora_bias.values())
+            ):
+                child.__class__ = FusedLinear
+        share_inputs(parent)
 
 
 def lora_targets(llm: Any, targets: Sequence[str]) -> list[str]:

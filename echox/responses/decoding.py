@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from echox.config.model_schema import RespondConfig
+from echox.models.greedy import repeats
 from echox.models.s2t import Choose, most_probable
-from echox.models.t2c import repeats
 from echox.responses.table import Answer
 from echox.stream.sampling.keyed_rng import uniform
 

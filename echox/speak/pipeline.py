@@ -17,6 +17,7 @@ from echox.audio.io import SAMPLE_RATE
 from echox.builders.setup import TextTools, build_speech_collate, build_stage, load_tensors
 from echox.builders.unit_sets import check_language, with_own_language
 from echox.config.schema import InitConfig, Recipe
+from echox.device import best_device
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import read_manifest
 from echox.errors import CheckpointError, DataError
@@ -95,7 +96,7 @@ class SpeechToSpeech:
             stage = build_stage(recipe, text)
             load_tensors(stage, _tensors(weights))
         assert isinstance(stage, S2TStage | EchoStage)
-        return cls(recipe, stage.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), text)
+        return cls(recipe, stage.to(device or best_device()), text)
 
     def _batch(self, clips: Sequence[NDArray[np.float32]], task: str, turns: Dialogues | None = None) -> SpeechBatch:
         count = len(clips)

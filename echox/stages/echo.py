@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
-from echox.models.ragged import lengths_to_mask, padding_share
+from echox.models.flops import Costs, denoising_costs, flops_by_part, llm_costs, speech_costs, t2c_costs
+from echox.models.greedy import DecodedUnits, Draft, repeats
+from echox.models.ragged import Rows, lengths_to_mask, padding_share
 from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
-from echox.models.t2c import DecodedUnits, T2CDecoder, Teacher, TextPart, repeats, text_part
+from echox.models.sizes import llm_size, speech_size, t2c_size
+from echox.models.t2c import T2CDecoder, Teacher, TextPart, text_part
 from echox.models.t2c_text import T2CText
-from echox.stages.labels import LabelStore, annotated_units, stored_units, token_rows
-from echox.stages.losses import LossTerm, denoising_loss, text_loss
-from echox.stages.s2t import response_loss, speech_parameter_groups, transcript_loss
+from echox.models.work import Work, counts_of
+from echox.stages.labels import LabelStore, annotated_units, drafted_units, stored_units, token_rows
+from echox.stages.losses import LossTerm, denoising_loss
+from echox.stages.part_timer import PartTimer
+from echox.stages.s2t import (
+    note_response,
+    note_speech,
+    response_loss,
+    speech_parameter_groups,
+    transcript_loss,
+)
 from echox.stream.batch import SpeechBatch
+
+if TYPE_CHECKING:
+    from echox.config.model_schema import EchoConfig
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class EchoStage(nn.Module):
         t2c_text: how the decoders are given their text; None gives them the embeddings as they are.
 
     Attributes:
-        label_store: keeps the teacher's labels where the recipe has them cached; set after construction.
+        label_store: keeps the teacher's labels where the recipe has them cached or drafted; set after construction.
     """
 
     prefix_P: Tensor
@@ -92,6 +106,8 @@ class EchoStage(nn.Module):
         adapters = (s2t.front_end.alignment, s2t.front_end.shrink)
         self._adapters_train = any(p.requires_grad for adapter in adapters for p in adapter.parameters())
         self.label_store: LabelStore | None = None
+        self.work = Work()
+        self._timer = PartTimer()
         self._last: dict[str, Tensor] = {}
         self._said: tuple[SpeechBatch, PseudoText] | None = None
 
@@ -107,10 +123,6 @@ class EchoStage(nn.Module):
         """Modules that ZeRO-3 gathers whole before their forward."""
         return [self.teacher]
 
-    def reused_modules(self) -> list[nn.Module]:
-        """The LLM, where it reads both the reference and its own answer before a backward."""
-        return [self.s2t.llm] if self.config.pseudo_text in ("generated", "free_run") else []
-
     def forward(self, batch: SpeechBatch, job: Callable[[SpeechBatch], Any] | None = None) -> Any:
         """Losses of one micro-batch: `s2t`, `echo`, `denoising`, `ctc` if it has a weight; `denoising` alone at first.
 
@@ -121,16 +133,19 @@ class EchoStage(nn.Module):
         """
         if job is not None:
             return job(batch)
+        self.work = Work()
         if self._aligns(batch.step):
             return self._align(batch)
-        out = self.s2t(batch, at_tokens=self._at_tokens)
-        terms = {"s2t": response_loss(out, batch)}
-        if self.config.ctc_weight:
-            terms["ctc"] = transcript_loss(self.s2t, out.speech.ctc_logits, out.speech.frames, batch)
-
         found: PseudoTargets | None = batch.targets
-        text = self.pseudo_text(batch, out) if found is None else found.text
+        out = self.s2t(batch, at_tokens=self._at_tokens, ctc=self.config.ctc_weight > 0)
+        loss_s2t, own = response_loss(self.s2t, out, batch, best=found is None and self._says_argmax)
+        terms = {"s2t": loss_s2t}
+        if self.config.ctc_weight:
+            terms["ctc"] = transcript_loss(out.speech.ctc, out.speech.frames, batch)
+
+        text = self.pseudo_text(batch, out, own) if found is None else found.text
         states = self._states(batch, out, text)
+        decodes = found is None and self.config.labels != "annotated"
         prefix, header, text_BRh = self._embeddings(text.tokens_BR)
         if found is None:
             hidden_BRh = states.response.to_padded(states.hidden)
@@ -150,6 +165,8 @@ class EchoStage(nn.Module):
         terms["echo"] = LossTerm(loss.total, loss.tokens)
         terms["denoising"] = self._denoising_loss(adapted_BRh, text_BRh, text, batch)
         self._said = (batch, text)
+        self._note(batch, out, states, live=True)
+        self._note_units(loss.rows, found, decodes=decodes)
         self._last = {
             **self._answers_rejected(batch),
             "teacher/rejected_share": 1 - (usable_N * weight_N).sum() / weight_N.sum().clamp(min=1),
@@ -161,11 +178,19 @@ class EchoStage(nn.Module):
         if found.known_N is not None:
             known = (found.known_N * weight_N).sum() / weight_N.sum().clamp(min=1)
             self._last["teacher/cached_share"] = known
+        if units.drafted_N is not None:
+            words = (units.mask_NM.sum(1) * weight_N).sum().clamp(min=1)
+            self._last["teacher/drafted_share"] = (units.drafted_N * weight_N).sum() / words
         return terms
 
     @property
     def _at_tokens(self) -> bool:
         return self.config.state == "own"
+
+    @property
+    def _says_argmax(self) -> bool:
+        """Whether X' is what the states of the reference make the most probable."""
+        return self.config.pseudo_text == "argmax_teacher_forced"
 
     def _labels(
         self, batch: SpeechBatch, text: PseudoText, rows: Segments, teacher_text: TextPart
@@ -184,16 +209,24 @@ class EchoStage(nn.Module):
         if self.config.labels == "teacher":
             return self._decode(teacher_text, limit_N), None
         if self.label_store is None:
-            raise ValueError("model.echo.labels=cached, but the stage was given no store of labels")
+            raise ValueError(f"model.echo.labels={self.config.labels}, but the stage was given no store of labels")
         segments = token_rows(rows.scatter(text.tokens_BR), rows.mask_NT)
         padding = self.teacher.decoder.pad
+        if self.config.labels == "drafted":
+            units = drafted_units(self._decode, teacher_text, limit_N, segments, self.label_store, padding)
+            return units, None
         return stored_units(self._decode, teacher_text, limit_N, segments, self.label_store, padding)
 
-    def _decode(self, text: TextPart, limit_N: Tensor) -> DecodedUnits:
+    def _decode(self, text: TextPart, limit_N: Tensor, draft: Draft | None = None) -> DecodedUnits:
         """What the frozen teacher says."""
         asked = text.left_padded()
-        units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS)
+        with self._timer.timed("teacher", limit_N.device):
+            units: DecodedUnits = self.teacher(asked.values_BLh, asked.mask_BL, limit_N, text.starts_NS, draft)
         return units
+
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds in the teacher since they were last asked for. A host sync."""
+        return self._timer.read("teacher")
 
     def _aligns(self, step: int) -> bool:
         return 0 <= step < self.config.denoising.align_steps
@@ -201,14 +234,62 @@ class EchoStage(nn.Module):
     def _align(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         with torch.no_grad():
             out = self.s2t(batch, at_tokens=self._at_tokens)
-            text: PseudoText = self.pseudo_text(batch, out) if batch.targets is None else batch.targets
+            text: PseudoText = batch.targets
+            if text is None:
+                own = self.s2t.best_tokens(out.states.hidden) if self._says_argmax else None
+                text = self.pseudo_text(batch, out, own)
             states = self._states(batch, out, text)
             text_BRh = self.embed_text(text.tokens_BR)
         self._keep(batch, text)
+        self._note(batch, out, states, live=False)
         adapted_BRh = states.response.to_padded(self.adapt(states.hidden))
         self._said = None
         self._last = self._answers_rejected(batch)
         return {"denoising": self._denoising_loss(adapted_BRh, text_BRh, text, batch)}
+
+    def _note(self, batch: SpeechBatch, out: S2TOutput, states: ResponseStates, *, live: bool) -> None:
+        """Note what was computed, but not a second time what a forward without gradient surveys beforehand."""
+        if not self.training:
+            return
+        trained = live and (self._adapters_train or self.config.ctc_weight > 0)
+        note_speech(self.work, batch, out.speech, live=trained)
+        note_response(self.work, out, live=live)
+        if states.rows is not out.states.rows:
+            self.work.add("llm", *(["llm_live"] if live else []), lengths_N=states.rows.lengths_N, kind="causal")
+        through = ["adapted_through"] if live else []
+        self.work.add("adapted", "adapted_live", *through, lengths_N=states.response.lengths_N)
+
+    def _note_units(self, rows: Rows, found: PseudoTargets, *, decodes: bool) -> None:
+        """Note the rows of the Echo decoder, and those of the teacher, which reads and writes the same."""
+        words = found.units.mask_NM
+        if self.training:
+            self.work.add("echo", "echo_live", lengths_N=rows.lengths_N, kind="causal")
+            self.work.add("echo_head", "echo_head_live", lengths_N=words, kind="mask")
+        if decodes:
+            self.work.add("teacher", lengths_N=rows.lengths_N, kind="causal", known_N=found.known_N)
+            self.work.add("teacher_head", lengths_N=words, kind="mask", known_N=found.known_N)
+
+    def flops(self, works: Sequence[Work]) -> dict[str, float]:
+        """FLOP by part of the forwards that noted `works` and of their backward. A host sync.
+
+        Answers that the LLM generates in the step (`pseudo_text: free_run`) are not among them.
+        """
+        return flops_by_part(self._costs, counts_of(works))
+
+    @cached_property
+    def _costs(self) -> Costs:
+        llm = llm_size(self.s2t.causal_lm)
+        return {
+            **speech_costs(
+                speech_size(self.s2t, encodes=True),
+                adapters_train=self._adapters_train,
+                ctc_trains=self.config.ctc_weight > 0,
+            ),
+            **llm_costs(llm, inputs_live=self._adapters_train),
+            **denoising_costs(llm.width, self.denoising.inner.out_features),
+            **t2c_costs(t2c_size(self.echo), "echo", trains=True),
+            **t2c_costs(t2c_size(self.echo), "teacher", trains=False),
+        }
 
     def _keep(self, batch: SpeechBatch, found: PseudoTargets | PseudoText) -> None:
         if not self.training:
@@ -227,8 +308,13 @@ class EchoStage(nn.Module):
         return {"pseudo_text/rejected_share": rejected_B.sum() / counted_B.sum().clamp(min=1)}
 
     @torch.no_grad()
-    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput) -> PseudoText:
+    def pseudo_text(self, batch: SpeechBatch, out: S2TOutput, own: Tensor | None) -> PseudoText:
         """X' and the mask of its spoken positions, those before the end token.
+
+        Args:
+            batch: with the reference, and answers made beforehand where they are wanted.
+            out: of the S2T model.
+            own: the token that each state makes the most probable, where X' consists of them.
 
         Raises:
             ValueError: answers made beforehand are wanted, and the batch has none.
@@ -238,12 +324,11 @@ class EchoStage(nn.Module):
                 raise ValueError("model.echo.pseudo_text=generated, but no answers were attached to the batch")
             return PseudoText(batch.own_BR, batch.own_mask_BR)
         if self.config.pseudo_text == "free_run":
-            own = self.s2t.generate(
+            said = self.s2t.generate(
                 batch, self.end_token, self.config.free_run_tokens, early_stop=False, speech=out.speech
             )
-            return PseudoText(own.tokens_BR, own.mask_BR)
-        is_own = self.config.pseudo_text == "argmax_teacher_forced"
-        text_BR = out.states.response.to_padded(out.logits.detach().argmax(-1)) if is_own else batch.response_BR
+            return PseudoText(said.tokens_BR, said.mask_BR)
+        text_BR = batch.response_BR if own is None else out.states.response.to_padded(own)
         spoken_BR = batch.response_mask_BR & (batch.response_BR != self.end_token)
         return PseudoText(text_BR, spoken_BR & (text_BR != self.end_token).cumprod(1).bool())
 
@@ -291,7 +376,8 @@ class EchoStage(nn.Module):
         """What a decoder reads of each segment: embeddings, or what the adapter made of H, of the tokens of X'."""
         characters_BR = self.t2c_text.characters(tokens_BR)
         characters_NT = None if characters_BR is None else rows.scatter(characters_BR)
-        return text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
+        part = text_part(prefix_Ph, rows.scatter(text_BRh), rows.mask_NT, header_Qh, characters_NT)
+        return part._replace(one_is_full=rows.full)
 
     def loss_weights(self, means: dict[str, Tensor], step: int) -> dict[str, Tensor | float]:
         """Eq. 4; lambda follows the released rule: the denoising term stays within `cap` of the echo loss."""
@@ -348,8 +434,8 @@ class EchoStage(nn.Module):
         states = self.s2t.text_states(heard, question_mask_BC, text.tokens_BR, text.spoken_BR)
         response = states.response
         counted = response.real & response.broadcast(asked_B)
-        loss = text_loss(self.s2t.head(states.hidden), response.from_padded(text.tokens_BR), counted)
-        return {"pseudo_text/nats_per_token": loss}
+        loss = self.s2t.text_loss(states.hidden, response.from_padded(text.tokens_BR), counted)
+        return {"pseudo_text/nats_per_token": LossTerm(loss.total, counted.sum())}
 
 
 def _differing(text: PseudoText, batch: SpeechBatch) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from echox.models.echo import Segments
-from echox.models.t2c import DecodedUnits, TextPart
+from echox.models.greedy import DecodedUnits, Draft
+from echox.models.t2c import TextPart
 
 
 class Label(NamedTuple):
@@ -24,6 +25,10 @@ class LabelStore(Protocol):
 
     def get(self, tokens: tuple[int, ...]) -> Label | None:
         """The label of a segment that was decoded before."""
+        ...
+
+    def alike(self, tokens: tuple[int, ...]) -> Label | None:
+        """The label of a segment that begins as this one does, and came to an end."""
         ...
 
     def add(self, labels: Mapping[tuple[int, ...], Label]) -> None:
@@ -73,6 +78,28 @@ def stored_units(
     known_N[missing] = False
     labels = [label for label in found if label is not None]
     return _joined(labels, padding, limit_N.device), known_N.to(limit_N.device)
+
+
+def drafted_units(
+    decode: Callable[[TextPart, Tensor, Draft | None], DecodedUnits],
+    text: TextPart,
+    limit_N: Tensor,
+    segments: Sequence[tuple[int, ...]],
+    store: LabelStore,
+    padding: int,
+) -> DecodedUnits:
+    """Units as `decode` gives them, which is told what it said of segments that begin alike.
+
+    The arguments are those of `stored_units`, but every segment is asked for, with a draft or None.
+    """
+    found = [store.alike(tokens) for tokens in segments]
+    draft = None
+    if any(found):
+        likely = _joined([label or Label([], False) for label in found], padding, limit_N.device)
+        draft = Draft(likely.words_NM, likely.mask_NM)
+    units = decode(text, limit_N, draft)
+    store.add(dict(zip(segments, _labels(units), strict=True)))
+    return units
 
 
 def _labels(units: DecodedUnits) -> list[Label]:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from echox.config.model_schema import CtcConfig
+from echox.models.flops import Costs, flops_by_part, llm_costs, speech_costs
 from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
-from echox.stages.losses import LossTerm, ctc_loss, text_loss
+from echox.models.sizes import llm_size, speech_size
+from echox.models.speech import CtcScores, SpeechOutput
+from echox.models.work import Work, counts_of
+from echox.stages.losses import LossTerm, ctc_loss
 from echox.stream.batch import SpeechBatch
+
+if TYPE_CHECKING:
+    from echox.config.model_schema import CtcConfig
 
 
 class S2TStage(nn.Module):
@@ -23,6 +33,7 @@ class S2TStage(nn.Module):
         super().__init__()
         self.config = config
         self.s2t = s2t
+        self.work = Work()
         self._last: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> S2TStage:
@@ -33,15 +44,19 @@ class S2TStage(nn.Module):
 
     def forward(self, batch: SpeechBatch) -> dict[str, LossTerm]:
         """Named losses of one micro-batch: `ctc`, and `s2t` once alignment is over."""
+        self.work = Work()
         if self._aligns(batch.step):
-            _, logits, frames = self.s2t.front_end.align(*batch.audio)
+            _, scores, frames = self.s2t.front_end.align(*batch.audio, tokens_BC=batch.transcript_BC)
+            note_frames(self.work, batch, frames, live=True)
             self._last = {"perf/padding_share": padding_share(frames)}
-            return {"ctc": transcript_loss(self.s2t, logits, frames, batch)}
-        out = self.s2t(batch)
+            return {"ctc": transcript_loss(scores, frames, batch)}
+        out = self.s2t(batch, ctc=True)
+        note_speech(self.work, batch, out.speech, live=True)
+        note_response(self.work, out)
         self._last = {"perf/padding_share": padding_share(out.speech.frames, out.states.rows)}
         return {
-            "s2t": response_loss(out, batch),
-            "ctc": transcript_loss(self.s2t, out.speech.ctc_logits, out.speech.frames, batch),
+            "s2t": response_loss(self.s2t, out, batch)[0],
+            "ctc": transcript_loss(out.speech.ctc, out.speech.frames, batch),
         }
 
     def _aligns(self, step: int) -> bool:
@@ -66,23 +81,63 @@ class S2TStage(nn.Module):
         """Padding of the last forward."""
         return self._last
 
+    def flops(self, works: Sequence[Work]) -> dict[str, float]:
+        """FLOP by part of the forwards that noted `works` and of their backward. A host sync."""
+        return flops_by_part(self._costs, counts_of(works))
 
-def response_loss(out: S2TOutput, batch: SpeechBatch) -> LossTerm:
-    """L_S2T of a teacher-forced pass over the batch."""
+    @cached_property
+    def _costs(self) -> Costs:
+        speech = speech_size(self.s2t, encodes=True)
+        return {
+            **speech_costs(speech, adapters_train=True, ctc_trains=True),
+            **llm_costs(llm_size(self.s2t.causal_lm), inputs_live=True),
+        }
+
+
+def note_frames(work: Work, batch: SpeechBatch, frames: Rows, *, live: bool) -> None:
+    """Note the encoder's and the aligned frames of a batch; `live`: a gradient comes back to the aligned ones."""
+    if batch.features_BTd is None:
+        work.add("frames", lengths_N=batch.frames_B, kind="mel")
+    work.add("aligned", *(["aligned_live"] if live else []), lengths_N=frames.lengths_N)
+
+
+def note_speech(work: Work, batch: SpeechBatch, speech: SpeechOutput, *, live: bool) -> None:
+    """Note all that the speech front end computed on."""
+    note_frames(work, batch, speech.frames, live=live)
+    frames_N, kept_N = speech.frames.lengths_N, speech.rows.lengths_N
+    work.add("aligned_keys", *(["aligned_keys_live"] if live else []), lengths_N=frames_N)
+    work.add("kept", "kept_keys", *(["kept_live", "kept_keys_live"] if live else []), lengths_N=kept_N, keys_N=frames_N)
+
+
+def note_response(work: Work, out: S2TOutput, *, live: bool = True) -> None:
+    """Note the rows of the LLM and the positions of its head; `live`: a gradient comes back."""
+    work.add("llm", *(["llm_live"] if live else []), lengths_N=out.states.rows.lengths_N, kind="causal")
+    work.add("head", *(["head_live"] if live else []), lengths_N=out.states.response.lengths_N)
+
+
+def response_loss(
+    s2t: S2TModel, out: S2TOutput, batch: SpeechBatch, *, best: bool = False
+) -> tuple[LossTerm, Tensor | None]:
+    """L_S2T of a teacher-forced pass over the batch; `best`: also the most probable token of each position."""
     response = out.states.response
     counted = response.real & response.broadcast(batch.weight_B > 0)
-    return text_loss(out.logits, response.from_padded(batch.response_BR), counted)
+    loss = s2t.text_loss(out.states.hidden, response.from_padded(batch.response_BR), counted, best=best)
+    return LossTerm(loss.total, counted.sum()), loss.best
 
 
-def transcript_loss(s2t: S2TModel, logits: Tensor, frames: Rows, batch: SpeechBatch) -> LossTerm:
-    """CTC of the questions against their transcripts, from logits in the layout `frames`; no earlier clip counts."""
+def transcript_loss(scores: CtcScores, frames: Rows, batch: SpeechBatch) -> LossTerm:
+    """CTC of the questions against their transcripts, from scores in the layout `frames`; no earlier clip counts."""
     rows = len(batch.weight_B)
+    assert scores.normaliser is not None and scores.chosen is not None and scores.classes_BC is not None
+    frames_N, lengths_B = frames.lengths_on_host_N, batch.transcript_lengths_on_host_B
     return ctc_loss(
-        frames.to_padded(logits)[:rows],
+        frames.to_padded(scores.normaliser)[:rows],
+        frames.to_padded(scores.chosen)[:rows],
+        scores.classes_BC,
         frames.lengths_N[:rows],
-        s2t.front_end.ctc_head.classes(batch.transcript_BC),
         batch.transcript_lengths_B,
         batch.weight_B,
+        None if frames_N is None or lengths_B is None else (frames_N[:rows], lengths_B),
     )
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import torch
 from torch import Tensor, nn
 
+from echox.models.flops import Costs, flops_by_part, t2c_costs
 from echox.models.ragged import padding_share
+from echox.models.sizes import t2c_size
 from echox.models.t2c import T2CDecoder, TextPart, text_part
 from echox.models.t2c_text import T2CText
+from echox.models.work import Work, counts_of
 from echox.stages.losses import LossTerm
 from echox.stream.batch import UnitBatch
 
@@ -39,6 +45,7 @@ class T2CStage(nn.Module):
         self.text_table = text_table
         self.register_buffer("prefix_P", prefix_P, persistent=False)
         self.register_buffer("header_Q", header_Q, persistent=False)
+        self.work = Work()
         self._last: dict[str, Tensor] = {}
 
     def text(self, text_BT: Tensor, mask_BT: Tensor) -> TextPart:
@@ -54,6 +61,9 @@ class T2CStage(nn.Module):
         """Named losses of one micro-batch: `t2c`."""
         text = self.text(batch.text_BT, batch.text_mask_BT)
         loss = self.t2c.loss(text, batch.words_BM, batch.words_mask_BM, batch.weight_B)
+        self.work = Work()
+        self.work.add("t2c", "t2c_live", lengths_N=loss.rows.lengths_N, kind="causal")
+        self.work.add("t2c_head", "t2c_head_live", lengths_N=batch.words_mask_BM, kind="mask")
         self._last = {"perf/padding_share": padding_share(loss.rows)}
         return {"t2c": LossTerm(loss.total, loss.tokens)}
 
@@ -72,3 +82,11 @@ class T2CStage(nn.Module):
     def metrics(self) -> dict[str, Tensor]:
         """Padding of the last forward."""
         return self._last
+
+    def flops(self, works: Sequence[Work]) -> dict[str, float]:
+        """FLOP by part of the forwards that noted `works` and of their backward. A host sync."""
+        return flops_by_part(self._costs, counts_of(works))
+
+    @cached_property
+    def _costs(self) -> Costs:
+        return t2c_costs(t2c_size(self.t2c), "t2c", trains=True)

@@ -28,12 +28,16 @@ class Batch:
     account: np.ndarray | None = None
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch with its tensors on `device`."""
-        tensors = {each.name: getattr(self, each.name) for each in fields(self)}
-        moved: dict[str, Any] = {
-            name: t.to(device, non_blocking=True) for name, t in tensors.items() if isinstance(t, Tensor)
-        }
-        return replace(self, **moved)
+        """The same batch with its tensors on `device`; from a pinned batch they go there beside what the host does."""
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in self._tensors().items()})
+
+    def pinned(self) -> Self:
+        """The same batch in memory that a GPU copies from by itself; copying it there takes this thread's time."""
+        return replace(self, **{name: t.pin_memory() for name, t in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @dataclass(kw_only=True)
@@ -47,7 +51,8 @@ class SpeechBatch(Batch):
         mel_BMT, frames_B: log-mel and its real frames (margin included); the log-mel has no column where the encoder's
             output was precomputed.
         features_BTd: the precomputed output, two mel frames a column.
-        frames_on_host_B: `frames_B` on the CPU once the batch is on a device, which need not be asked for it then.
+        frames_on_host_B, transcript_lengths_on_host_B: on the CPU once the batch is on a device, which need not be
+            asked for them then.
         before_BP, before_mask_BP: prompt tokens before the audio, with the dialogue before it; no mask: all are real.
         before_sizes: columns of `before_BP` before the first earlier clip, from there to the next one, and so on up to
             the question's audio; empty where no row has an earlier clip.
@@ -76,6 +81,7 @@ class SpeechBatch(Batch):
     history_BK: Tensor | None = None
     features_BTd: Tensor | None = None
     frames_on_host_B: Tensor | None = None
+    transcript_lengths_on_host_B: Tensor | None = None
     targets: Any = None
     addresses: list[tuple[int, int]] = field(default_factory=list)
     labels_BM: Tensor | None = None
@@ -84,9 +90,14 @@ class SpeechBatch(Batch):
     own_mask_BR: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
-        """The same batch with its tensors on `device`, and the number of frames here too."""
-        host = self.frames_B if self.frames_on_host_B is None else self.frames_on_host_B
-        return replace(super().to(device), frames_on_host_B=host)
+        """The same batch with its tensors on `device`, and the lengths that a forward asks for here too."""
+        frames = self.frames_B if self.frames_on_host_B is None else self.frames_on_host_B
+        lengths = self.transcript_lengths_on_host_B
+        return replace(
+            super().to(device),
+            frames_on_host_B=frames,
+            transcript_lengths_on_host_B=self.transcript_lengths_B if lengths is None else lengths,
+        )
 
     @property
     def audio(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

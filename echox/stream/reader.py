@@ -56,6 +56,7 @@ class StreamReader:
         threads: that read and decode.
         prefetch: micro-batches read ahead.
         allowance: how much the run may drop.
+        pin: leave batches where a GPU copies them from by itself; the reading threads do it.
 
     Raises:
         RecipeError: the world size does not divide the micro-batches of a step.
@@ -72,6 +73,7 @@ class StreamReader:
         threads: int,
         prefetch: int,
         allowance: Allowance,
+        pin: bool = False,
     ) -> None:
         check_divides(plan.budget.micro_batches, world_size)
         self.plan = plan
@@ -81,6 +83,7 @@ class StreamReader:
         self._rank = rank
         self._world_size = world_size
         self._allowance = allowance
+        self._pin = pin
         self._steps_ahead = max(1, -(-prefetch * world_size // plan.budget.micro_batches))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="planner")
@@ -251,6 +254,7 @@ class StreamReader:
         cut_s = np.array([getattr(row, "cut_s", 0.0) for row in rows])
         dropped = np.array([getattr(row, "turns_dropped", 0) for row in rows], dtype=np.float64)
         batch.account = micro_batch_account(window, kept, hashes, kinds, len(self.plan.sources), cut_s, dropped)
+        batch = batch.pinned() if self._pin else batch
         return _Read(batch, [self._entry(window, index, error, step) for index, error in damaged.items()])
 
     def _entry(self, window: Window, index: int, error: CorruptSampleError, step: int) -> Entry:

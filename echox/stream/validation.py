@@ -32,6 +32,7 @@ class ValidReader:
         rank, world_size: of this process.
         threads: that read and decode.
         prefetch: micro-batches read ahead.
+        pin: leave batches where a GPU copies them from by itself.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class ValidReader:
         world_size: int,
         threads: int,
         prefetch: int,
+        pin: bool = False,
     ) -> None:
+        self._pin = pin
         self._source, self._store, self._collate = source, store, collate
         self._threads, self._prefetch = threads, max(1, prefetch)
         numbers = source.numbers()
@@ -78,4 +81,5 @@ class ValidReader:
 
         read = (self._store.read(number, self._collate.members) for number in indices.tolist())
         rows = [self._collate.decode(Item(sample, self._source.task, source=self._source.key)) for sample in read]
-        return self._collate.join(rows, -1) if rows else self._collate.blank(-1)
+        batch = self._collate.join(rows, -1) if rows else self._collate.blank(-1)
+        return batch.pinned() if self._pin else batch

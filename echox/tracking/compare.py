@@ -99,6 +99,12 @@ def _over(run: Curves, name: str, reduce: Any) -> float | None:
 
 def _better_low(name: str) -> bool | None:
     """Whether less is better; unsaid where it depends on the hardware and the batch."""
-    if name in ("perf/mfu", "perf/tokens_per_s_per_gpu", "perf/audio_s_per_s", "perf/samples_per_s"):
+    if name in (
+        "perf/mfu",
+        "perf/tflops_per_s_per_gpu",
+        "perf/tokens_per_s_per_gpu",
+        "perf/audio_s_per_s",
+        "perf/samples_per_s",
+    ):
         return False
-    return True if name in ("perf/data_wait_share", "perf/padding_share") else None
+    return True if name in ("perf/data_wait_share", "perf/padding_share", "perf/teacher_share") else None

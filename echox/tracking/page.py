@@ -24,10 +24,11 @@ _ABOUT_AXES = (
 _PERF = {
     "perf/tokens_per_s_per_gpu": "tokens a second and GPU",
     "perf/audio_s_per_s": "seconds of audio a second",
-    "perf/mfu": "share of the hardware's FLOP/s",
+    "perf/mfu": "useful FLOP/s, share of the GPU's data sheet",
     "perf/step_ms": "milliseconds a step",
     "perf/data_wait_share": "share of the time spent waiting for data",
     "perf/padding_share": "share of positions that are padding",
+    "perf/teacher_share": "share of the time in the teacher's decode",
     "perf/peak_gib": "peak memory of a worker, GiB",
 }
 _COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from echox.audio.batches import length_batches
+from echox.device import best_device
 from echox.errors import DataError
 from echox.files import sha256_file
 
@@ -65,13 +66,6 @@ class FrameFeatures(Protocol):
     def __call__(self, audio: Sequence[Floats]) -> list[Floats]:
         """float32 [frames, features] of each 16 kHz mono clip; frames = ceil(samples / 320), HuBERT one less."""
         ...
-
-
-def best_device() -> str:
-    """The GPU where there is one, else the processor."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_features(config: FeatureConfig) -> FrameFeatures:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echox.device import best_device
 from echox.errors import DataError
 from echox.files import open_regular
 
@@ -133,7 +134,7 @@ class KMeans:
                 f"Frames of shape {list(frames_ND.shape)} do not fit centroids of width {self.centroids_KD.shape[1]}",
                 fix="Use the features the units were fitted on.",
             )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = best_device()
         centroids_KD = torch.from_numpy(self.centroids_KD).to(device)
         mean_D, scale_D = torch.from_numpy(self.mean_D).to(device), torch.from_numpy(self.scale_D).to(device)
         # |x - c|^2 without the term |x|^2, which is the same for every centroid.

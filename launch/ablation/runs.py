@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echox.config.load import load_recipe
+from echox.device import usable_gpus
 from echox.errors import LaunchError
 from echox.tracking.names import tracking_uri
 from launch.ablation.answers import annotated_sources
@@ -179,11 +180,9 @@ class Ablation:
 
 def workers(recipe: Recipe) -> int:
     """Processes of a training here: the recipe's least number, or as many below it as there are GPUs for."""
-    import torch
-
     data, least = recipe.data, recipe.scaling.bounds[0]
     portions = data.global_batch // data.micro_batch if data.budget is None else data.budget.micro_batches
-    room = min(least, torch.cuda.device_count()) if torch.cuda.is_available() else least
+    room = min(least, usable_gpus() or least)
     return max(count for count in range(1, room + 1) if portions % count == 0)
 
 

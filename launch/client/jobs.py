@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import urlsplit
 
 from echox.config.load import find_recipe, load_recipe
-from echox.config.locations import without_secret_variables
 from echox.config.paths import cache_dir, is_url, project_root
 from echox.errors import LaunchError
 from launch.client.address import LOOPBACK, api_address, on_this_machine, without_variables
 from launch.client.job_environment import JobEnvironment, parse_table
-from launch.job.environment import PASSED_ON
+from launch.job.environment import passed_on
 from launch.paths import HOME, RESOLVED
 
 if TYPE_CHECKING:
@@ -183,7 +182,7 @@ class Jobs:
 
     def _variables(self) -> dict[str, str]:
         """What the job gets of this process's variables."""
-        named, secret = without_secret_variables(os.environ, PASSED_ON)
+        named, secret = passed_on()
         if secret and not self.is_local:
             log.warning(
                 "not passed on, for a job's variables are no secret: %s; set them on the nodes", ", ".join(secret)

@@ -29,6 +29,7 @@ class LocalNode:
         head: which one.
         cpus: that it offers.
         around: words that run the command in other surroundings, such as a namespace of its own.
+        ip: its address, where it is not the machine's; Ray numbers the workers at one address as those of one node.
 
     Attributes:
         address: of the cluster, `host:port`.
@@ -37,7 +38,9 @@ class LocalNode:
         LaunchError: the head does not say where its cluster is.
     """
 
-    def __init__(self, head: local_head.Head, *, cpus: int = 1, around: Sequence[str] = ()) -> None:
+    def __init__(
+        self, head: local_head.Head, *, cpus: int = 1, around: Sequence[str] = (), ip: str | None = None
+    ) -> None:
         noted = Path(head.folder) / "ray_current_cluster"  # Ray writes it after the head answers
         deadline = time.monotonic() + JOIN_S
         while not noted.exists():
@@ -48,7 +51,12 @@ class LocalNode:
         # A folder of its own: a node that comes or goes tidies up what others on the same disk still use.
         self._folder = tempfile.mkdtemp(prefix="echox-node-", dir="/tmp")
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}"]
-        command += [f"--num-cpus={cpus}", f"--temp-dir={self._folder}", f"--object-store-memory={OBJECT_STORE}"]
+        command += [
+            f"--node-ip-address={ip}",
+            f"--num-cpus={cpus}",
+            f"--temp-dir={self._folder}",
+            f"--object-store-memory={OBJECT_STORE}",
+        ]
         self._process = subprocess.Popen(
             [*around, *command, "--block", "--disable-usage-stats"],
             env={**os.environ, **head.environment(), local_head.MARK: head.mark, "RAY_ADDRESS": ""},

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from echox.config.load import find_recipe, load_recipe, resolved
 from echox.config.paths import run_dir
 from echox.config.schema import Recipe, worker_counts
+from echox.device import cpu_is_wanted
 from echox.engine.object_store.mirror import Mirror, mirrored
 from echox.engine.object_store.run_store import RunStore
 from echox.engine.stop import STOP_FILE, clear_stop, read_stop, request_stop
@@ -228,7 +229,7 @@ class Driver:
             run_worker,
             train_loop_config=options,
             backend_config=TorchGroup(
-                backend="nccl" if on_gpu else "gloo",
+                backend="nccl" if on_gpu and not cpu_is_wanted() else "gloo",
                 timeout_s=scaling.collective_timeout_s,
                 defaults=node_defaults(),
             ),

@@ -9,14 +9,19 @@ from pathlib import Path
 from echox.config.locations import without_secret_variables
 from echox.config.paths import run_dir
 from echox.config.schema import Recipe
+from echox.device import DEVICE
 
-PASSED_ON = ("ECHOX_", "MLFLOW_", "HF_")
+PASSED_ON = ("ECHOX_", "MLFLOW_", "HF_", "PYTORCH_", "TORCH_", "CUDA_")
 """Prefixes of the variables that a job takes from who submits it, and workers from the driver."""
+OF_RAY = frozenset({"CUDA_VISIBLE_DEVICES"})
+"""Not among them: Ray gives each worker its own."""
 OF_THE_NODE = ("NCCL_", "GLOO_", "FI_")
 """Prefixes of variables that describe the network of a node: what a node has wins over what the driver has."""
 
 NCCL_RECORDS = "nccl-rank-"
 """How the names of the files begin that NCCL's flight recorder leaves in the log folder of a run."""
+
+_ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
 def worker_environment(recipe: Recipe) -> dict[str, str]:
@@ -26,7 +31,7 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     Ray gives it to the workers itself.
     """
     threads = str(max(1, int(recipe.scaling.cpus_per_worker)))
-    passed, _ = without_secret_variables(os.environ, PASSED_ON)
+    passed = passed_on()[0]
     switches = {
         "OMP_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
@@ -34,8 +39,12 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     }
     if recipe.scaling.gpus_per_worker == 0:
-        switches["DS_ACCELERATOR"] = "cpu"
-    else:  # NCCL's flight recorder: each rank's last collectives, written when one of them times out
+        switches |= {"DS_ACCELERATOR": "cpu", DEVICE: "cpu"}
+    else:
+        if not passed.keys() & _ALLOCATOR:
+            # Micro-batches differ in shape: fixed segments would fragment.
+            switches["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+        # NCCL's flight recorder: each rank's last collectives, written when one of them times out
         switches |= {
             "TORCH_FR_BUFFER_SIZE": "2000",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -44,6 +53,12 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     # DeepSpeed calls ninja and the compiler by name; the worker's PATH is that of the Ray daemon.
     path = os.pathsep.join(dict.fromkeys([str(Path(sys.executable).parent), *os.environ.get("PATH", "").split(":")]))
     return {**passed, **switches, "PATH": path}
+
+
+def passed_on() -> tuple[dict[str, str], list[str]]:
+    """Variables of this process that go with a job, and the names of secret ones, which do not."""
+    passed, secret = without_secret_variables(os.environ, PASSED_ON)
+    return {name: value for name, value in passed.items() if name not in OF_RAY}, secret
 
 
 def node_defaults() -> dict[str, str]:

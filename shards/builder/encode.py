@@ -15,6 +15,7 @@ from echox.builders.encoded import RECORD, encoding_identity
 from echox.config.model_schema import ModelConfig
 from echox.config.paths import resolve_data
 from echox.config.schema import Recipe
+from echox.device import best_device
 from echox.release.pretrained import load_whisper_encoder
 from echox.stream.collate import pad_audio
 from echox.stream.format.encoded_features import pack
@@ -43,7 +44,7 @@ class QuestionEncoder:
         speech = model.speech_encoder
         assert speech is not None
         encoder = load_whisper_encoder(speech.path, torch.float32)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = best_device()
         self._encoder = TrimmedWhisperEncoder(encoder, model.layout, input_mode=speech.input).to(self.device)
         self._log_mel = LogMel(
             encoder.config.num_mel_bins,

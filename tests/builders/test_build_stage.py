@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 
 from echox.builders.setup import TextTools, build_stage, check_inits, frozen_models
 from echox.config.model_schema import LoraConfig
 from echox.errors import CheckpointError
+from echox.models.lora import FusedForward
 from echox.release.pretrained import add_lora
 from tests import tiny
 from tests.builders import tiny_run
@@ -129,7 +129,7 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
 def test_lora_adds_alpha_over_r_times_the_product_of_its_maps(r: int, alpha: float) -> None:
     model = tiny.causal_lm()
     wrapped = add_lora(model, LoraConfig(r=r, alpha=alpha, dropout=0.0)).eval()
-    layers = [part for part in wrapped.modules() if isinstance(part, LoraLayer)]
+    layers = [part for part in wrapped.modules() if isinstance(part, FusedForward)]
     assert len(layers) == 7 * model.config.num_hidden_layers
     torch.manual_seed(1)
     for layer in layers:
@@ -143,7 +143,7 @@ def test_lora_adds_alpha_over_r_times_the_product_of_its_maps(r: int, alpha: flo
 
 def test_lora_of_the_recipe_reaches_the_llm(folder: Path) -> None:
     stage = built(folder, "s2t", init={"s2t": str(folder / "s2t")})
-    layer = next(part for part in stage.s2t.llm.modules() if isinstance(part, LoraLayer))
+    layer = next(part for part in stage.s2t.llm.modules() if isinstance(part, FusedForward))
     x = torch.randn(3, layer.base_layer.in_features)
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(layer(x) - layer.base_layer(x), 1.5 * (x @ a.T @ b.T), rtol=1e-4, atol=1e-5)

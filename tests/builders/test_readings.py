@@ -52,7 +52,7 @@ def test_units_are_read_where_they_are_the_labels(folder: Path) -> None:
 
 
 def test_labels_are_kept_in_the_run_folder_where_the_recipe_says_so(folder: Path, tmp_path: Path) -> None:
-    for labels in ("teacher", "cached"):
+    for labels in ("teacher", "drafted", "cached"):
         recipe = echo_recipe(folder, labels=labels, pseudo_text="reference")
         recipe = recipe.model_copy(update={"storage": str(tmp_path)})
         stage: Any = build_stage(recipe, TextTools.load(recipe))

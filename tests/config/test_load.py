@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from echox.config.load import find_recipe, fingerprint, load_recipe, recipe_names, resolved
-from echox.config.schema import Recipe, worker_counts
+from echox.config.schema import Recipe, batch_sentence, worker_counts
 from echox.errors import RecipeError
 
 ALL = [f"{scale}/{stage}" for scale in ("3b", "8b", "demo", "small") for stage in ("echo", "s2t", "t2c")]
@@ -74,7 +74,8 @@ def test_three_mistakes_are_three_sentences() -> None:
         'optim.step: unknown key; did you mean "steps"?',
         'engine.precision="bf61": must be one of auto, bf16, fp32; did you mean "bf16"?',
         "data.global_batch=24 is not a multiple of data.micro_batch * scaling.workers = 8 * 2 = 16; "
-        "set data.global_batch to a multiple of 16, or lower data.micro_batch",
+        "set data.global_batch to a multiple of 16, data.micro_batch=6, or data.batch_for to the ranks that the batch "
+        "is meant for",
     ]
 
 
@@ -170,6 +171,7 @@ def test_answers_are_made_again_only_where_they_are_read() -> None:
         (["labels=annotated", "pseudo_text=reference"], "segmentation.mode=trigger cuts them"),
         (["labels=cached", "pseudo_text=reference"], ""),
         (["labels=cached", "pseudo_text=generated"], ""),
+        (["labels=drafted", "pseudo_text=free_run"], ""),
         (["labels=cached", "pseudo_text=free_run"], "pseudo_text=free_run changes with the weights"),
         (["labels=cached", "pseudo_text=argmax_teacher_forced"], "argmax_teacher_forced changes with the weights"),
     ],
@@ -184,6 +186,8 @@ def test_labels_go_with_the_text_that_they_are_of(overrides: list[str], expected
     if "labels=cached" in overrides and not expected:
         (line,) = mistakes("demo/echo", *written, "engine.frozen_placement=shard")
         assert "engine.frozen_placement=shard makes all ranks gather it together" in line
+        (line,) = mistakes("demo/echo", *written, "engine.frozen_placement=auto")
+        assert "engine.frozen_placement=auto may make all ranks gather it together" in line
 
 
 def test_turns_are_not_heard_where_the_encoder_does_not_run() -> None:
@@ -346,3 +350,30 @@ def test_a_range_whose_ends_do_not_divide_the_batch_says_which_counts_do() -> No
     for wrong in ("[3, 2]", "0", "[1]", "[0, 2]", "[1, 2, 3]"):
         (line,) = mistakes("demo/s2t", f"scaling.workers={wrong}")
         assert "must be a whole number above 0, or a range such as [2, 4]" in line
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64, 512])
+def test_a_batch_for_some_ranks_holds_on_any_number_and_says_what_that_means(ranks: int) -> None:
+    recipe = load_recipe("8b/echo", [f"scaling.workers={ranks}"])
+    data = recipe.data.on(ranks)
+    assert (data.global_batch, data.micro_batch) == (16 * ranks, 8)
+    assert data.on(ranks) == data, "asked again, it is the same"
+    said = batch_sentence(recipe, ranks)
+    assert (said is None) == (ranks == 8)
+    if ranks == 64:
+        assert said == (
+            "a step has 1,024 samples on 64 ranks, 8 times the 128 for 8, and the learning rates stay: "
+            "optim.steps=312 is as many samples as 2500 were there"
+        )
+
+
+def test_a_batch_that_is_fixed_says_which_ways_lead_out() -> None:
+    (line,) = mistakes("8b/echo", "scaling.workers=64", "data.batch_for=null")
+    assert line.endswith(
+        "multiple of 512, data.micro_batch=2, or data.batch_for to the ranks that the batch is meant for"
+    )
+    (line,) = mistakes("8b/echo", "scaling.workers=512", "data.batch_for=null")
+    assert line.endswith("multiple of 4096, or data.batch_for to the ranks that the batch is meant for")
+    load_recipe("8b/echo", ["scaling.workers=64", "data.batch_for=null", "data.micro_batch=2"])
+    (line,) = mistakes("8b/echo", "data.global_batch=100")
+    assert "data.global_batch=100 is not a multiple of data.micro_batch * data.batch_for = 8 * 8 = 64" in line

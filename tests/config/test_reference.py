@@ -39,7 +39,7 @@ UNITS = {
     r"\.keep$": "checkpoints",
     r"failures$": "failures",
     r"rewinds$": "times",
-    r"workers$": "ranks",
+    r"workers$|batch_for$": "ranks",
     r"reader_threads$": "threads",
     r"gpus_per_worker$": "GPUs",
     r"cpus_per_worker$": "CPU cores",

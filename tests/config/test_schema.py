@@ -18,6 +18,7 @@ FREE = {
     "tracking",
     "health",
     *(f"engine.{key}" for key in ("deepspeed", "frozen_placement", "activation_checkpointing", "validate_every")),
+    "engine.deterministic",
     *(f"engine.{key}" for key in ("checkpoint_every", "async_save", "keep", "keep_every", "keep_best", "log_every")),
     "model.echo.respond.batch",
     *(f"data.{key}" for key in ("valid", "micro_batch", "reader_threads", "prefetch", "quarantine")),
@@ -26,7 +27,7 @@ GUARDED = {
     "init",
     "seed",
     *(f"model.{part}.path" for part in ("llm", "speech_encoder")),
-    *(f"data.{key}" for key in ("train", "global_batch", "budget", "window_shards", "pool", "weight_by")),
+    *(f"data.{key}" for key in ("train", "global_batch", "batch_for", "budget", "window_shards", "pool", "weight_by")),
 }
 
 

@@ -124,7 +124,7 @@ def torment(folder: Path, *, kills: int, steps: int, seed: int, place: Shared | 
     write_shards(folder / "train", map(sample, range(SAMPLES)), per_shard=7)
     write_shards(folder / "valid", map(sample, range(100, 108)), per_shard=3)
     calm = start(folder, WORKER, WORLD, [scenario(folder, "calm", steps)])
-    assert calm.wait() == [0] * WORLD, calm.said()
+    assert calm.wait(120 + steps) == [0] * WORLD, calm.said()
     chance, done, resumed = random.Random(seed), 0, 0
     while True:
         ranks = start(folder, place.worker, WORLD, [place.scenario("tormented", steps)], **place.environment)

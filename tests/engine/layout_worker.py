@@ -13,6 +13,7 @@ from toy import UncountedLoader, toy_recipe
 from echox.config.schema import Recipe
 from echox.engine.interfaces import StageSetup
 from echox.engine.trainer import train
+from echox.models import chunked_heads
 from echox.stream.batch import SpeechBatch
 from tests import tiny
 
@@ -85,6 +86,7 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
     build = Build(
         scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"], scenario["split"], scenario["pseudo_text"]
     )
+    chunked_heads.CHUNK_ELEMENTS = scenario["chunk"]
     result = train(recipe, context, build)
     return {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}
 

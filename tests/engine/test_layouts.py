@@ -1,7 +1,4 @@
-"""Two gloo processes under ZeRO-3: Stage III trains the same on packed and padded rows, gathered by layer or by module.
-
-Frozen weights that are replicated leave transformer layers that ZeRO-3 gathers as one leaf; sharded ones do not.
-"""
+"""Two gloo processes under ZeRO-3: Stage III trains the same on packed and padded rows, weights whole or divided."""
 
 from __future__ import annotations
 
@@ -21,7 +18,8 @@ WORKER = Path(__file__).with_name("layout_worker.py")
 RUNS = {
     "packed-replicate": {"layout": "packed", "placement": "replicate"},
     "padded-replicate": {"layout": "padded", "placement": "replicate"},
-    "packed-shard": {"layout": "packed", "placement": "shard"},
+    # A chunk of two positions or classes: as many for each rank as its own rows make.
+    "packed-shard": {"layout": "packed", "placement": "shard", "chunk": 96},
     "checkpointed": {"layout": "packed", "placement": "replicate", "checkpointing": True},
     **{split: {"layout": "packed", "placement": "shard", "split": split} for split in ("whole", "2-and-2", "1-and-3")},
     **{
@@ -34,7 +32,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = prepare(tmp_path_factory.mktemp("layouts"))
-    usual = {"checkpointing": False, "split": "", "pseudo_text": "argmax_teacher_forced"}
+    usual = {"checkpointing": False, "split": "", "pseudo_text": "argmax_teacher_forced", "chunk": 1 << 25}
     scenarios = [{"name": name, **usual, **run} for name, run in RUNS.items()]
     return folder / "runs", launch(folder, WORKER, 2, scenarios)
 

@@ -14,14 +14,14 @@ from torch import nn
 from toy import ToyOptions, ToyStage, toy_recipe
 
 from echox.engine import precision, rng_state
-from echox.engine.deepspeed_engine import leaf_modules, parameter_groups
+from echox.engine.deepspeed_engine import adam_groups, trainable_groups
+from echox.engine.flat import FlatTrainables
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.lr_schedule import lr_at, rate_at
 from echox.engine.monitor.event_log import EventLog
 from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.update_check import fingerprint
 from echox.errors import AlteredModelError, CheckpointError, MissingModelError
-from tests import tiny
 
 
 def test_schedule_equals_torch_schedulers() -> None:
@@ -105,19 +105,23 @@ def test_replicating_keeps_outputs_sharing_and_trainables() -> None:
 
 def test_parameter_groups_cover_everything_once() -> None:
     stage, optim = ToyStage(ToyOptions()), toy_recipe("x", Path("none")).optim
-    groups = parameter_groups(stage, optim)
-    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in stage.parameters())
-    assert {(group["rate"], group["weight_decay"]) for group in groups} == {
-        ("adapters", 0.1),
-        ("adapters", 0.0),
-        ("lora", 0.1),
-    }
+    groups = trainable_groups(stage)
+    named = [name for group in groups for name in group.names]
+    assert sorted(named) == sorted(name for name, p in stage.named_parameters() if p.requires_grad)
+    adam = adam_groups(FlatTrainables(ToyStage(ToyOptions()), groups, 2), optim)
+    assert [(group["rate"], group["weight_decay"], len(group["params"])) for group in adam] == [
+        ("adapters", 0.1, 1),
+        ("adapters", 0.0, 1),
+        ("lora", 0.1, 1),
+    ]
+    vectors = next(group for group in groups if not group.decays)
+    assert set(vectors.names) == {"adapter.bias", "text_head.bias", "ctc_head.bias"}
     stage.parameter_groups = lambda: {"adapters": ["adapter.weight"]}  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"without a learning rate.*lora\.weight"):
-        parameter_groups(stage, optim)
+        trainable_groups(stage)
     stage.parameter_groups = lambda: {"adapters": ["tower.0.weight"]}  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"frozen, unknown or grouped twice.*tower\.0\.weight"):
-        parameter_groups(stage, optim)
+        trainable_groups(stage)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
@@ -258,22 +262,3 @@ def test_events_are_a_line_for_people_and_a_line_of_json(tmp_path: Path, capsys:
         "event": "step", "rank": 0, "step": 3, "attempt": 2, "loss": math.pi, "perf/x": 1.0,
     }  # fmt: skip
     assert (tmp_path / "log" / "rank-00001.jsonl").is_file()
-
-
-def test_layers_are_gathered_whole_but_the_first_and_those_with_frozen_weights() -> None:
-    stage = tiny.echo_stage()
-    names = {id(module): name for name, module in stage.named_modules()}
-    assert [names[id(leaf)] for leaf in leaf_modules(stage)] == ["teacher", "echo.body.layers.1"]
-    replicate_as_buffers(stage, torch.device("cpu"), torch.float32)
-    llm = "s2t.llm.base_model.model.model.layers.1"
-    assert {names[id(leaf)] for leaf in leaf_modules(stage)} >= {"teacher", "echo.body.layers.1", llm}
-    assert not any(names[id(leaf)].endswith("layers.0") for leaf in leaf_modules(stage))
-
-
-def test_layers_that_run_twice_before_a_backward_are_gathered_map_by_map() -> None:
-    for pseudo_text in ("generated", "free_run"):
-        stage = tiny.echo_stage(pseudo_text=pseudo_text)
-        names = {id(module): name for name, module in stage.named_modules()}
-        replicate_as_buffers(stage, torch.device("cpu"), torch.float32)
-        assert not any(names[id(leaf)].startswith("s2t.llm") for leaf in leaf_modules(stage))
-        assert "echo.body.layers.1" in {names[id(leaf)] for leaf in leaf_modules(stage)}

@@ -65,6 +65,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
                 "options": {"known": False},
             },
             {"name": "two-shard", "recipe": {**CLIP, "engine__frozen_placement": "shard"}},
+            {"name": "two-grown", "recipe": {**CLIP, "data__global_batch": 4, "data__batch_for": 1}},
             {"name": "two-skip", "recipe": CLIP, "options": {"skip_odd_steps": True}},
             {"name": "straight", "recipe": EVERY_5, "options": DROPOUT},
             {"name": "halves", "recipe": EVERY_5, "options": DROPOUT, "die_at": 5},
@@ -128,7 +129,10 @@ def oracle(folder: Path, options: ToyOptions) -> tuple[dict[str, torch.Tensor], 
     return plain_training(toy_recipe("oracle", folder / "ds.json", **CLIP), options, range(10))
 
 
-@pytest.mark.parametrize("run", ["one", "two", "two-gas", "two-counted-late", "two-gas-counted-late", "two-shard"])
+RUNS = ("one", "two", "two-gas", "two-counted-late", "two-gas-counted-late", "two-shard", "two-grown")
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_ten_steps_equal_plain_pytorch(launched: Launched, run: str) -> None:
     weights, losses = oracle(launched.folder, ToyOptions())
     found = launched.weights(run)
@@ -136,6 +140,19 @@ def test_ten_steps_equal_plain_pytorch(launched: Launched, run: str) -> None:
     for name, expected in weights.items():
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}")
     assert [record["loss/total"] for record in launched.metrics(run)] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_batch_that_grows_with_the_ranks_says_so_before_the_first_step(launched: Launched) -> None:
+    names = [json.loads(line)["event"] for line in _log(launched, "two-grown")]
+    assert names.index("batch") < names.index("start") and "batch" not in [
+        json.loads(line)["event"] for line in _log(launched, "two")
+    ]
+    (event,) = launched.events("two-grown", "batch")
+    assert event["what"].startswith("a step has 8 samples on 2 ranks, 2 times the 4 for 1")
+
+
+def _log(launched: Launched, run: str) -> list[str]:
+    return (launched.folder / "runs" / run / "log" / "rank-00000.jsonl").read_text().splitlines()
 
 
 def test_clipping_was_in_force(launched: Launched) -> None:

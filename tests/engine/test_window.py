@@ -15,7 +15,7 @@ from echox.config.schema import HealthConfig
 from echox.engine.loss_guard import LossGuard
 from echox.engine.step import StepSums, train_step
 from echox.engine.world import World
-from echox.models.t2c import DecodedUnits
+from echox.models.greedy import DecodedUnits
 from echox.stages.echo import EchoStage
 from echox.stream.batch import SpeechBatch
 from tests import tiny

@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ENGINE = Path(__file__).parents[1] / "engine"
 STEPS = 120
+OTHER_IP = "127.0.0.2"
+"""Of the second node: at one address, Ray would number the workers of both nodes as those of one."""
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_a_run_without_a_shared_folder_outlives_a_node(
     def progress() -> dict[str, object]:
         return dict(json.loads(store.read("progress.json") or b"{}"))
 
-    node = LocalNode(head, around=around)
+    node = LocalNode(head, around=around, ip=OTHER_IP)
     try:
         job = jobs.submit(
             str(recipe(tmp_path, bucket, server.uri)),
@@ -116,11 +118,11 @@ def test_a_run_without_a_shared_folder_outlives_a_node(
         )
         wait(jobs, job, lambda: int(str(progress().get("step", 0))) > 25)
         node.kill()
-        node = LocalNode(head, around=around)  # with an empty disk
+        node = LocalNode(head, around=around, ip=OTHER_IP)  # with an empty disk
         wait(jobs, job, lambda: progress().get("attempt") == 2 and progress().get("state") == "training")
         deadline = time.monotonic() + 400
-        while jobs.status(job) != "SUCCEEDED":
-            assert time.monotonic() < deadline and jobs.status(job) in ("PENDING", "RUNNING"), jobs.logs(job)
+        while (status := jobs.status(job)) != "SUCCEEDED":
+            assert time.monotonic() < deadline and status in ("PENDING", "RUNNING"), jobs.logs(job)
             time.sleep(0.5)
     finally:
         node.kill()

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import random
+
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from echox.models.echo import TriggerRule, segment_rows, trigger_segments
+from tests.counters import Kernels
 
 
 def _cuts(scores: list[float], rule: TriggerRule) -> list[int]:
@@ -29,6 +34,46 @@ def test_trigger_equals_a_row_by_row_reading() -> None:
     for row, length in enumerate(lengths.tolist()):
         assert segments[row, :length].tolist() == _cuts(scores[row, :length].tolist(), rule)
     assert int(segments.max()) >= 3
+
+
+def _over_time(scores_BR: Tensor, mask_BR: Tensor, rule: TriggerRule) -> Tensor:
+    """All rows at once, position by position."""
+    ahead = rule.look_ahead
+    padded = F.pad(scores_BR.masked_fill(~mask_BR, -torch.inf), (ahead, ahead), value=-torch.inf)
+    peak = (scores_BR >= padded.unfold(1, 2 * ahead + 1, 1).amax(-1)) & mask_BR & F.pad(mask_BR, (0, ahead))[:, ahead:]
+    segment = torch.zeros(len(scores_BR), dtype=torch.long)
+    start, out = torch.zeros_like(segment), []
+    for t in range(scores_BR.shape[1]):
+        out.append(segment)
+        waited = t - start
+        early = (waited >= rule.min_tokens) & (scores_BR[:, t] > rule.threshold)
+        cut = peak[:, t] & ((waited >= rule.max_wait) | early)
+        segment = segment + cut
+        start = torch.where(cut, torch.full_like(start, t + 1), start)
+    return torch.stack(out, dim=1)
+
+
+def test_trigger_equals_a_loop_over_time_whatever_the_rule() -> None:
+    torch.manual_seed(1)
+    chance, most = random.Random(1), 0
+    for size in (1, 2, 7, 60, 164):
+        for _ in range(12):
+            waits = chance.choice([0, 1, 5, 20, 200]), chance.choice([0, 3, 15, 50, 300])
+            rule = TriggerRule(*waits, threshold=0.1, look_ahead=chance.choice([0, 1, 5]))
+            scores = torch.randn(5, size).round(decimals=1)  # with ties
+            mask = torch.arange(size)[None, :] < torch.randint(0, size + 1, (5, 1))
+            found = trigger_segments(scores, mask, rule)
+            assert torch.equal(found, _over_time(scores, mask, rule))
+            most = max(most, int(found.max()))
+    assert most > 20
+
+
+def test_trigger_has_few_kernels_at_any_length() -> None:
+    for size, most in ((164, 38), (500, 44)):
+        scores, mask = torch.randn(4, size), torch.ones(4, size, dtype=torch.bool)
+        with Kernels() as kernels:
+            trigger_segments(scores, mask, TriggerRule())
+        assert len(kernels.noted) == most
 
 
 def test_trigger_needs_the_wait_and_the_threshold() -> None:

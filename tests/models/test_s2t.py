@@ -10,8 +10,9 @@ from tests import tiny
 def test_batched_states_equal_one_unpadded_forward_each() -> None:
     model = tiny.s2t_model().eval()
     batch = tiny.speech_batch(5)
-    states, logits_BRV, _ = model(batch)
-    hidden_BRh, logits_BRV = states.response.to_padded(states.hidden), states.response.to_padded(logits_BRV)
+    states = model(batch).states
+    hidden_BRh = states.response.to_padded(states.hidden)
+    logits_BRV = model.head(hidden_BRh)
     for row in range(5):
         alone = tiny.one_row(batch, row)
         speech = model.encode_speech(alone)
@@ -59,7 +60,7 @@ def test_precomputed_features_stand_for_the_log_mel() -> None:
     batch = tiny.speech_batch(4)
     features, _ = model.front_end.encoder(batch.mel_BMT, batch.frames_B)
     stored = replace(batch, mel_BMT=batch.mel_BMT[:, :, :0], features_BTd=features)
-    assert torch.equal(model(stored).logits, model(batch).logits)
+    assert torch.equal(model(stored).states.hidden, model(batch).states.hidden)
     assert stored.stats() == batch.stats()
 
 
@@ -72,7 +73,10 @@ def test_ctc_embeddings_are_the_text_the_head_expects_at_each_kept_frame() -> No
     speech, front_end = model.encode_speech(batch), model.front_end
     assert float(front_end.shrink.norm.weight.abs().sum()) == 0  # the states come in as training finds them useful
     speech_BVh, mask_BV = speech.padded()
-    kept_BV, logits_BTC = speech.rows.to_padded(speech.kept), speech.frames.to_padded(speech.ctc_logits)
+    kept_BV, logits_BTC = (
+        speech.rows.to_padded(speech.kept),
+        speech.frames.to_padded(front_end.ctc_head.linear(speech.aligned)),
+    )
     table = model.causal_lm.get_input_embeddings().weight
     for row in range(4):
         for column in range(int(mask_BV[row].sum())):

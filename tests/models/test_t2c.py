@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from echox.models.t2c import T2CDecoder, TextPart, repeats, text_part
+from echox.models.greedy import repeats
+from echox.models.t2c import T2CDecoder, TextPart, text_part
 from tests import tiny
 
 

@@ -40,7 +40,7 @@ NAMED = Path(__file__).with_name("named.yaml")
 EQUIVALENT = Path(__file__).with_name("equivalent.yaml")
 MODULES = (
     *(f"echox/stages/{name}.py" for name in ("echo", "losses", "s2t", "t2c")),
-    *(f"echox/models/{name}.py" for name in ("echo", "t2c", "s2t", "ragged")),
+    *(f"echox/models/{name}.py" for name in ("chunked_heads", "echo", "t2c", "s2t", "ragged")),
     "echox/units/language.py",
     "echox/speak/pipeline.py",
     *(f"echox/evaluate/{name}.py" for name in ("text", "spoken", "scores")),

@@ -33,6 +33,8 @@ class StubHub(ThreadingHTTPServer):
     Attributes:
         commits: commit to file to content.
         head: the commit that `main` names.
+        then: the commit that `main` names as soon as it was asked for once; None where it does not move.
+        claimed: the commit that it says it answers with, where that is not the one it was asked for.
         sent: contents that are sent in place of the true ones, as an altered mirror would.
         asked: paths of all requests.
     """
@@ -47,6 +49,8 @@ class StubHub(ThreadingHTTPServer):
             SECOND: {"config.json": small + b" ", "model.safetensors": large + b"!", "README.md": b"words"},
         }
         self.head = FIRST
+        self.then: str | None = None
+        self.claimed: str | None = None
         self.sent: dict[str, bytes] = {}
         self.asked: list[str] = []
 
@@ -73,7 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             siblings = [_described(name, content) for name, content in files.items()]
-            return self._send(200, json.dumps({"id": "org/model", "sha": commit, "siblings": siblings}).encode(), {})
+            self.server.head = self.server.then or self.server.head
+            described = {"id": "org/model", "sha": self.server.claimed or commit, "siblings": siblings}
+            return self._send(200, json.dumps(described).encode(), {})
         if not path.startswith("/org/model/resolve/"):
             return self._send(404, b"{}", {})
         commit, _, name = path.removeprefix("/org/model/resolve/").partition("/")
@@ -190,11 +196,19 @@ def test_a_file_that_is_not_what_the_hub_records_is_named(stub: StubHub, tmp_pat
 
 
 def test_a_hub_that_answers_with_another_commit_is_refused(stub: StubHub, tmp_path: Path) -> None:
-    stub.commits["c" * 40] = stub.commits[FIRST]
-    stub.head = "main-has-no-commit"
-    stub.commits["main-has-no-commit"] = stub.commits[FIRST]
+    stub.claimed = "main-has-no-commit"
     (told,) = fetched(stub, (tmp_path / "m", None, None))
     assert "answers with commit main-has-no-commit" in told
+    stub.claimed = SECOND
+    (told,) = fetched(stub, (tmp_path / "n", FIRST, None))
+    assert f"answers with commit {SECOND} of org/model where {FIRST} was asked for" in told
+
+
+def test_a_branch_that_moves_during_the_fetch_gives_the_files_of_one_commit(stub: StubHub, tmp_path: Path) -> None:
+    stub.then = SECOND
+    (found,) = fetched(stub, (tmp_path / "m", None, None))
+    assert stub.head == SECOND and found["revision"] == FIRST
+    assert (tmp_path / "m" / "model.safetensors").read_bytes() == stub.commits[FIRST]["model.safetensors"]
 
 
 def test_no_hub_is_no_error_and_a_branch_is_no_pin(stub: StubHub, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from echox.builders.stages import build_s2t_stage
 from echox.models.echo import segment_rows
-from echox.models.t2c import DecodedUnits
+from echox.models.greedy import DecodedUnits
 from echox.stages.echo import EchoStage
 from echox.stages.losses import denoising_loss
 from echox.stream.batch import SpeechBatch, UnitBatch
@@ -427,7 +427,7 @@ def test_ctc_is_the_sum_over_all_alignments_of_each_transcript() -> None:
     expected = 0.0
     for row in range(3):
         speech = stage.s2t.encode_speech(tiny.one_row(batch, row))
-        log_probs = speech.ctc_logits[0].log_softmax(-1)
+        log_probs = stage.s2t.front_end.ctc_head.linear(speech.aligned)[0].log_softmax(-1)
         size = int(batch.transcript_lengths_B[row])
         target = stage.s2t.front_end.ctc_head.classes(batch.transcript_BC[row : row + 1, :size])[0].tolist()
         paths = alignments(len(log_probs), target)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from echox.builders.labels import LabelFile, teacher_identity
-from echox.models.t2c import DecodedUnits
+from echox.models.greedy import DecodedUnits, repeats
 from echox.stages.echo import EchoStage
 from echox.stages.labels import Label
 from echox.stream.batch import SpeechBatch
@@ -54,7 +54,8 @@ def test_ctc_that_is_kept_is_that_of_each_question_by_hand(adapters: bool, monke
     for row in range(len(batch.ids)):
         if not batch.weight_B[row]:
             continue
-        logits = stage.s2t.encode_speech(tiny.one_row(batch, row)).ctc_logits[0]
+        aligned = stage.s2t.encode_speech(tiny.one_row(batch, row)).aligned
+        logits = stage.s2t.front_end.ctc_head.linear(aligned)[0]
         size = int(batch.transcript_lengths_B[row])
         classes = stage.s2t.front_end.ctc_head.classes(batch.transcript_BC[row, :size])
         loss = F.ctc_loss(
@@ -255,6 +256,51 @@ def test_labels_that_are_kept_are_those_of_the_teacher_and_it_is_asked_once(
         terms = other(dataclasses.replace(part, targets=None))
         assert torch.equal(terms["echo"].total, live(dataclasses.replace(part, targets=None))["echo"].total)
     assert never.segments == 0, "another rank, after a restart, knows them too"
+
+
+def learned(units: DecodedUnits) -> dict[int, list[int]]:
+    """Words of the segments that are learned; a row that repeats itself is left out, wherever it was stopped."""
+    kept_N = units.ended_N & ~repeats(units.words_NM, units.mask_NM)
+    return {row: units.words_NM[row][units.mask_NM[row]].tolist() for row in kept_N.nonzero().flatten().tolist()}
+
+
+def test_drafted_labels_are_those_of_the_teacher_also_where_the_text_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echox.builders.labels._ALIKE", (2, 1))
+    cut = {"mode": "fixed", "fixed_tokens": 3}
+    live = usual.make_stage("reference", segmentation=cut).eval()
+    stage = usual.make_stage("reference", labels="drafted", segmentation=cut).eval()
+    stage.label_store = LabelFile(tmp_path, 0)
+    batch = usual.make_batch(stage)
+    live.end_token = stage.end_token
+    changed = dataclasses.replace(batch, response_BR=batch.response_BR.clone())
+    changed.response_BR[:, 2] = batch.response_BR[:, 2].roll(1)
+    assert not torch.equal(changed.response_BR, batch.response_BR)
+    shares = []
+    for part in (batch, batch, changed):
+        drafted, expected = (dataclasses.replace(part, targets=None) for _ in range(2))
+        torch.testing.assert_close(stage(drafted)["echo"].total, live(expected)["echo"].total)
+        assert learned(drafted.targets.units) == learned(expected.targets.units)
+        shares.append(float(stage.metrics().get("teacher/drafted_share", torch.tensor(0.0))))
+    assert shares[0] == 0 < shares[2] < shares[1]
+    assert LabelFile(tmp_path, 1).alike((*tiny.PREFIX, 7)) is None, "nothing begins like this"
+
+
+def test_a_draft_is_the_newest_label_of_a_text_that_begins_alike(tmp_path: Path) -> None:
+    file, begin = LabelFile(tmp_path / "labels", 0), tuple(range(8))
+    file.add({(*begin, 1): Label([5], True), begin[:3]: Label([1], True)})
+    file.add({(*begin, 2): Label([6], True), (*begin, 3): Label([7], False)})
+    file.add({(*begin[:4], 9): Label([8], True)})
+    for known in (file, LabelFile(tmp_path / "labels", 1)):
+        assert known.alike((*begin, 4)) == Label([6], True), "eight tokens say more than four"
+        assert known.alike((*begin, 1)) == Label([5], True), "its own label, whatever is newer"
+        assert known.alike((*begin, 3)) is None, "it has no end, and would have none again"
+        assert known.alike((*begin[:4], 0)) == Label([8], True)
+        assert known.alike(begin[:2]) is None
+    before = (tmp_path / "labels" / "rank-00000.jsonl").read_text()
+    file.add({(*begin, 1): Label([5], True)})
+    assert (tmp_path / "labels" / "rank-00000.jsonl").read_text() == before, "what is known is not written again"
 
 
 def test_labels_of_another_teacher_are_not_taken(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from echox.builders.stages import build_t2c
-from echox.models.t2c import T2CDecoder, TextPart, repeats, text_part
+from echox.models.greedy import repeats
+from echox.models.t2c import T2CDecoder, TextPart, text_part
 from tests import tiny
 from tests.stages import by_hand
 

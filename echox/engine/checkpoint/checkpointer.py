@@ -32,7 +32,7 @@ from echox.engine.checkpoint.manifest import (
 )
 from echox.engine.checkpoint.recipe_diff import refused_changes
 from echox.engine.checkpoint.retention import Retention
-from echox.engine.checkpoint.sharded_state import HostState, put_back, trainables, whole_shape
+from echox.engine.checkpoint.sharded_state import HostState, put_back
 from echox.engine.checkpoint.writer import Consolidation, RankPart, Save, Upload, random_file
 from echox.engine.object_store.checkpoints import PublishedCheckpoints, StoreUpload
 from echox.engine.object_store.reading import local_checkpoint
@@ -151,7 +151,7 @@ class Checkpointer:
         assert self._save is None, "the save before this one must be finished first"
         began = time.monotonic()
         self._number += 1
-        self._host.copy_from(self.engine, self.world.rank)
+        self._host.copy_from(self.engine, self.world.rank, self.world.size)
         parent = checkpoints_folder(self.folder.path)
         self._save = Save(
             step,
@@ -247,7 +247,7 @@ class Checkpointer:
             CheckpointError: the trainable tensors are not those of this model.
         """
         manifest = checkpoint.manifest
-        ours = {name: list(whole_shape(parameter)) for name, parameter in trainables(self.engine)}
+        ours = {place.name: list(place.shape) for place in self.engine.trainables.tensors}
         theirs = {name: entry["shape"] for name, entry in manifest["trainable"].items()}
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if differing:
@@ -262,6 +262,7 @@ class Checkpointer:
             self.engine,
             checkpoint.path,
             rank=self.world.rank,
+            ranks=self.world.size,
             saved_ranks=ranks,
             updates=manifest["updates"],
         )
@@ -300,7 +301,8 @@ class Checkpointer:
 
     def _describe(self, step: int, cursor: Cursor, metrics: Mapping[str, float]) -> Consolidation:
         """What rank 0 adds to the parts."""
-        shapes = {name: (whole_shape(parameter), parameter.dtype) for name, parameter in trainables(self.engine)}
+        trainables = self.engine.trainables
+        shapes = {place.name: (tuple(place.shape), trainables.flats[place.flat].dtype) for place in trainables.tensors}
         return Consolidation(
             contents={
                 **self.contents,

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from echox.engine.checkpoint.contents import Contents, FileEntry, Manifest
 from echox.errors import CheckpointError
-from echox.files import LARGEST_JSON, fsync, parse_json, read_regular, rename_to_free, sha256_file
+from echox.files import LARGEST_JSON, fsync, names_inside, parse_json, read_regular, rename_to_free, sha256_file
 from echox.stream.storage.retry import PassingError, Retry, may_pass
 
 MANIFEST = "manifest.json"
@@ -114,8 +114,7 @@ def _well_formed(manifest: Mapping[str, Any]) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("bytes"), int)
         and isinstance(entry.get("sha256"), str)
-        and not Path(name).is_absolute()
-        and ".." not in Path(name).parts
+        and names_inside(name)
         for name, entry in files.items()
     )
 

@@ -1,16 +1,19 @@
 """Copies the ZeRO-3 slices of what trains to the host, and restores them on any number of ranks.
 
-ZeRO-3 cuts every trainable tensor, flattened, into one slice a rank, all of ceil(elements / world size). A checkpoint
-holds each rank's slices of the fp32 weights and of both Adam moments under the tensor's name, so a run of another size
+ZeRO-3 cuts every flat parameter (`echox/engine/flat.py`) into one slice a rank. A checkpoint holds, under the name of
+every trainable tensor, each rank's part of its fp32 weights and of both Adam moments, one behind the other in the order
+of the ranks and empty where a rank has none. So a run of another size, or one that lays the tensors out in another way,
 reads the ranges that its own slices cover: nothing is converted, and every bit is the one that was saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from echox.device import usable_gpus
+from echox.engine.flat import pieces
 
 if TYPE_CHECKING:
     import torch
@@ -27,22 +30,12 @@ def slices_file(rank: int) -> str:
     return f"{FOLDER}/rank-{rank:05d}.safetensors"
 
 
-def trainables(engine: Engine) -> Iterator[tuple[str, Any]]:
-    """Name and parameter of all that trains."""
-    return ((name, parameter) for name, parameter in engine.stage.named_parameters() if parameter.requires_grad)
-
-
-def whole_shape(parameter: Any) -> tuple[int, ...]:
-    """Shape of a parameter before it was cut."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 @dataclass
 class HostState:
     """Host copies of this rank's slices, in memory that is allocated once and used for every save.
 
     Attributes:
-        tensors: `<fp32, exp_avg or exp_avg_sq>/<name of the tensor>` to this rank's slice, without padding.
+        tensors: `<fp32, exp_avg or exp_avg_sq>/<name of the tensor>` to this rank's part of it.
         updates: optimizer steps that were applied; without one there are no moments.
     """
 
@@ -50,7 +43,7 @@ class HostState:
     updates: int = 0
     _flats: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
-    def copy_from(self, engine: Engine, rank: int) -> None:
+    def copy_from(self, engine: Engine, rank: int, ranks: int) -> None:
         """Take the state of the step that was trained last; waits for the device."""
         import torch
 
@@ -60,13 +53,14 @@ class HostState:
         for group in range(len(zero.fp32_partitioned_groups_flat)):
             for kind in kinds:
                 self._copy(group, kind, _flat(zero, group, kind))
-        if torch.cuda.is_available():
+        if usable_gpus():
             torch.cuda.synchronize()  # pinned copies run behind
-        for name, parameter in trainables(engine):
-            group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
-            real = max(0, min(padded, parameter.ds_numel - rank * padded))
+        at = _positions(engine)
+        for piece in pieces(engine.trainables, rank, ranks):
+            group, begin = at[piece.place.flat]
             for kind in kinds:
-                self.tensors[f"{kind}/{name}"] = self._flats[group, kind].narrow(0, offset, real)
+                part = self._flats[group, kind].narrow(0, begin + piece.offset, piece.stop - piece.start)
+                self.tensors[f"{kind}/{piece.place.name}"] = part
 
     def _copy(self, group: int, kind: str, flat: Tensor) -> None:
         import torch
@@ -83,7 +77,7 @@ def applied_updates(engine: Engine) -> int:
     return int(state.get("step", 0))
 
 
-def put_back(engine: Engine, checkpoint: Path, *, rank: int, saved_ranks: int, updates: int) -> None:
+def put_back(engine: Engine, checkpoint: Path, *, rank: int, ranks: int, saved_ranks: int, updates: int) -> None:
     """Bring this rank's slices to a checkpoint that `saved_ranks` ranks have written, and the weights with them."""
     import torch
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -97,24 +91,32 @@ def put_back(engine: Engine, checkpoint: Path, *, rank: int, saved_ranks: int, u
             }
     else:
         zero.optimizer.state.clear()
+    kinds = (FP32, *MOMENTS) if updates else (FP32,)
+    flats = engine.trainables.flats
     with SavedSlices(checkpoint, saved_ranks) as saved:
-        for name, parameter in trainables(engine):
-            padded = zero.grad_position[zero.get_param_id(parameter)][2]
-            start = rank * padded
-            stop = min(start + padded, parameter.ds_numel)
-
-            def mine(kind: str, name: str = name, start: int = start, stop: int = stop, padded: int = padded) -> Tensor:
-                found = torch.zeros(padded)
-                if stop > start:
-                    found[: stop - start] = saved.read(f"{kind}/{name}", start, stop)
-                return found
-
-            safe_set_local_fp32_param(parameter, mine(FP32))
-            for kind in MOMENTS if updates else ():
-                safe_set_local_optimizer_state(parameter, mine(kind), kind)
+        mine = {
+            (number, kind): torch.zeros(flat.ds_numel // ranks) for number, flat in enumerate(flats) for kind in kinds
+        }
+        for piece in pieces(engine.trainables, rank, ranks):
+            if piece.stop > piece.start:
+                for kind in kinds:
+                    part = mine[piece.place.flat, kind].narrow(0, piece.offset, piece.stop - piece.start)
+                    part.copy_(saved.read(f"{kind}/{piece.place.name}", piece.start, piece.stop))
+    for (number, kind), values in mine.items():
+        if kind == FP32:
+            safe_set_local_fp32_param(flats[number], values)
+        else:
+            safe_set_local_optimizer_state(flats[number], values, kind)
     for group in range(len(zero.fp32_partitioned_groups_flat)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
-    zero._post_step(set())  # whole copies of small tensors follow their slices
+    zero._post_step(set())  # whole copies of small frozen tensors
+    engine.gather()
+
+
+def _positions(engine: Engine) -> list[tuple[int, int]]:
+    """Group of ZeRO-3 and first element there of this rank's slice of every flat parameter."""
+    zero = engine.ds.optimizer
+    return [tuple(zero.grad_position[zero.get_param_id(flat)][:2]) for flat in engine.trainables.flats]
 
 
 class SavedSlices:

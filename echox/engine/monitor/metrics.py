@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from echox.engine.hardware import peak_flops
+
 if TYPE_CHECKING:
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.monitor.step_timer import StepTimer
@@ -28,11 +30,11 @@ def step_metrics(
     averaged over ranks.
     """
     values = {f"loss/{name}": mean for name, mean in sums.means().items()}
-    step_s, data_wait_share = timer.read()  # After the losses were read: the device has finished the step.
+    elapsed_s, step_s, data_wait_share = timer.read()  # After the losses were read: the device has finished the step.
     values |= {f"weight/{name}": float(weight) for name, weight in sums.weights.items()}
     values |= {f"lr/{name}": rate for name, rate in rates.items()}
     values["grad_norm"] = float(engine.ds.get_global_grad_norm() or 0.0)
-    local = {"samples": float(sums.samples), **sums.stats}
+    local = {"samples": float(sums.samples), **sums.stats, **_flops(engine, sums), **_part_seconds(engine)}
     values |= {name: total / world.size for name, total in _over_ranks(_stage_metrics(engine), world).items()}
     values |= _probed(engine, world)
     totals = _over_ranks(local, world)
@@ -46,8 +48,38 @@ def step_metrics(
     values |= _skew(step_s, data_wait_share * step_s, timer.cpu_s(), world)
     if totals.get("audio_s"):
         values["perf/audio_s_per_s"] = totals["audio_s"] / step_s
+    if "flops" in totals:
+        values |= _utilisation(totals["flops"] / step_s / world.size, engine, world.device)
+    for name in (name for name in totals if name.startswith(_SECONDS)):
+        values[f"perf/{name.removeprefix(_SECONDS)}_share"] = totals[name] / world.size / elapsed_s
     if totals.get("positions") and "perf/padding_share" not in values:
         values["perf/padding_share"] = 1 - tokens / totals["positions"]
+    return values
+
+
+_SECONDS = "seconds of "
+
+
+def _flops(engine: Engine, sums: StepSums) -> dict[str, float]:
+    """FLOP of this rank's part of the step, useful positions alone, where the stage counts them."""
+    if not sums.work:
+        return {}
+    return {"flops": sum(engine.stage.flops(sums.work).values())}
+
+
+def _part_seconds(engine: Engine) -> dict[str, float]:
+    """Seconds in the parts that the stage times, since they were last read."""
+    if not hasattr(engine.stage, "part_seconds"):
+        return {}
+    return {f"{_SECONDS}{name}": seconds for name, seconds in engine.stage.part_seconds().items()}
+
+
+def _utilisation(flops_per_s: float, engine: Engine, device: torch.device) -> dict[str, float]:
+    """Useful FLOP/s of a rank, and their share of what its device can do, where that is known."""
+    values = {"perf/tflops_per_s_per_gpu": flops_per_s / 1e12}
+    peak = peak_flops(device, next(engine.stage.parameters()).dtype)
+    if peak is not None:
+        values["perf/mfu"] = flops_per_s / peak
     return values
 
 

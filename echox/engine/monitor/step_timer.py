@@ -30,7 +30,7 @@ class StepTimer:
         """Processor seconds of this process a step, all its threads, since the last restart."""
         return (time.process_time() - self._cpu_started) / max(self._steps, 1)
 
-    def read(self) -> tuple[float, float]:
-        """Seconds a step, and the share of them spent waiting for data, since the last restart."""
+    def read(self) -> tuple[float, float, float]:
+        """Since the last restart: seconds, seconds a step, and the share of them spent waiting for data."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
-        return elapsed / max(self._steps, 1), self._waited / elapsed
+        return elapsed, elapsed / max(self._steps, 1), self._waited / elapsed

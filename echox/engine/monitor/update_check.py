@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from echox.engine.flat import pieces
 
 if TYPE_CHECKING:
     import torch
@@ -30,17 +33,18 @@ class UpdateCheck:
     changed *and* its second Adam moment is non-zero: weight decay alone also changes weights.
     """
 
-    def __init__(self, engine: Any, frozen_buffers: frozenset[str]) -> None:
+    def __init__(self, engine: Any, frozen_buffers: frozenset[str], world: World) -> None:
         self._engine = engine
+        self._world = world
         self._frozen_buffers = frozen_buffers
         self._before = self._fingerprints()
 
-    def compare(self, world: World) -> UpdateReport:
+    def compare(self) -> UpdateReport:
         """Compare with the start; every rank must call it and gets the same answer. A host sync."""
         after = self._fingerprints()
         trainable, frozen = sorted(self._before[0]), sorted(self._before[1])
         learned = self._learned()
-        moved = world.any_of(
+        moved = self._world.any_of(
             [self._before[0][name] != after[0][name] and learned[name] for name in trainable]
             + [self._before[1][name] != after[1][name] for name in frozen]
         )
@@ -52,12 +56,10 @@ class UpdateCheck:
     def _fingerprints(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
         from deepspeed.utils import safe_get_local_fp32_param
 
-        trainable: dict[str, tuple[int, int]] = {}
+        trainable = {name: fingerprint(part) for name, part in self._parts(safe_get_local_fp32_param)}
         frozen: dict[str, tuple[int, int]] = {}
         for name, parameter in self._engine.stage.named_parameters():
-            if parameter.requires_grad:
-                trainable[name] = fingerprint(safe_get_local_fp32_param(parameter))
-            else:
+            if not parameter.requires_grad:
                 frozen[name] = fingerprint(parameter.ds_tensor)
         for name, buffer in self._engine.stage.named_buffers():
             if name in self._frozen_buffers:
@@ -65,15 +67,19 @@ class UpdateCheck:
         return trainable, frozen
 
     def _learned(self) -> dict[str, bool]:
-        """Whether this rank's shard of a trainable ever had a gradient."""
+        """Whether this rank's part of a trainable ever had a gradient."""
         from deepspeed.utils import safe_get_local_optimizer_state
 
-        learned: dict[str, bool] = {}
-        for name, parameter in self._engine.stage.named_parameters():
-            if parameter.requires_grad:
-                moment = safe_get_local_optimizer_state(parameter, "exp_avg_sq")
-                learned[name] = moment is not None and bool(moment.count_nonzero())
-        return learned
+        found = self._parts(lambda flat: safe_get_local_optimizer_state(flat, "exp_avg_sq"))
+        return {name: part is not None and bool(part.count_nonzero()) for name, part in found}
+
+    def _parts(self, of: Callable[[Any], Tensor | None]) -> Iterator[tuple[str, Any]]:
+        """This rank's part of every trainable tensor, from its slices of the flat parameters."""
+        trainables, world = self._engine.trainables, self._world
+        slices = [of(flat) for flat in trainables.flats]
+        for piece in pieces(trainables, world.rank, world.size):
+            mine = slices[piece.place.flat]
+            yield piece.place.name, None if mine is None else mine.narrow(0, piece.offset, piece.stop - piece.start)
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from echox.engine.checkpoint.contents import FileEntry, Manifest
@@ -42,7 +42,7 @@ from echox.engine.checkpoint.writer import part_files
 from echox.engine.monitor.run_dir import newest_attempt
 from echox.engine.object_store.run_store import RunStore
 from echox.errors import CheckpointError, EchoXError
-from echox.files import exclusive, parse_json, sha256_file, write_atomically
+from echox.files import exclusive, names_inside, parse_json, sha256_file, write_atomically
 
 if TYPE_CHECKING:
     from echox.engine.world import World
@@ -157,7 +157,7 @@ class PublishedCheckpoints:
 
     def _bring_file(self, entry: Entry, name: str, manifest: Manifest, final: Path) -> None:
         expected, path = manifest["files"].get(name), final / name
-        if expected is None or not _stays_inside(name):
+        if expected is None:
             raise CheckpointError(f"{name} is missing", where=self._where(entry))
         if path.is_file() and path.stat().st_size == expected["bytes"] and sha256_file(path) == expected["sha256"]:
             return
@@ -294,7 +294,7 @@ def _parsed(data: bytes, where: str) -> tuple[list[Entry], list[Entry]]:
 
 def _entry(record: Mapping[str, Any]) -> Entry:
     folder = str(record["folder"])
-    if not _stays_inside(folder):
+    if not names_inside(folder):
         raise ValueError(f"{folder!r} is no name of a folder")
     return {
         "step": int(record["step"]),
@@ -303,11 +303,6 @@ def _entry(record: Mapping[str, Any]) -> Entry:
         "metrics": dict(record["metrics"]),
         "damaged": str(record["damaged"]),
     }
-
-
-def _stays_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
 
 
 def _holds(path: Path, data: bytes) -> bool:

@@ -206,27 +206,26 @@ class Catalogue:
 
         In a large one, whose records stay on the disk until they are asked for, a wrong record is an error when it is.
         """
-        if self.samples > _CHECKED_AT_ONCE:
-            return
-        records, shards = self.records, self._shards
-        wide = np.array([len(layout) for layout in self.layouts] or [0], dtype=np.int64)
-        wrong = len(records) != self.samples or bool(
-            len(records)
-            and (
-                records["layout"].max() >= len(self.layouts)
-                or records["source"].max() >= len(self.sources)
-                or records["shard"].max() >= len(shards)
-                or records["offset"].max() > _LAST_OFFSET
-                or (records["first"].astype(np.int64) + wide[records["layout"]]).max() > len(self._members)
-                or records["key"].max() > len(self._names)
-                or not all(np.isfinite(records[name]).all() for name in ("question_s", "answer_s"))
-            )
-        )
-        if wrong or (self.tasks is not None and len(self.tasks) != self.samples):
-            raise _unusable(self.location, "the catalogue's records are not of its samples")
-        starts = shards["first"]
-        if len(shards) and (starts.max() > self.samples or (starts[1:] < starts[:-1]).any()):
+        starts = self._shards["first"]
+        if len(starts) and (starts.max() > self.samples or (starts[1:] < starts[:-1]).any()):
             raise _unusable(self.location, "the catalogue's shards are not of its samples")
+        wrong = len(self.records) != self.samples or (self.tasks is not None and len(self.tasks) != self.samples)
+        if wrong or (0 < self.samples <= _CHECKED_AT_ONCE and self._points_out()):
+            raise _unusable(self.location, "the catalogue's records are not of its samples")
+
+    def _points_out(self) -> bool:
+        """Whether any record names what the catalogue has not."""
+        records = self.records
+        wide = np.array([len(layout) for layout in self.layouts] or [0], dtype=np.int64)
+        return bool(
+            records["layout"].max() >= len(self.layouts)
+            or records["source"].max() >= len(self.sources)
+            or records["shard"].max() >= len(self._shards)
+            or records["offset"].max() > _LAST_OFFSET
+            or (records["first"].astype(np.int64) + wide[records["layout"]]).max() > len(self._members)
+            or records["key"].max() > len(self._names)
+            or not all(np.isfinite(records[name]).all() for name in ("question_s", "answer_s"))
+        )
 
     def _segment(self, name: str) -> NDArray[np.uint8]:
         part = self._segments[name]

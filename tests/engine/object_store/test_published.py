@@ -189,6 +189,15 @@ def test_an_index_from_elsewhere_is_one_sentence(index: str | bytes, bucket: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_checkpoints_of_one_step_the_later_is_asked_first(bucket: str) -> None:
+    store = store_of(bucket)
+    index = [{"step": step, "folder": folder, "ranks": 1, "metrics": {}, "damaged": ""} for step, folder in
+             ((1, "early"), (2, "middle"), (1, "late"))]  # fmt: skip
+    store.write("attempt", b"1\n")
+    store.write("checkpoints/index-000001.json", json.dumps({"checkpoints": index, "retired": []}).encode())
+    assert [entry["folder"] for entry in PublishedCheckpoints(store).entries()] == ["middle", "late", "early"]
+
+
 def test_a_manifest_may_not_name_files_outside_its_folder(bucket: str, tmp_path: Path) -> None:
     from echox.engine.checkpoint.manifest import _seal
 

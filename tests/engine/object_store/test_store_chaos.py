@@ -48,7 +48,7 @@ class Stored(Shared):
                 self.lost += 1
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(5400)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(5400)])])
 def test_killed_again_and_again_it_trains_the_same(
     kills: int, tmp_path: Path, bucket: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:

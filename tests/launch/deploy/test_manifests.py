@@ -114,7 +114,7 @@ def test_a_schema_notices_what_is_wrong() -> None:
             "without a claim the pods do not share storage=runs",
         ),
         (
-            ["3b/s2t", "scaling.workers=12", "data.global_batch=192", "--cluster", "slurm"],
+            ["3b/s2t", "scaling.workers=12", "--cluster", "slurm"],
             "12 workers do not fill nodes of 8",
         ),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed
 
 from echox.config.load import load_recipe
-from launch.job.environment import node_defaults, worker_environment
+from launch.job.environment import node_defaults, passed_on, worker_environment
 from launch.job.torch_backend import TorchGroup, _join
 
 SECRET = "s3cr3t-9f"
@@ -31,7 +31,7 @@ HEAD = {
 @pytest.fixture(autouse=True)
 def head(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if name.startswith(("NCCL_", "GLOO_", "FI_")):
+        if name.startswith(("NCCL_", "GLOO_", "FI_", "PYTORCH_", "TORCH_", "CUDA_", "ECHOX_DEVICE")):
             monkeypatch.delenv(name)
     for name, value in HEAD.items():
         monkeypatch.setenv(name, value)
@@ -44,7 +44,22 @@ def test_workers_get_what_they_need_and_nothing_private() -> None:
     assert SECRET not in str(on_cpu) + str(node_defaults()), "whoever sees the dashboard would see it"
     assert "OTHER" not in on_cpu
     on_gpu = worker_environment(load_recipe("demo/s2t", ["scaling.gpus_per_worker=1", "scaling.cpus_per_worker=6"]))
-    assert "DS_ACCELERATOR" not in on_gpu and on_gpu["OMP_NUM_THREADS"] == "6"
+    assert not {"DS_ACCELERATOR", "ECHOX_DEVICE"} & on_gpu.keys() and on_gpu["OMP_NUM_THREADS"] == "6"
+    assert on_cpu["ECHOX_DEVICE"] == "cpu" and "PYTORCH_CUDA_ALLOC_CONF" not in on_cpu
+    assert on_gpu["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_what_is_set_for_torch_and_cuda_goes_with_a_job_but_for_the_gpus_that_ray_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = {name: "max_split_size_mb:64", "TORCH_LOGS": "graphs", "CUDA_LAUNCH_BLOCKING": "1"}
+    for variable, value in {**mine, "CUDA_VISIBLE_DEVICES": "3"}.items():
+        monkeypatch.setenv(variable, value)
+    workers = worker_environment(load_recipe("demo/s2t", ["scaling.gpus_per_worker=1"]))
+    for given in (passed_on()[0], workers):
+        assert given.items() >= mine.items() and "CUDA_VISIBLE_DEVICES" not in given
+    assert len(workers.keys() & {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}) == 1
 
 
 def test_the_network_of_a_node_is_not_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from echox.stream.format.indexing import index_folder
 from echox.stream.format.writer import write_shards
 from echox.stream.storage.retry import Retry
 from echox.stream.storage.store import ShardStore, read_folder
+from tests.hostile.inputs import header_of
 from tests.stream.tars import File, flip, write_tar
 
 QUICK = Retry(attempts=3, first_wait_s=0.001)
@@ -138,6 +139,13 @@ def test_a_damaged_catalogue_is_refused(folder: Path, place: str) -> None:
     with pytest.raises(DataError, match="catalogue") as caught:
         Catalogue.open(folder)
     assert caught.value.fix == f"run `echox shards index {folder}`"
+
+
+@pytest.mark.parametrize("claimed", [1, 1 << 40])
+def test_a_catalogue_of_other_records_than_it_claims_is_refused(tmp_path: Path, claimed: int) -> None:
+    header_of(tmp_path / "set", lambda header: header.update(samples=claimed))
+    with pytest.raises(DataError, match="not of its samples"):
+        Catalogue.open(tmp_path / "set")
 
 
 @pytest.mark.parametrize("segment", ["keys", "members"])
