@@ -51,12 +51,8 @@ class LocalNode:
         # A folder of its own: a node that comes or goes tidies up what others on the same disk still use.
         self._folder = tempfile.mkdtemp(prefix="echox-node-", dir="/tmp")
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={self.address}"]
-        command += [
-            f"--node-ip-address={ip}",
-            f"--num-cpus={cpus}",
-            f"--temp-dir={self._folder}",
-            f"--object-store-memory={OBJECT_STORE}",
-        ]
+        command += [f"--num-cpus={cpus}", f"--temp-dir={self._folder}", f"--object-store-memory={OBJECT_STORE}"]
+        command += [] if ip is None else [f"--node-ip-address={ip}"]
         self._process = subprocess.Popen(
             [*around, *command, "--block", "--disable-usage-stats"],
             env={**os.environ, **head.environment(), local_head.MARK: head.mark, "RAY_ADDRESS": ""},
