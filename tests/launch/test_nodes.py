@@ -27,15 +27,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 def announce_loss(head: local_head.Head, node: LocalNode) -> None:
     """What a cloud's notice of preemption becomes on the node that it is about: Ray drains it."""
-    from ray.util.state import list_nodes
-
-    mine = next(n for n in list_nodes(address=head.address) if not n.is_head_node and n.state == "ALIVE")
     script = f"""
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from launch.job.notices import drain_this_node
 ray.init(address="{node.address}", log_to_driver=False)
-there = NodeAffinitySchedulingStrategy("{mine.node_id}", soft=False)
+others = [each for each in ray.nodes() if each["Alive"] and "node:__internal_head__" not in each["Resources"]]
+there = NodeAffinitySchedulingStrategy(others[0]["NodeID"], soft=False)
 ray.get(ray.remote(num_cpus=0)(drain_this_node).options(scheduling_strategy=there).remote(120.0))
 """
     environment = {**os.environ, **head.environment(), "RAY_ADDRESS": "", "PYTHONPATH": str(Path.cwd())}
