@@ -154,7 +154,14 @@ def run_stop(args: argparse.Namespace) -> int:
         _print(args, {"folder": args.job}, f"the run in {args.job} will save and end")
         return 0
     if Path(args.job).is_dir():
-        request_stop(Path(args.job), "echox stop")
+        try:
+            request_stop(Path(args.job), "echox stop")
+        except OSError as error:
+            raise LaunchError(
+                f"{STOP_FILE} cannot be written there: {error.strerror or error}",
+                where=args.job,
+                fix="look at who owns the folder and what is in it, or stop the job by its name",
+            ) from error
         _print(args, {"folder": args.job}, f"the run in {args.job} will save and end")
         return 0
     jobs = connect(args)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from echox.cli import main
 from echox.errors import LaunchError
 from launch import cli
 from launch.client import local_head
@@ -197,6 +198,15 @@ def test_the_job_apis_errors_become_sentences(error: Exception, words: str) -> N
     with pytest.raises(LaunchError) as raised:
         jobs._call(fail)
     assert words in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_folder_that_takes_no_request_to_stop_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stop.json").mkdir()
+    assert main(["stop", str(tmp_path)]) == LaunchError.exit_code
+    said = capsys.readouterr().err
+    assert "stop.json cannot be written there: Is a directory" in said and str(tmp_path) in said
 
 
 def test_no_cluster_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
