@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from echox.models.mixed import mix_into
+
 CHUNK_ELEMENTS = 1 << 25
 """Logits of a chunk: 128 MiB in fp32, and four times that with what is computed of them."""
 
@@ -38,8 +40,7 @@ class Head(RunsJobs, nn.Linear):
 
 def let_run_jobs(head: nn.Module) -> None:
     """Make a head that belongs to another model run jobs, under the name of its class."""
-    if not isinstance(head, RunsJobs):
-        head.__class__ = type(type(head).__name__, (RunsJobs, type(head)), {"__module__": type(head).__module__})
+    mix_into(head, RunsJobs)
 
 
 class TextLoss(NamedTuple):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from echox.models.mixed import mix_into
+
 
 def fuse_rms_norms(model: nn.Module) -> int:
     """Let every plain RMSNorm of `model` run fused, and return how many do.
@@ -23,7 +25,7 @@ def fuse_rms_norms(model: nn.Module) -> int:
     for module in model.modules():
         kind: Any = type(module)
         if _is_plain(kind):
-            module.__class__ = _fused(kind)
+            mix_into(module, _FusedForward)
             found += 1
     return found
 
@@ -52,9 +54,3 @@ def _is_plain(norm: Any) -> bool:
             return torch.allclose(one(hidden_Nh), F.rms_norm(hidden_Nh, (8,), one.weight, 0.1), atol=1e-6)
         except (TypeError, ValueError, RuntimeError):  # made in another way, so of another kind
             return False
-
-
-@cache
-def _fused(norm: Any) -> Any:
-    """The same class by the same name, which transformers' own code may ask for."""
-    return type(norm.__name__, (_FusedForward, norm), {"__module__": norm.__module__})

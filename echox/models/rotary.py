@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echox.models.mixed import mix_into
+
 
 def keep_rotary_float32(model: nn.Module) -> None:
     """Let every module of `model` with a buffer `inv_freq` keep its buffers in float32, wherever the model is moved.
@@ -15,8 +17,8 @@ def keep_rotary_float32(model: nn.Module) -> None:
     Whoever casts the whole model (`Module.to`, DeepSpeed's bf16 mode) would else round them with its weights.
     """
     for module in model.modules():
-        if "inv_freq" in module._buffers and not isinstance(module, _Float32Buffers):
-            module.__class__ = _keeping(type(module))
+        if "inv_freq" in module._buffers:
+            mix_into(module, _Float32Buffers)
 
 
 class _Float32Buffers(nn.Module):
@@ -28,8 +30,3 @@ class _Float32Buffers(nn.Module):
             if after is not None and before.dtype == torch.float32 != after.dtype:
                 self._buffers[name] = before.to(after.device)
         return found
-
-
-def _keeping(rotary: type[nn.Module]) -> type[nn.Module]:
-    """The same class by the same name, which transformers' own code may ask for."""
-    return type(rotary.__name__, (_Float32Buffers, rotary), {"__module__": rotary.__module__})
