@@ -120,6 +120,31 @@ def remember_tree(module: Any) -> None:
     module.parameters = lambda recurse=True: (parameter for _, parameter in named_parameters(recurse=recurse))
 
 
+def spare_linear_maps() -> None:
+    """Let ZeRO-3's linear map replace PyTorch's only for weights in its partitions, in a graph.
+
+    DeepSpeed replaces it for the rest of the process, because what a graph keeps of a map is a view of the gathered
+    weights, which outlives their release. Without a graph, and with weights that lie whole, its map in Python does the
+    same with a kernel more for every bias.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses, is_zero_param
+    from torch import is_grad_enabled
+    from torch.nn import functional
+
+    partitioned = functional.linear
+    whole_map = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", partitioned)
+    if partitioned is whole_map or getattr(partitioned, "spares", False):
+        return  # DeepSpeed has not replaced it, or we have already
+
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        chosen = partitioned if is_grad_enabled() and is_zero_param(weight) else whole_map
+        found: torch.Tensor = chosen(input, weight, bias)
+        return found
+
+    linear.spares = True  # type: ignore[attr-defined]
+    functional.linear = linear
+
+
 @dataclass
 class TraceInvalidations:
     """Counts how often ZeRO-3 threw its prefetch trace away: 0 a step once the order of modules is learnt."""
@@ -173,6 +198,7 @@ class Engine:
             dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, dist_init_required=False
         )
         self.ds, *_ = deepspeed.initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
+        spare_linear_maps()
         self.config = config
         self.precision = precision
         self.stage: Any = self.ds.module

@@ -14,7 +14,7 @@ from torch import nn
 from toy import ToyOptions, ToyStage, toy_recipe
 
 from echox.engine import precision, rng_state
-from echox.engine.deepspeed_engine import adam_groups, trainable_groups
+from echox.engine.deepspeed_engine import adam_groups, prepare_deepspeed, spare_linear_maps, trainable_groups
 from echox.engine.flat import FlatTrainables
 from echox.engine.frozen import compare_identities, identify, replicate_as_buffers
 from echox.engine.lr_schedule import lr_at, rate_at
@@ -22,6 +22,7 @@ from echox.engine.monitor.event_log import EventLog
 from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.update_check import fingerprint
 from echox.errors import AlteredModelError, CheckpointError, MissingModelError
+from tests.counters import Kernels
 
 
 def test_schedule_equals_torch_schedulers() -> None:
@@ -262,3 +263,29 @@ def test_events_are_a_line_for_people_and_a_line_of_json(tmp_path: Path, capsys:
         "event": "step", "rank": 0, "step": 3, "attempt": 2, "loss": math.pi, "perf/x": 1.0,
     }  # fmt: skip
     assert (tmp_path / "log" / "rank-00001.jsonl").is_file()
+
+
+def test_only_partitioned_weights_in_a_graph_meet_the_linear_map_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_deepspeed(torch.device("cpu"))
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patch
+
+    plain = getattr(Patch, "linear_bk", nn.functional.linear)
+    monkeypatch.setattr(nn.functional, "linear", plain)
+    spare_linear_maps()
+    assert nn.functional.linear is plain, "DeepSpeed has not replaced it yet"
+    # What its engine does where it partitions.
+    monkeypatch.setattr(Patch, "linear_bk", plain, raising=False)
+    nn.functional.linear = replaced = zero3_linear_wrap
+    spare_linear_maps()
+    spared = nn.functional.linear
+    spare_linear_maps()
+    assert nn.functional.linear is spared is not replaced is not plain
+    layer, x = nn.Linear(4, 3), torch.randn(2, 5, 4, requires_grad=True)
+    graph = lambda: type(layer(x).grad_fn).__name__  # noqa: E731
+    assert "ZeroStage3" not in graph()
+    layer.weight.ds_id = 0  # type: ignore[assignment]  # as ZeRO-3 marks what it partitions
+    assert "ZeroStage3" in graph()
+    with torch.no_grad(), Kernels() as kernels:
+        layer(x)
+    assert kernels.by_name() == {"aten.addmm.default": 1}
