@@ -171,9 +171,10 @@ def test_an_answer_that_is_closed_anywhere_leaves_nothing_behind(
 ) -> None:
     engine, watched = model.engine(), Watched(vocoder)
     monkeypatch.setattr(model, "engine", lambda: engine)
+    monkeypatch.setattr("echox.speak.engine.WORDS_A_TURN", 1)
     stream = model.stream(long, vocoder=watched, max_new=MAX_NEW)
     assert any(isinstance(event, kind) for event in stream)
-    assert len(engine) == 1
+    assert len(engine) == 1 and bool(len(engine._speech)) == (kind is not TextToken)
     stream.close()  # type: ignore[attr-defined]
     gc.collect()
     assert len(engine) == 0 and len(engine._speech) == 0 and engine._speech._open._step is None

@@ -146,9 +146,15 @@ def test_a_sine_keeps_its_pitch_and_size_across_groups() -> None:
     window = torch.hann_window(640)
     padded = torch.nn.functional.pad(sine, (320, 320))
     spectrum = torch.fft.rfft(padded.unfold(0, 640, HOP) * window, 1024).abs()
-    stream = PhaseStream(window, 1024, HOP)
-    pieces = [stream.push(spectrum[start : start + 5]) for start in range(0, len(spectrum), 5)]
-    wave = np.concatenate([*pieces, stream.close()])[: len(sine)]
+
+    def found(size: int) -> NDArray[np.float32]:
+        stream = PhaseStream(window, 1024, HOP)
+        pieces = [stream.push(spectrum[start : start + size]) for start in range(0, len(spectrum), size)]
+        return np.concatenate([*pieces, stream.close()])
+
+    wave = found(5)
+    assert all(np.array_equal(found(size), wave) for size in (1, GROUP, len(spectrum))), "at every size of piece"
+    wave = wave[: len(sine)]
     again = torch.fft.rfft(
         torch.nn.functional.pad(torch.from_numpy(wave), (320, 320)).unfold(0, 640, HOP) * window, 1024
     )
