@@ -79,6 +79,21 @@ def test_a_segment_says_what_it_says_alone_whenever_it_is_opened(kind: str, step
     assert opened._step is None and opened._rows == [], "the cache leaves with the last segment"
 
 
+def test_the_end_may_come_as_the_word_after_the_last() -> None:
+    decoder = decoder_of("by columns")
+    ends = [number for number in range(len(LENGTHS)) if alone(decoder, number)[1] and alone(decoder, number)[0]]
+    assert len(ends) >= 2
+    for number in ends:
+        words, _ = alone(decoder, number)
+        for most in (len(words), len(words) - 1):
+            opened: OpenSegments[int] = OpenSegments(decoder)
+            heard = Heard(opened)
+            opened.open([number], text_of([number], decoder), torch.tensor([most]))
+            while len(opened):
+                heard.run(3)
+            assert heard.words[number] == words[:most] and heard.ended[number] == (most == len(words))
+
+
 def test_a_closed_segment_leaves_and_the_others_do_not_notice() -> None:
     decoder = decoder_of("by columns")
     torch.nn.init.zeros_(decoder.head.weight[decoder.end])
