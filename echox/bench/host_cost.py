@@ -37,7 +37,8 @@ def measure(recipe_name: str, ranks: int, *, steps: int = 3, placement: str = "r
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from echox.bench.step import Load, synthetic_batch
+    from echox.bench.micro_batch import Load
+    from echox.bench.step import synthetic_batch
     from echox.config.load import load_recipe
     from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
     from echox.engine.frozen import replicate_as_buffers

@@ -28,7 +28,7 @@ from echox.engine.rank_status import RankStatus, Vote
 from echox.engine.trainer import train
 
 if TYPE_CHECKING:
-    from echox.bench.step import Load
+    from echox.bench.micro_batch import Load
     from echox.config.schema import Recipe
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from echox.config.model_schema import EchoConfig, ModelConfig, T2cConfig
 from echox.models.echo import DenoisingAdapter
 from echox.models.ragged import Layout
 from echox.models.s2t import S2TModel
@@ -18,6 +17,9 @@ from echox.models.t2c_text import T2CText
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stages.t2c import T2CStage
+
+if TYPE_CHECKING:
+    from echox.config.model_schema import EchoConfig, ModelConfig, T2cConfig
 
 
 def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, ctc_tokens: Tensor) -> S2TModel:

@@ -198,7 +198,11 @@ class Engine:
         """Give every flat parameter memory for all of it; ZeRO-3 takes it for partitioned and leaves it alone."""
         import torch
 
+        # Small ones would be gathered twice, and into other memory, where the JSON leaves a threshold to DeepSpeed.
+        persistent = self.ds.optimizer.persistent_parameters
+        persistent[:] = [parameter for parameter in persistent if not parameter.requires_grad]
         for flat in self.trainables.flats:
+            flat.ds_persist = False
             flat.data = torch.zeros(flat.ds_numel, dtype=flat.dtype, device=device)
         with torch.no_grad():
             self.refresh()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from echox.models.chunked_heads import most_probable_by
 from echox.models.ragged import JoinedRows
 from echox.models.static_llama import StaticLlama
 from echox.models.step_graph import StepGraph
@@ -121,15 +122,16 @@ class DecodeStep:
 
     def _agreeing(self, hidden_NEh: Tensor, draft: Draft) -> Tensor:
         """Drafted words of each row before the first that the decoder would not say."""
-        said_ND = self._said(hidden_NEh[:, : draft.words_ND.shape[1]])
+        hidden_Dh = hidden_NEh[:, : draft.words_ND.shape[1]].flatten(0, 1)
+        said_ND = most_probable_by(self._logits, hidden_Dh, len(self._head_Uh)).view_as(draft.words_ND)
         return ((said_ND == draft.words_ND) & draft.mask_ND).cumprod(1).sum(1)
 
-    def _said(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._head_Uh).argmax(-1)
+    def _logits(self, hidden_Nh: Tensor) -> Tensor:
+        return F.linear(hidden_Nh, self._head_Uh)
 
     def __call__(self) -> None:
         """Say one word a row."""
-        word_N = self._said(self._hidden_Nh)
+        word_N = self._logits(self._hidden_Nh).argmax(-1)
         self.words_NK.index_copy_(1, self._column_1, word_N[:, None])
         inputs_N1h = self._inputs(word_N[:, None])
         units_U = self._decoder.word_units_U

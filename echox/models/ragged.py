@@ -327,7 +327,7 @@ def join_rows(
     values = torch.cat(list(blocks), dim=1)
     mask = torch.cat(list(masks), dim=1)
     lengths = mask.sum(1)
-    longest = mask.shape[1] if one_is_full else int(lengths.max())  # host sync, where not known
+    longest = mask.shape[1] if one_is_full else int(lengths.max())  # host sync, unless one is full
     order = torch.argsort((mask if pad_left else ~mask).to(torch.uint8), dim=1, stable=True)
     order = order[:, -longest:] if pad_left else order[:, :longest]
     new_column = mask.cumsum(1) - 1

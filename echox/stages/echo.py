@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from echox.config.model_schema import EchoConfig
 from echox.models.echo import DenoisingAdapter, Segments, TriggerRule, segment_rows, trigger_scores, trigger_segments
 from echox.models.flops import Costs, denoising_costs, flops_by_part, llm_costs, speech_costs, t2c_costs
 from echox.models.greedy import DecodedUnits, Draft, repeats
@@ -32,6 +31,9 @@ from echox.stages.s2t import (
     transcript_loss,
 )
 from echox.stream.batch import SpeechBatch
+
+if TYPE_CHECKING:
+    from echox.config.model_schema import EchoConfig
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from echox.config.model_schema import CtcConfig
 from echox.models.flops import Costs, flops_by_part, llm_costs, speech_costs
 from echox.models.ragged import Rows, padding_share
 from echox.models.s2t import S2TModel, S2TOutput
@@ -16,6 +16,9 @@ from echox.models.speech import CtcScores, SpeechOutput
 from echox.models.work import Work, counts_of
 from echox.stages.losses import LossTerm, ctc_loss
 from echox.stream.batch import SpeechBatch
+
+if TYPE_CHECKING:
+    from echox.config.model_schema import CtcConfig
 
 
 class S2TStage(nn.Module):

@@ -160,12 +160,14 @@ def test_checkpoints_from_before_and_after_hold_the_same(engine: Engine, tmp_pat
         cut = {name: value.split(-(-value.numel() // ranks)) for name, value in wanted.items()}
         own = {name: parts[rank].clone() if rank < len(parts) else torch.zeros(0) for name, parts in cut.items()}
         save_file(own, str(tmp_path / slices_file(rank)))
+    addresses = [flat.data_ptr() for flat in engine.trainables.flats]
     put_back(engine, tmp_path, rank=0, ranks=1, saved_ranks=ranks, updates=4)
     host = HostState()
     host.copy_from(engine, rank=0, ranks=1)
     assert host.updates == 4 and host.tensors.keys() == wanted.keys()
     for name, value in wanted.items():
         assert torch.equal(host.tensors[name], value), name
+    assert [flat.data_ptr() for flat in engine.trainables.flats] == addresses, "where the views look"
     engine.refresh()
     for place in engine.trainables.tensors:
         module, _, attribute = place.name.rpartition(".")

@@ -55,6 +55,8 @@ COVERED = {
     "respond",
     "bench step",
     "bench life",
+    "bench teacher",
+    "plan",
     "ablate",
 }
 """Commands that the tests below run on what others made."""
@@ -63,6 +65,7 @@ OF_OUR_OWN = {
     "shards build demo": "makes its own corpus, of pinned models",
     "bench data": "makes its own data",
     "bench recovery": "makes its own run",
+    "bench gpu": "makes its own models; its results file is read in tests/bench/test_gpu.py",
     "doctor": "reads this machine",
 }
 """Commands that take no file of others, and why."""
@@ -213,7 +216,7 @@ def test_recipes(trial: Trial) -> None:
     trial.run_on(found, *commands, refused=True)
     some = sorted(found)[::4]
     trial.run_on(some, ["respond", None], ["shards", "encode", None], ["bench", "step", None], refused=True)
-    trial.run_on(some, ["bench", "life", None], refused=True)
+    trial.run_on(some, ["bench", "life", None], ["bench", "teacher", None], ["plan", None], refused=True)
     for text in ("[" * 3000, "{a: " * 200, "&a [*a]", "!!python/object/apply:os.system [x]", "9" * 6000):
         trial.run("train", "demo/s2t", f"name={text}", refused=True)
         trial.run("ablate", "demo", f"name={text}", "--storage", trial.out, refused=True)

@@ -18,8 +18,6 @@ from tests import tiny
 from tests.counters import WAITS, Kernels
 from tests.models.test_t2c import _as_hugging_face, _placing_text, _text, _text_of_characters
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def decoder_of_layers(layers: int, **others: Any) -> T2CDecoder:
     sizes = {"words": 12, "text_width": 32, "width": 32, "heads": 4, "ffn": 48, "max_positions": 512}
@@ -211,7 +209,7 @@ def test_a_step_runs_then_is_captured_then_replayed_on_a_gpu_and_just_runs_elsew
     assert done == ["step"] * 3
 
 
-@CUDA
+@pytest.mark.gpu
 def test_words_of_replayed_graphs_are_those_of_the_cpu() -> None:
     decoder, text, limits = tiny.t2c_decoder(), _text().left_padded(), torch.tensor([100, 30, 17, 16, 15, 70])
     expected = rows_of(decoder.greedy(text, limits))

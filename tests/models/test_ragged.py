@@ -14,7 +14,6 @@ from tests import tiny
 LENGTHS = [[5, 1, 3, 7, 2], [1], [6], [1, 1, 1], [4, 4, 4], [3, 0, 2, 0]]
 BOTH = pytest.mark.parametrize("layout", ["packed", "padded"])
 RAGGED = pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def _packed(lengths: list[int], device: str = "cpu") -> PackedRows:
@@ -243,7 +242,7 @@ def test_a_model_that_loses_the_rows_or_caps_its_scores_is_refused() -> None:
         model(inputs_embeds=torch.randn(1, 5, 32), use_cache=False, softcap=30.0, **rows.causal())
 
 
-@CUDA
+@pytest.mark.gpu
 @pytest.mark.parametrize("sight", SIGHT)
 def test_flash_attention_on_the_gpu_equals_attention_row_by_row(sight: str) -> None:
     torch.manual_seed(0)
@@ -264,7 +263,7 @@ def test_flash_attention_on_the_gpu_equals_attention_row_by_row(sight: str) -> N
         torch.testing.assert_close(ours.grad.float().cpu(), theirs.grad, rtol=5e-2, atol=5e-2)
 
 
-@CUDA
+@pytest.mark.gpu
 def test_nothing_waits_for_the_gpu_where_the_lengths_are_known() -> None:
     host = torch.tensor([5, 1, 30])
     lengths, padded = host.cuda(), torch.randn(3, 30, 64, device="cuda", dtype=torch.bfloat16)

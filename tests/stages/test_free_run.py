@@ -30,7 +30,7 @@ def test_the_text_is_what_the_model_answers_when_asked(checkpointing: bool) -> N
     expected = model.eval().s2t.generate(batch, tiny.END, 6, early_stop=False)
     with torch.no_grad():
         out = model.train().s2t(batch)
-    found = model.pseudo_text(batch, out)
+    found = model.pseudo_text(batch, out, None)
     assert torch.equal(found.tokens_BR, expected.tokens_BR) and torch.equal(found.spoken_BR, expected.mask_BR)
     assert model.s2t.llm.training, "the mode is the one before"
 
@@ -42,14 +42,14 @@ def test_dropout_does_not_change_the_text() -> None:
     for seed in (1, 2):
         torch.manual_seed(seed)
         with torch.no_grad():
-            texts.append(model.pseudo_text(batch, model.s2t(batch)).tokens_BR)
+            texts.append(model.pseudo_text(batch, model.s2t(batch), None).tokens_BR)
     assert torch.equal(*texts)
 
 
 def test_the_audio_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = stage().train(), []
     encode = model.s2t.encode_speech
-    monkeypatch.setattr(model.s2t, "encode_speech", lambda batch: calls.append(1) or encode(batch))
+    monkeypatch.setattr(model.s2t, "encode_speech", lambda batch, **how: calls.append(1) or encode(batch, **how))
     model(tiny.speech_batch(4))
     assert calls == [1]
 
