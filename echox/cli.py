@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "units": "echox.units.cli",
     "unit-language": "echox.units.cli",
     "speak": "echox.speak.cli",
+    "serve": "echox.serve.cli",
     "evaluate": "echox.evaluate.cli",
     "report": "echox.evaluate.cli",
     "runs": "echox.tracking.cli",

@@ -42,7 +42,9 @@ NEVER = {
     ),
     "echox/builders": ("echox.tracking", "echox.speak", "echox.evaluate"),
     "echox/tracking": ("echox.evaluate", "echox.engine", "echox.stages", "echox.builders"),
-    "echox/speak": ("echox.evaluate", "echox.tracking"),
+    "echox/speak": ("echox.evaluate", "echox.tracking", "echox.serve"),
+    "echox/serve": ("echox.evaluate", "echox.tracking", "echox.stages", "echox.train"),
+    "echox/evaluate": ("echox.serve",),
     "shards": ("launch", "ray"),
 }
 """Room to what no file in it may import, also inside functions: dependencies point one way."""

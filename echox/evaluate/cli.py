@@ -81,6 +81,7 @@ def report(args: argparse.Namespace) -> int:
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores as a table, a line a score with what it means."""
     from echox.evaluate.columns import COLUMNS, cell, note, percent
+    from echox.evaluate.report import streaming_rows
 
     sets = scores["sets"]
     table = [["", *sets], ["", *(note(row) for row in sets.values())]]
@@ -97,4 +98,5 @@ def score_lines(scores: Mapping[str, Any]) -> list[str]:
         f"held-out sentences: the teacher's WER {taught} ({exact} heard word for word), true units spoken again "
         f"{again}, original audio {original}"
     )
-    return lines
+    streamed = ", ".join(f"{label} {value}" for label, value in streaming_rows(scores.get("streaming", {})))
+    return [*lines, f"streamed: {streamed}"] if streamed else lines

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from echox.audio.io import read_audio
 from echox.config.paths import cache_dir, resolve_data, resolve_model
 from echox.evaluate.listening import Listener
 from echox.evaluate.scores import SetScore, SpokenItem
@@ -23,9 +24,12 @@ from echox.evaluate.spoken import (
     spoken_references,
     take,
 )
+from echox.evaluate.streaming import score_streaming
 from echox.stream.format.catalogue import DATASET_NAME
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from echox.stream.storage.store import Sample
 
 JUDGE = "Xenova/whisper-small"
@@ -68,6 +72,8 @@ ASR_SET = HeldOutSet("asr-heldout-real", "test", "recordings of real people, to 
 RESYNTHESIS_SET = "tts-heldout"
 RESYNTHESIS_ITEMS = 40
 PER_SET = 6
+STREAMED = 10
+"""Questions whose answers are timed."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,6 +87,7 @@ class Evaluation:
         resynthesis_wer, original_wer: true units spoken again, and the original audio, under the same judge.
         teacher: the frozen T2C teacher on the texts of the same sentences.
         spoken: questions with players' WAV bytes, some of every set, wrong answers included.
+        streaming: see `score_streaming`; empty where nothing was asked.
     """
 
     sets: dict[HeldOutSet, SetScore]
@@ -88,6 +95,7 @@ class Evaluation:
     original_wer: float
     teacher: TeacherScore
     spoken: list[dict[str, Any]]
+    streaming: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Scores without audio."""
@@ -99,6 +107,7 @@ class Evaluation:
             "resynthesis_wer": self.resynthesis_wer,
             "original_wer": self.original_wer,
             **{f"t2c_heldout_{name}": value for name, value in asdict(self.teacher).items()},
+            "streaming": self.streaming,
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -167,7 +176,15 @@ def evaluate_demo(
     again, original = resynthesis_wer(heldout, listener, progress=watch(RESYNTHESIS_SET))
     teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
     spoken = [row for each, score in sets.items() for row in _samples(each.name, score.items, listener)]
-    return Evaluation(sets, again, original, teacher, spoken)
+    streamed = _streamed_questions(asked)
+    streaming = score_streaming(model, listener.vocoder, streamed)
+    return Evaluation(sets, again, original, teacher, spoken, streaming)
+
+
+def _streamed_questions(asked: dict[HeldOutSet, list[Sample]]) -> list[NDArray[np.float32]]:
+    """Questions of the last set, whose answers are the longest."""
+    samples = list(asked.values())[-1][:STREAMED] if asked else []
+    return [read_audio(sample["question.flac"]) for sample in samples]
 
 
 def _spoken_sets(root: Path) -> list[Path]:

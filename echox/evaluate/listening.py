@@ -12,6 +12,8 @@ from echox.audio.io import resample
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from echox.speak.vocoder import VocoderStream
+
     Units = NDArray[np.uint16]
     Clip = NDArray[np.float32]
 
@@ -35,6 +37,10 @@ class Speaker(Protocol):
 
     sample_rate: int
 
+    def stream(self) -> VocoderStream:
+        """Begin one unit sequence."""
+        ...
+
     def __call__(self, units: Sequence[Units], durations: Sequence[Units] | None = None) -> list[Clip]:
         """Waveforms of unit sequences."""
         ...
@@ -48,22 +54,22 @@ class Listener:
         judge: transcribes.
 
     Attributes:
-        judge: the same.
+        vocoder, judge: the same.
         judged: unit sequences that the judge was given.
     """
 
     def __init__(self, vocoder: Speaker, judge: Transcriber) -> None:
         self.judge = judge
         self.judged = 0
-        self._vocoder = vocoder
+        self.vocoder = vocoder
         self._heard: dict[bytes, str] = {}
 
     def speak(self, units: Sequence[Units]) -> list[Clip]:
         """Waveforms of unit sequences, 16 kHz mono."""
         waves: list[Clip] = []
         for start in range(0, len(units), SPOKEN_AT_ONCE):
-            spoken = self._vocoder(units[start : start + SPOKEN_AT_ONCE])
-            waves += [resample(wave, self._vocoder.sample_rate) for wave in spoken]
+            spoken = self.vocoder(units[start : start + SPOKEN_AT_ONCE])
+            waves += [resample(wave, self.vocoder.sample_rate) for wave in spoken]
         return waves
 
     def hear(self, units: Sequence[Units], progress: Progress | None = None) -> list[str]:

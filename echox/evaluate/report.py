@@ -46,7 +46,7 @@ def write_report(
         path: the HTML file.
         result: what `result.json` holds: `sets` (name to the rows of `SetScore`, with `role` and `about` where known),
             and where known `phases`, `reused`, `peak_memory_gib`, `resynthesis_wer`, `original_wer` and
-            `t2c_heldout_wer`. Shares are between 0 and 1.
+            `t2c_heldout_wer`, and `streaming` of `score_streaming`. Shares are between 0 and 1.
         curves: stage to rows of `step` and metrics; names that start with `loss/` or `valid/loss/` are drawn.
         samples: `question_text`, `question_wav`, `answer_text`, `answer_wav`, `reference_text`, `reference_wav`,
             `judged_text`, `ok`, and where known `set` and `cascade_text`; WAV entries are bytes or None.
@@ -62,6 +62,7 @@ def write_report(
         _results(result),
         _curves(curves),
         _samples(samples),
+        _streaming(result),
         _costs(result),
     ]
     return write_page(path, "EchoX report", parts)
@@ -193,6 +194,37 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         "<h2>Listen</h2><p>Held-out items, spread over each set, mistakes included. Right and wrong are the strict "
         f"verdict on the speech.</p>{''.join(parts)}"
     )
+
+
+def _streaming(result: Mapping[str, Any]) -> str:
+    rows = streaming_rows(result.get("streaming") or {})
+    if not rows:
+        return ""
+    cells = "".join(f"<tr><td>{label}</td><td>{value}</td></tr>" for label, value in rows)
+    return (
+        "<h2>How soon it answers</h2><p>Answers streamed one at a time, from the end of the question on, on the "
+        "machine of the evaluation. The first words are spoken while the rest is still being written. Processor "
+        "seconds are those of all its cores, and do not depend on what else the machine did.</p>"
+        f"<table><tr><th>streamed answers</th><th></th></tr>{cells}</table>"
+    )
+
+
+def streaming_rows(streaming: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Label and value of each number of `score_streaming`; none where nothing was measured."""
+    if not streaming.get("n"):
+        return []
+    units = {"ms": lambda value: f"{value:.0f} ms", "factor": lambda value: f"{value:.2f}"}
+    shown = {
+        "first_text_ms": ("first token, median", "ms"),
+        "first_audio_ms": ("first sound, median", "ms"),
+        "first_audio_p90_ms": ("first sound, nine of ten", "ms"),
+        "first_audio_cpu_ms": ("processor time until then, median", "ms"),
+        "real_time_factor": ("real-time factor: seconds a second of speech", "factor"),
+        "real_time_factor_cpu": ("the same in processor seconds", "factor"),
+        "gaps": ("times the sound ran out, an answer", "factor"),
+    }
+    measured = [(label, units[unit](streaming[key])) for key, (label, unit) in shown.items() if key in streaming]
+    return [("answers", f"{streaming['n']:.0f}"), *measured]
 
 
 def _player(wav: bytes | None) -> str:

@@ -79,6 +79,7 @@ def check_scores(scores: dict[str, Any]) -> dict[str, Any]:
             _check_row(relation)
     _check_numbers({name: scores.get(name) for name in _SHARES})
     _check_numbers(scores.get("phases", {}))
+    _check_numbers(scores.get("streaming", {}))
     if not all(isinstance(name, str) for name in scores.get("reused", ())):
         raise TypeError("reused names no phases")
     return scores

@@ -54,6 +54,7 @@ class DecodeStep:
         places_NL: rotary positions of the text.
         place_N1: that of the first word, or of what is before it where words have lengths.
         columns: of the cache.
+        body: of the decoder, where it was made before.
         draft: words that are verified together with the text, in one pass; those up to the first that is not the most
             probable count as said.
 
@@ -69,9 +70,10 @@ class DecodeStep:
         places_NL: Tensor,
         place_N1: Tensor,
         columns: int,
+        body: StaticLlama | None = None,
         draft: Draft | None = None,
     ) -> None:
-        self._decoder, self._body = decoder, StaticLlama(decoder.body)
+        self._decoder, self._body = decoder, body or StaticLlama(decoder.body)
         self._text_dtype = text.values_BLh.dtype
         # The padding word, the last class, is never said.
         self._head_Uh = decoder.head.weight[decoder.text_classes : decoder.text_classes + decoder.pad]
@@ -151,14 +153,30 @@ class DecodeStep:
         far_NK = (self._places_NK - self._place_N1).abs() > window
         return far_NK.to(self._hidden_Nh.dtype).mul(self._never(self._hidden_Nh))[:, None, None]
 
-    def resize(self, rows_n: Tensor | None, columns: int) -> None:
-        """Move to new tensors with some of the rows, or all of them in their order, and at least as many columns."""
-        self._cache = self._cache.resized(rows_n, columns)
-        self.words_NK = _resized(self.words_NK, rows_n, columns, 0)
-        self._mask_N11K = _resized(self._mask_N11K, rows_n, columns, self._never(self._hidden_Nh))
-        self._places_NK = _resized(self._places_NK, rows_n, columns, torch.inf)
+    def resize(self, rows_n: Tensor | None, columns: int, left: int = 0) -> None:
+        """Move to new tensors with some of the rows, or all of them in their order, and `columns` columns.
+
+        Args:
+            rows_n: which rows.
+            columns: none that is in use may get lost.
+            left: columns before the first one; negative: first ones, in use by none of the rows, that are dropped.
+        """
+        self._cache = self._cache.resized(rows_n, columns, left)
+        self.words_NK = _resized(self.words_NK, rows_n, columns, 0, left)
+        self._mask_N11K = _resized(self._mask_N11K, rows_n, columns, self._never(self._hidden_Nh), left)
+        self._places_NK = _resized(self._places_NK, rows_n, columns, torch.inf, left)
+        self._column_1 = self._column_1 + left
         if rows_n is not None:
             self._hidden_Nh, self._place_N1 = self._hidden_Nh[rows_n], self._place_N1[rows_n]
+
+    def take_in(self, other: DecodeStep) -> None:
+        """Go on with the rows of another step as well, which has as many columns and stands at the same one."""
+        self._cache = self._cache.with_rows(other._cache)
+        self.words_NK = torch.cat([self.words_NK, other.words_NK])
+        self._mask_N11K = torch.cat([self._mask_N11K, other._mask_N11K])
+        self._places_NK = torch.cat([self._places_NK, other._places_NK])
+        self._hidden_Nh = torch.cat([self._hidden_Nh, other._hidden_Nh])
+        self._place_N1 = torch.cat([self._place_N1, other._place_N1])
 
     @staticmethod
     def _never(values: Tensor) -> float:
@@ -263,6 +281,6 @@ def repeats(words_NM: Tensor, mask_NM: Tensor, *, longest_period: int = _LONGEST
     return looping
 
 
-def _resized(part_NxK: Tensor, rows_n: Tensor | None, columns: int, fill: float) -> Tensor:
+def _resized(part_NxK: Tensor, rows_n: Tensor | None, columns: int, fill: float, left: int) -> Tensor:
     part_NxK = part_NxK if rows_n is None else part_NxK.index_select(0, rows_n)
-    return F.pad(part_NxK, (0, columns - part_NxK.shape[-1]), value=fill)
+    return F.pad(part_NxK, (left, columns - part_NxK.shape[-1] - left), value=fill)

@@ -14,9 +14,10 @@ from echox.models.chunked_heads import TextLoss, frozen_cross_entropy, let_run_j
 from echox.models.lora import without_lora
 from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
-from echox.models.ragged import Layout, Rows, join, join_rows, position_ids
+from echox.models.ragged import Layout, Rows, join, join_rows
 from echox.models.rotary import keep_rotary_float32
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
+from echox.models.text_decode import TextDecode
 
 
 class S2TOutput(NamedTuple):
@@ -242,43 +243,26 @@ class S2TModel(nn.Module):
         choose: Choose,
         at_tokens: bool,
     ) -> Generated:
-        from transformers import DynamicCache
-
-        row = join_rows(*self.prompt(speech, batch), pad_left=True)
-        cache = DynamicCache(config=self.causal_lm.config)
-        inputs, mask, positions = row.values_BLh, row.mask_BL, position_ids(row.mask_BL)
-        finished = torch.zeros(len(mask), dtype=torch.bool, device=mask.device)
+        decode = self.begin_text(speech, batch, end_token)
         tokens, states = [], []
-
-        def last_state() -> Tensor:
-            out = self.decoder(
-                inputs_embeds=inputs,
-                attention_mask=mask.long(),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            hidden: Tensor = out.last_hidden_state[:, -1]
-            return hidden
-
-        for place in range(max_new):
-            hidden = last_state()
-            token = choose(self.head(hidden), place).masked_fill(finished, end_token)
-            tokens.append(token)
-            states.append(hidden)
-            finished = finished | (token == end_token)
-            if early_stop(finished) if callable(early_stop) else early_stop and bool(finished.all()):  # host sync
+        for _ in range(max_new):
+            written = decode.write(choose)
+            tokens.append(written.token_B)
+            states.append(written.state_Bh)
+            ended_B = decode.ended_B
+            if early_stop(ended_B) if callable(early_stop) else early_stop and bool(ended_B.all()):  # host sync
                 break
-            inputs = self.embed(token[:, None])
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
         else:
             if at_tokens:
-                states.append(last_state())
+                states.append(decode.state())
         if at_tokens:  # the state at a token predicts the next one; at an end token, any will do
             states = [*states[1:], states[-1]][: len(tokens)]
         tokens_BR = torch.stack(tokens, dim=1)
         return Generated(tokens_BR, (tokens_BR != end_token).cumprod(1).bool(), torch.stack(states, dim=1))
+
+    def begin_text(self, speech: SpeechOutput, batch: Any, end_token: int) -> TextDecode:
+        """Begin to answer a `SpeechBatch` whose speech was encoded; the LLM must be in eval mode."""
+        return TextDecode(self, join_rows(*self.prompt(speech, batch), pad_left=True), end_token)
 
 
 def _before_mask(batch: Any) -> Tensor:

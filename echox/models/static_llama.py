@@ -20,9 +20,13 @@ class StaticCache(NamedTuple):
     keys_YNHKD: Tensor
     values_YNHKD: Tensor
 
-    def resized(self, rows_n: Tensor | None, columns: int) -> StaticCache:
-        """A copy of some rows with `columns` columns, the new ones 0."""
-        return StaticCache(*(_resized(part, rows_n, columns) for part in self))
+    def resized(self, rows_n: Tensor | None, columns: int, left: int = 0) -> StaticCache:
+        """A copy of some rows with `columns` columns, moved `left` columns to the right; the new ones are 0."""
+        return StaticCache(*(_resized(part, rows_n, columns, left) for part in self))
+
+    def with_rows(self, other: StaticCache) -> StaticCache:
+        """The rows of both, which have as many columns."""
+        return StaticCache(*(torch.cat(parts, dim=1) for parts in zip(self, other, strict=True)))
 
 
 class _Layer(NamedTuple):
@@ -105,6 +109,6 @@ def _weights(layer: Any) -> _Layer:
     )
 
 
-def _resized(part_YNHKD: Tensor, rows_n: Tensor | None, columns: int) -> Tensor:
+def _resized(part_YNHKD: Tensor, rows_n: Tensor | None, columns: int, left: int) -> Tensor:
     part_YNHKD = part_YNHKD if rows_n is None else part_YNHKD.index_select(1, rows_n)
-    return F.pad(part_YNHKD, (0, 0, 0, columns - part_YNHKD.shape[3]))
+    return F.pad(part_YNHKD, (0, 0, left, columns - part_YNHKD.shape[3] - left))

@@ -20,6 +20,7 @@ from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import JoinedRows, Layout, Rows, join, join_rows, position_ids
 from echox.models.rotary import keep_rotary_float32
+from echox.models.static_llama import StaticLlama
 
 
 class TextPart(NamedTuple):
@@ -236,21 +237,34 @@ class T2CDecoder(nn.Module):
             draft: what the words will probably be. It changes no word: those that are the most probable ones are known
                 in one pass, and decoding begins after them.
         """
-        places_NL, length = self._positions(text.mask_BL, starts_NS), text.mask_BL.shape[1]
-        # Words count from 0 where the text is placed by them, else on from the text.
-        place_N1 = torch.zeros_like(places_NL[:, :1]) if self._places_text else places_NL[:, -1:] + 1
+        length = text.mask_BL.shape[1]
         limit_N = limit_N.clamp(max=self.max_positions - length).clamp(min=0)  # too long a text never ends
         if draft is None:
-            step = DecodeStep(self, text, places_NL, place_N1, capacity(length + BLOCK))
+            step = self.begin(text, starts_NS, capacity(length + BLOCK))
             return decode(step, length, limit_N, end=self.end, pad=self.pad, stop_loops=stop_loops)
         within_ND = torch.arange(draft.words_ND.shape[1], device=limit_N.device) < limit_N[:, None]
         draft = Draft(draft.words_ND, draft.mask_ND & within_ND)
         start = length + draft.words_ND.shape[1]
-        step = DecodeStep(self, text, places_NL, place_N1, capacity(start + BLOCK), draft)
+        step = self.begin(text, starts_NS, capacity(start + BLOCK), draft=draft)
         rest_N = limit_N - step.verified_N
         # A whole row may be verified, and then the next word is its end.
         found = decode(step, start, rest_N, end=self.end, pad=self.pad, stop_loops=stop_loops, first_look=1)
         return after_draft(draft, step.verified_N, found, self.pad)
+
+    def begin(
+        self,
+        text: JoinedRows,
+        starts_NS: Tensor | None,
+        columns: int,
+        *,
+        body: StaticLlama | None = None,
+        draft: Draft | None = None,
+    ) -> DecodeStep:
+        """Read left-padded text parts, to be followed by words in a cache of `columns` columns, see `DecodeStep`."""
+        places_NL = self._positions(text.mask_BL, starts_NS)
+        # Words count from 0 where the text is placed by them, else on from the text.
+        place_N1 = torch.zeros_like(places_NL[:, :1]) if self._places_text else places_NL[:, -1:] + 1
+        return DecodeStep(self, text, places_NL, place_N1, columns, body=body, draft=draft)
 
 
 class Teacher(nn.Module):

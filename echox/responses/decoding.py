@@ -12,6 +12,7 @@ from torch import Tensor
 from echox.config.model_schema import RespondConfig
 from echox.models.greedy import repeats
 from echox.models.s2t import Choose, most_probable
+from echox.models.sampling import Sampling
 from echox.responses.table import Answer
 from echox.stream.sampling.keyed_rng import uniform
 
@@ -28,30 +29,19 @@ LONGEST_LOOP, LOOPS = 32, 6
 class KeyedSampling:
     """Samples tokens with random numbers that depend on seed and sample alone, whatever the batch and the process.
 
-    One number in [0, 1) a token is turned into a token by the inverse of the cumulative distribution over the tokens,
-    the most probable first, cut off behind `top_p` (Holtzman et al., arXiv 1904.09751).
-
     Args:
         config: temperature above 0, `top_p` and seed.
         ids: of the samples, in row order.
     """
 
     def __init__(self, config: RespondConfig, ids: Sequence[str]) -> None:
-        self._config = config
+        self._sampling = Sampling(temperature=config.temperature, top_p=config.top_p)
         rows = [uniform(config.max_tokens, "respond", config.seed, name) for name in ids]
         self._uniform_BR = torch.from_numpy(np.stack(rows))
 
     def __call__(self, logits_BV: Tensor, place: int) -> Tensor:
         """The token `[B]` at `place` of each answer."""
-        scaled_BV = logits_BV.double() / self._config.temperature
-        probable_BV, tokens_BV = scaled_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        reached_BV = probable_BV.cumsum(-1)
-        kept_BV = reached_BV - probable_BV < self._config.top_p
-        mass_B1 = (probable_BV * kept_BV).sum(-1, keepdim=True)
-        wanted_B1 = self._uniform_BR[:, place, None].to(mass_B1) * mass_B1
-        rank_B1 = (reached_BV <= wanted_B1).sum(-1, keepdim=True)
-        chosen_B1: Tensor = tokens_BV.gather(-1, rank_B1.minimum(kept_BV.sum(-1, keepdim=True) - 1))
-        return chosen_B1[:, 0]
+        return self._sampling.pick(logits_BV, self._uniform_BR[:, place])
 
 
 class Decoder:

@@ -1,1 +1,1 @@
-"""From a trained run to audio: greedy generation and vocoders; no training of the stages, no scoring."""
+"""From a trained run to answers, whole or while they come, and to audio; no training of the stages, no scoring."""

@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     if turns and not model.reads_history:
         print(f"{args.trained} reads no dialogue (data.history_tokens=0); the turns are left out", file=sys.stderr)
     answer = (model.answer([question], turns=[turns]) if turns else model.answer([question]))[0]
+    for failed in answer.failed:
+        print(f"segment {failed.segment + 1} of the answer failed: {failed.why}", file=sys.stderr)
     wave = resample(vocoder([answer.units])[0], vocoder.sample_rate)
     write_audio(args.out, wave)
     result = {"text": answer.text, "out": str(args.out), "seconds": round(len(wave) / SAMPLE_RATE, 2)}

@@ -1,8 +1,8 @@
-"""Runs a trained speech-to-speech model: question audio to text and units, greedily and in batches."""
+"""Runs a trained speech-to-speech model: question audio to text and units, in batches or while they come."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,14 @@ from echox.engine.checkpoint.manifest import read_manifest
 from echox.errors import CheckpointError, DataError
 from echox.models.echo import Segments, segment_rows
 from echox.models.ragged import lengths_to_mask
-from echox.models.s2t import Generated
+from echox.models.s2t import Generated, most_probable
 from echox.models.t2c import T2CDecoder
+from echox.speak.answers import Answer
+from echox.speak.engine import Engine
+from echox.speak.events import Event, Failed
+from echox.speak.incremental_text import IncrementalText
+from echox.speak.sampling import GREEDY, SeededSampling
+from echox.speak.segments import SegmentSpeech
 from echox.stages.echo import EchoStage
 from echox.stages.s2t import S2TStage
 from echox.stream.batch import SpeechBatch
@@ -34,6 +40,11 @@ from echox.units.identity import UnitPart
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from echox.speak.vocoder import Vocoder
+
+
+STREAMED_TOKENS = 512
+"""Most text tokens of a streamed answer."""
 
 Dialogues = Sequence[Sequence[Turn | Mapping[str, Any]]]
 """The turns before each question, oldest first."""
@@ -47,15 +58,17 @@ class SpokenAnswer:
         text: its own text.
         units: speech units that the Echo decoder made of its hidden states, uint16.
         cascade: those that the frozen T2C teacher made of the same tokens in the same segments, where asked for.
+        failed: segments that have no end within the words they may have, or no units, and why.
     """
 
     text: str
     units: NDArray[np.uint16]
     cascade: NDArray[np.uint16] | None = None
+    failed: tuple[Failed, ...] = ()
 
 
 class SpeechToSpeech:
-    """An S2T or Echo run, loaded for greedy inference.
+    """An S2T or Echo run, loaded for inference.
 
     Args:
         recipe: of the run.
@@ -128,23 +141,28 @@ class SpeechToSpeech:
         return self._collate.history is not None
 
     def generate(
-        self, clips: Sequence[NDArray[np.float32]], task: str = "sqa", turns: Dialogues | None = None
+        self,
+        clips: Sequence[NDArray[np.float32]],
+        task: str = "sqa",
+        turns: Dialogues | None = None,
+        sampling: SeededSampling = GREEDY,
     ) -> Generated:
-        """Greedy text and its hidden states for 16 kHz mono clips.
+        """Text and its hidden states for 16 kHz mono clips.
 
         Args:
             clips: the questions.
             task: `sqa`, or `asr`, which has no turns before it.
             turns: the dialogue before each question: `Turn`s, or objects with `role` and `text`. Those with a clip are
                 heard where the run was trained so (`data.history: speech`), the others read.
+            sampling: how the next token is picked; the same random numbers for each clip.
 
         Raises:
             DataError: they are no turns.
         """
         stage = self.stage
         at_tokens = isinstance(stage, EchoStage) and stage.config.state == "own"
-        batch = self._batch(clips, task, turns)
-        return stage.s2t.generate(batch, self._text.prompt.end, self.max_new, at_tokens=at_tokens)
+        batch, choose = self._batch(clips, task, turns), sampling.choose(self.max_new)
+        return stage.s2t.generate(batch, self._text.prompt.end, self.max_new, choose=choose, at_tokens=at_tokens)
 
     def write(
         self, clips: Sequence[NDArray[np.float32]], task: str = "sqa", turns: Dialogues | None = None
@@ -152,9 +170,26 @@ class SpeechToSpeech:
         """Text answers (`sqa`) or transcripts (`asr`), see `generate`."""
         return self._decode(self.generate(clips, task, turns))
 
+    def transcribe(self, clip: NDArray[np.float32], max_new: int = STREAMED_TOKENS) -> Iterator[str]:
+        """The transcript of a 16 kHz mono clip, as it is after each of its tokens."""
+        batch = self._batch([clip], "asr")
+        with torch.no_grad():
+            speech = self.stage.s2t.encode_speech(batch)
+            decode = self.stage.s2t.begin_text(speech, batch, self._text.prompt.end)
+        tokens: list[int] = []
+        while decode.places < max_new and not bool(decode.ended_B):  # host sync
+            token = int(decode.write(most_probable).token_B)
+            tokens += [] if token == self._text.prompt.end else [token]
+            yield self._plain(tokens).strip()
+
     @torch.no_grad()
     def answer(
-        self, clips: Sequence[NDArray[np.float32]], turns: Dialogues | None = None, *, cascade: bool = False
+        self,
+        clips: Sequence[NDArray[np.float32]],
+        turns: Dialogues | None = None,
+        *,
+        cascade: bool = False,
+        sampling: SeededSampling = GREEDY,
     ) -> list[SpokenAnswer]:
         """Text and units: the Echo decoder reads the hidden states of the text, segment by segment.
 
@@ -162,19 +197,89 @@ class SpeechToSpeech:
             clips: the questions.
             turns: see `generate`.
             cascade: let the frozen T2C teacher speak the same text as well.
+            sampling: see `generate`.
 
         Raises:
             CheckpointError: the run is an S2T run, which does not speak.
             DataError: `turns` are none.
         """
         stage = self._speaking()
-        own = self.generate(clips, turns=turns)
+        own = self.generate(clips, turns=turns, sampling=sampling)
         rows = segment_rows(stage.segments(own.hidden_BRh, own.mask_BR), own.mask_BR)
-        units = self._units(stage.echo, stage.adapt(own.hidden_BRh), own.tokens_BR, rows)
+        units, failed = self._units(stage.echo, stage.adapt(own.hidden_BRh), own.tokens_BR, rows)
         taught: Sequence[NDArray[np.uint16] | None] = [None] * len(clips)
         if cascade:
-            taught = self._units(stage.teacher.decoder, stage.embed_text(own.tokens_BR), own.tokens_BR, rows)
-        return [SpokenAnswer(*each) for each in zip(self._decode(own), units, taught, strict=True)]
+            taught, _ = self._units(stage.teacher.decoder, stage.embed_text(own.tokens_BR), own.tokens_BR, rows)
+        return [SpokenAnswer(*each) for each in zip(self._decode(own), units, taught, failed, strict=True)]
+
+    def engine(self) -> Engine:
+        """What steps the answers that `begin` begins.
+
+        Raises:
+            CheckpointError: the run is an S2T run, which does not speak.
+        """
+        stage, language = self._speaking(), self._text.language
+        assert language is not None
+        return Engine(stage, language, self._text.prompt.end)
+
+    @torch.no_grad()
+    def begin(
+        self,
+        engine: Engine,
+        question: NDArray[np.float32],
+        history: Sequence[Turn | Mapping[str, Any]] = (),
+        *,
+        vocoder: Vocoder | None = None,
+        sampling: SeededSampling = GREEDY,
+        max_new: int = STREAMED_TOKENS,
+    ) -> Answer:
+        """Hear a question and let an engine answer it, see `stream`.
+
+        Raises:
+            DataError: `history` is no list of turns.
+        """
+        stage = self._speaking()
+        batch = self._batch([question], "sqa", [history] if history else None)
+        decode = stage.s2t.begin_text(stage.s2t.encode_speech(batch), batch, self._text.prompt.end)
+        answer = Answer(IncrementalText(self._plain), stage.cutter(), vocoder)
+        engine.begin(answer, decode, sampling.choose(max_new), max_new)
+        return answer
+
+    def stream(
+        self,
+        question: NDArray[np.float32],
+        history: Sequence[Turn | Mapping[str, Any]] = (),
+        *,
+        vocoder: Vocoder | None = None,
+        sampling: SeededSampling = GREEDY,
+        max_new: int = STREAMED_TOKENS,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Iterator[Event]:
+        """Text, units and audio of one answer as they come: those of `answer`, and of the vocoder on all units.
+
+        Closing the iterator ends the answer and frees all that was kept for it.
+
+        Args:
+            question: 16 kHz mono.
+            history: the turns before it, see `generate`.
+            vocoder: makes `Audio` of the units; None for units alone.
+            sampling: how the next token is picked.
+            max_new: most text tokens.
+            cancelled: asked before every step; once true, `Done` comes next.
+
+        Raises:
+            CheckpointError: the run is an S2T run, which does not speak.
+            DataError: `history` is no list of turns.
+        """
+        engine = self.engine()
+        answer = self.begin(engine, question, history, vocoder=vocoder, sampling=sampling, max_new=max_new)
+        try:
+            while not answer.finished:
+                answer.cancelled = cancelled is not None and cancelled()
+                engine.turn()
+                yield from answer.take()
+        finally:
+            engine.drop(answer)
 
     @torch.no_grad()
     def say(self, texts: Sequence[str]) -> list[NDArray[np.uint16]]:
@@ -189,7 +294,7 @@ class SpeechToSpeech:
         tokens_BR = pad_sequence([torch.tensor(row or [0]) for row in ids], batch_first=True).to(self._device)
         lengths_B = torch.tensor([len(row) for row in ids], device=self._device)
         rows = segment_rows(torch.zeros_like(tokens_BR), lengths_to_mask(lengths_B, tokens_BR.shape[1]))
-        return self._units(stage.teacher.decoder, stage.embed_text(tokens_BR), tokens_BR, rows)
+        return self._units(stage.teacher.decoder, stage.embed_text(tokens_BR), tokens_BR, rows)[0]
 
     def _speaking(self) -> EchoStage:
         if not isinstance(self.stage, EchoStage) or self._text.language is None:
@@ -198,25 +303,38 @@ class SpeechToSpeech:
 
     def _units(
         self, decoder: T2CDecoder, text_BRh: Tensor, tokens_BR: Tensor, rows: Segments
-    ) -> list[NDArray[np.uint16]]:
-        """Units of each text, decoded segment by segment from its embeddings or from what stands for them."""
-        stage, language = self._speaking(), self._text.language
+    ) -> tuple[list[NDArray[np.uint16]], list[tuple[Failed, ...]]]:
+        """Units of each text, decoded segment by segment from its embeddings or from what stands for them.
+
+        And the segments of each that failed.
+        """
+        language = self._text.language
         assert language is not None
-        prefix, header = stage.embed_text(stage.prefix_P), stage.embed_text(stage.header_Q)
-        text = stage.text_part(prefix, text_BRh, header, tokens_BR, rows)
-        decoded = decoder.greedy(text.left_padded(), stage.most_words(rows.mask_NT.sum(1)), text.starts_NS)
-        # Where no text has a token, one row without a token stands for them all; it says nothing.
-        said_NM = decoded.mask_NM & rows.mask_NT.any(1, keepdim=True)
-        pieces: list[list[NDArray[np.uint16]]] = [[] for _ in tokens_BR]
-        for owner, words, mask in zip(
-            rows.owner_N.tolist(), decoded.words_NM.cpu().numpy(), said_NM.cpu().numpy(), strict=True
-        ):
-            pieces[owner].append(np.asarray(language.decode(words[mask]), dtype=np.uint16))
-        return [np.concatenate(piece) if piece else np.zeros(0, np.uint16) for piece in pieces]
+        owners = rows.owner_N.tolist()
+        pieces: list[list[NDArray[np.uint16]]] = [[] for _ in owners]
+        failed: list[list[Failed]] = [[] for _ in tokens_BR]
+        first = [owners.index(owner) for owner in owners]
+        speech: SegmentSpeech[int] = SegmentSpeech(self._speaking(), decoder, language)
+        if bool(rows.mask_NT.any()):  # where no text has a token, one row without a token stands for them all
+            speech.open(range(len(owners)), text_BRh, tokens_BR, rows)
+        while len(speech):
+            for row, units, _, failure in speech.run():
+                pieces[row].append(units)
+                if failure:
+                    failed[owners[row]].append(Failed(row - first[row], failure))
+        whole = [[np.zeros(0, np.uint16)] for _ in tokens_BR]
+        for owner, piece in zip(owners, pieces, strict=True):
+            whole[owner] += piece
+        in_order = [tuple(sorted(each, key=lambda one: one.segment)) for each in failed]
+        return [np.concatenate(each) for each in whole], in_order
 
     def _decode(self, own: Generated) -> list[str]:
         rows = [tokens[mask].tolist() for tokens, mask in zip(own.tokens_BR, own.mask_BR, strict=True)]
-        return [self._text.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return [self._plain(row).strip() for row in rows]
+
+    def _plain(self, tokens: Sequence[int]) -> str:
+        text: str = self._text.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
 
 
 def recipe_of(checkpoint: Path) -> Recipe:

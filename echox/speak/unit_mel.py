@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class UnitMel(nn.Module):
         self.units = nn.Embedding(config.n_units, width)
         # From the usual unit variance a table would hardly move in the few hundred steps it has.
         nn.init.normal_(self.units.weight, std=0.1)
-        self.blocks = nn.ModuleList(ConvBlock(width) for _ in range(config.blocks))
+        self.blocks: Any = nn.ModuleList(ConvBlock(width) for _ in range(config.blocks))
         self.head = nn.Linear(width, config.max_duration)
         # Row k * K + u is what unit u, k - CONTEXT frames away, adds to a frame.
         self.register_buffer("map_RM", torch.zeros((2 * CONTEXT + 1) * config.n_units, 2 * N_MELS))
@@ -116,6 +116,11 @@ class UnitMel(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, mask_BU1)
         return cast(Tensor, self.head(hidden))
+
+    @property
+    def sees_units(self) -> int:
+        """Units to either side on which a unit's duration depends."""
+        return sum(block.depthwise.kernel_size[0] // 2 for block in self.blocks)
 
     @torch.no_grad()
     def durations(self, units: Units) -> Units:

@@ -1,8 +1,9 @@
-"""Synthesises waveforms from units: the unit-to-mel vocoder with Griffin-Lim, and a unit HiFi-GAN, by one interface."""
+"""Synthesises waveforms from units, as a whole or while they come: the unit-to-mel vocoder and a unit HiFi-GAN."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,26 +11,46 @@ import numpy as np
 
 from echox.errors import DataError, MissingModelError
 from echox.files import read_json
+from echox.speak.blocks import Block, Blocks, joined
 from echox.units.identity import RECORD, UnitPart, check_same_unit_set, read_unit_set
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from echox.speak.unit_mel import UnitMel
+    from echox.speak.unit_mel_stream import UnitMelStream
 
     Units = NDArray[np.uint16]
     Floats = NDArray[np.float32]
 
-ITERATIONS = 48
-MOMENTUM = 0.99
-"""Fast Griffin-Lim (Perraudin et al. 2013)."""
+UNITS, FRAMES = 8, 32
+"""Units, and frames of 20 ms, of a block of the unit HiFi-GAN."""
+
+
+class VocoderStream(Protocol):
+    """Speaks one unit sequence while it comes: the samples in all are those of the whole, however it was cut."""
+
+    def push(self, units: Units) -> Floats:
+        """Samples that are known after more units; there may be none.
+
+        Raises:
+            DataError: a unit the vocoder does not know.
+        """
+        ...
+
+    def close(self) -> Floats:
+        """All other samples; nothing may be pushed after that."""
+        ...
 
 
 class Vocoder(Protocol):
     """Speaks units in one voice."""
 
     sample_rate: int
+
+    def stream(self) -> VocoderStream:
+        """Begin one unit sequence, whose durations are predicted."""
+        ...
 
     def __call__(self, units: Sequence[Units], durations: Sequence[Units] | None = None) -> list[Floats]:
         """Waveforms of unit sequences.
@@ -47,45 +68,8 @@ class Vocoder(Protocol):
         ...
 
 
-class GriffinLim:
-    """Log-mel to a waveform without any training: least-squares linear spectrum, then phase by iteration.
-
-    Args:
-        iterations: rounds between spectrum and waveform.
-    """
-
-    def __init__(self, iterations: int = ITERATIONS) -> None:
-        import torch
-        import torchaudio
-
-        from echox.speak.unit_mel import HOP, N_FFT, WINDOW, mel_filters
-
-        self._inverse_FM: Tensor = torch.linalg.pinv(mel_filters().T)
-        # Starting from zero phase rather than a random one makes the waveform a function of the spectrum.
-        self._invert: Any = torchaudio.transforms.GriffinLim(
-            N_FFT, iterations, WINDOW, HOP, power=1.0, momentum=MOMENTUM, rand_init=False
-        )
-
-    def __call__(self, mel_TM: Tensor) -> Floats:
-        """Waveform of log-mel amplitudes `[T, mels]`; T times 160 samples."""
-        from echox.speak.unit_mel import HOP
-
-        spectrum_FT = (self._inverse_FM @ mel_TM.exp().T).clamp_min(1e-5)
-        # A last frame of silence stands for the end that a centred transform needs.
-        spectrum_FT = repeat_last(spectrum_FT)
-        wave: Floats = self._invert(spectrum_FT).numpy()
-        return np.ascontiguousarray(np.clip(wave[: mel_TM.shape[0] * HOP], -1.0, 1.0), dtype=np.float32)
-
-
-def repeat_last(spectrum_FT: Tensor) -> Tensor:
-    """Repeat the last frame once."""
-    import torch
-
-    return torch.cat([spectrum_FT, spectrum_FT[:, -1:]], dim=1)
-
-
 class UnitMelVocoder:
-    """The embedded vocoder: trained unit-to-mel networks, then Griffin-Lim.
+    """The embedded vocoder: trained unit-to-mel networks, then phases.
 
     Args:
         model: trained networks.
@@ -95,7 +79,6 @@ class UnitMelVocoder:
 
     def __init__(self, model: UnitMel) -> None:
         self.model = model
-        self._griffin_lim = GriffinLim()
 
     @classmethod
     def load(cls, folder: str | Path) -> UnitMelVocoder:
@@ -104,17 +87,19 @@ class UnitMelVocoder:
 
         return cls(UnitMel.load(folder))
 
+    def stream(self) -> VocoderStream:
+        """Begin one unit sequence."""
+        return _Checked(self._begin(), self.model.config.n_units)
+
     def __call__(self, units: Sequence[Units], durations: Sequence[Units] | None = None) -> list[Floats]:
         """Waveforms of unit sequences."""
         check_units(units, durations, self.model.config.n_units)
-        waves: list[Floats] = []
-        for index, sequence in enumerate(units):
-            if len(sequence) == 0:
-                waves.append(np.zeros(0, np.float32))
-                continue
-            frames = self.model.durations(sequence) if durations is None else durations[index]
-            waves.append(self._griffin_lim(self.model.spectrum(sequence, frames)))
-        return waves
+        return _spoken(self._begin, units, durations)
+
+    def _begin(self) -> UnitMelStream:
+        from echox.speak.unit_mel_stream import UnitMelStream
+
+        return UnitMelStream(self.model)
 
 
 class CodeHifiGan:
@@ -165,39 +150,99 @@ class CodeHifiGan:
             ) from error
         return cls(model, int(config.sampling_rate))
 
+    def stream(self) -> VocoderStream:
+        """Begin one unit sequence."""
+        return _Checked(_HifiGanStream(self.model), self._units)
+
     def __call__(self, units: Sequence[Units], durations: Sequence[Units] | None = None) -> list[Floats]:
-        """Waveforms of unit sequences, one at a time: the network repeats each row's units by its own durations."""
+        """Waveforms of unit sequences."""
+        check_units(units, durations, self._units)
+        return _spoken(lambda: _HifiGanStream(self.model), units, durations)
+
+
+class _HifiGanStream:
+    """Durations of blocks of units, then the waveform of blocks of frames."""
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self._model = model
+        self._units = Blocks(UNITS, (config.variance_predictor_kernel_size - 1) // 2 + 1)
+        self._frames = Blocks(FRAMES, sees_frames(config))
+        self._hop = math.prod(config.upsample_rates)
+
+    def push(self, units: Units) -> Floats:
+        return joined([self._lasting(block) for block in self._units.push(units)])
+
+    def push_frames(self, frames: Units) -> Floats:
+        return joined([self._sounding(block) for block in self._frames.push(frames)])
+
+    def close(self) -> Floats:
+        made = [self._lasting(block) for block in self._units.close()]
+        return joined([*made, *(self._sounding(block) for block in self._frames.close())])
+
+    def _lasting(self, block: Block) -> Floats:
         import torch
 
-        check_units(units, durations, self._units)
-        waves: list[Floats] = []
-        for index, sequence in enumerate(units):
-            if len(sequence) == 0:
-                waves.append(np.zeros(0, np.float32))
-                continue
-            units_1U = torch.from_numpy(sequence.astype(np.int64))[None]
-            with torch.no_grad():
-                embedded_1UD = self.model.unit_embedding(units_1U)
-                if durations is None:
-                    log_1U = self.model.dur_predictor(embedded_1UD)
-                    frames_1U = torch.clamp(torch.round(torch.expm1(log_1U)).long(), min=1)
-                else:
-                    frames_1U = torch.from_numpy(durations[index].astype(np.int64))[None]
-                spread_1DT = embedded_1UD.transpose(1, 2).repeat_interleave(frames_1U.view(-1), dim=2)
-                waves.append(self._waveform(spread_1DT))
-        return waves
+        with torch.no_grad():
+            log_1U = self._model.dur_predictor(self._model.unit_embedding(torch.from_numpy(block.items)[None]))
+            frames_U = torch.clamp(torch.round(torch.expm1(log_1U)).long(), min=1)[0].numpy()
+        return self.push_frames(np.repeat(block.items[block.own], frames_U[block.own]))
 
-    def _waveform(self, spread_1DT: Tensor) -> Floats:
+    def _sounding(self, block: Block) -> Floats:
         """Speaker and language vectors of index 0, where the model has them, stand before and after the units."""
         import torch
 
-        parts = [spread_1DT]
-        for table, first in ((self.model.speaker_embedding, False), (self.model.language_embedding, True)):
-            if table.embedding_dim:
-                vector_1DT = table.weight[:1, :, None].expand(-1, -1, spread_1DT.shape[2])
-                parts = [vector_1DT, *parts] if first else [*parts, vector_1DT]
-        wave: Floats = self.model.hifi_gan(torch.cat(parts, dim=1)).reshape(-1).numpy()
-        return wave
+        with torch.no_grad():
+            parts = [self._model.unit_embedding(torch.from_numpy(block.items)[None]).transpose(1, 2)]
+            for table, first in ((self._model.speaker_embedding, False), (self._model.language_embedding, True)):
+                if table.embedding_dim:
+                    vector_1DT = table.weight[:1, :, None].expand(-1, -1, len(block.items))
+                    parts = [vector_1DT, *parts] if first else [*parts, vector_1DT]
+            wave: Floats = self._model.hifi_gan(torch.cat(parts, dim=1)).reshape(-1).numpy()
+        return wave[block.own.start * self._hop : block.own.stop * self._hop]
+
+
+class _Checked:
+    """A stream that refuses units it does not know."""
+
+    def __init__(self, stream: _Stream, known: int) -> None:
+        self._stream, self._known = stream, known
+
+    def push(self, units: Units) -> Floats:
+        check_units([units], None, self._known)
+        return self._stream.push(units)
+
+    def close(self) -> Floats:
+        return self._stream.close()
+
+
+class _Stream(VocoderStream, Protocol):
+    def push_frames(self, frames: Units) -> Floats: ...
+
+
+def _spoken(begin: Callable[[], _Stream], units: Sequence[Units], durations: Sequence[Units] | None) -> list[Floats]:
+    """Each sequence pushed as a whole, with the durations that are given."""
+    waves = []
+    for index, sequence in enumerate(units):
+        stream = begin()
+        if durations is None:
+            first = stream.push(sequence)
+        else:
+            first = stream.push_frames(np.repeat(sequence, durations[index].astype(np.int64)))
+        waves.append(joined([first, stream.close()]))
+    return waves
+
+
+def sees_frames(config: Any) -> int:
+    """Frames to either side on which a sample of a unit HiFi-GAN of this configuration depends, or some more."""
+    reach = 3
+    for rate, kernel in reversed(list(zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True))):
+        reach += max(
+            sum((size - 1) // 2 * (dilation + 1) for dilation in dilations)
+            for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True)
+        )
+        reach = (reach + kernel - 1) // rate + 1
+    return reach + 3
 
 
 def check_units(units: Sequence[Units], durations: Sequence[Units] | None, known: int) -> None:

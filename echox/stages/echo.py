@@ -18,6 +18,7 @@ from echox.models.s2t import ResponseStates, S2TModel, S2TOutput
 from echox.models.sizes import llm_size, speech_size, t2c_size
 from echox.models.t2c import T2CDecoder, Teacher, TextPart, text_part
 from echox.models.t2c_text import T2CText
+from echox.models.trigger import Cutter, FixedCutter, StreamingTrigger
 from echox.models.work import Work, counts_of
 from echox.stages.labels import LabelStore, annotated_units, drafted_units, stored_units, token_rows
 from echox.stages.losses import LossTerm, denoising_loss
@@ -347,8 +348,24 @@ class EchoStage(nn.Module):
             return torch.zeros_like(spoken_BR, dtype=torch.long)
         if cut.mode == "fixed":
             return (spoken_BR.long().cumsum(1) - 1).clamp(min=0) // cut.fixed_tokens
-        rule = TriggerRule(cut.min_tokens, cut.max_wait, cut.threshold, cut.look_ahead)
-        return trigger_segments(trigger_scores(hidden_BRh, self.stop_row_h), spoken_BR, rule)
+        return trigger_segments(self.scores(hidden_BRh), spoken_BR, self._rule)
+
+    @property
+    def _rule(self) -> TriggerRule:
+        cut = self.config.segmentation
+        return TriggerRule(cut.min_tokens, cut.max_wait, cut.threshold, cut.look_ahead)
+
+    @torch.no_grad()
+    def scores(self, hidden_BRh: Tensor) -> Tensor:
+        """Trigger score of each state `[..., h]`."""
+        return trigger_scores(hidden_BRh, self.stop_row_h)
+
+    def cutter(self) -> Cutter:
+        """Cuts one response while it is written where `segments` cuts the whole of it."""
+        cut = self.config.segmentation
+        if cut.mode == "trigger":
+            return StreamingTrigger(self._rule)
+        return FixedCutter(cut.fixed_tokens if cut.mode == "fixed" else None)
 
     def most_words(self, tokens_N: Tensor) -> Tensor:
         """Unit-language words after which decoding a segment of `tokens_N` text tokens stops (U20)."""

@@ -15,6 +15,7 @@ from echox.audio.io import encode_flac
 from echox.evaluate import demo
 from echox.evaluate.cli import score_lines
 from echox.evaluate.demo import HeldOutSet, evaluate_demo
+from echox.speak.events import Audio, TextToken
 from echox.speak.pipeline import SpokenAnswer
 from echox.stream.format.writer import write_shards
 from echox.units.identity import UnitPart, UnitSetIdentity, write_unit_set
@@ -34,6 +35,11 @@ class Stand:
     def answer(self, clips: list[Any], turns: Any = None, cascade: bool = False) -> list[SpokenAnswer]:
         numbers = [len(clip) // 1600 - 1 for clip in clips]
         return [SpokenAnswer(ANSWERS[n], np.array([n], "<u2"), np.array([10 + n], "<u2")) for n in numbers]
+
+    def stream(self, question: Any, vocoder: Any) -> Any:
+        assert vocoder is self
+        yield TextToken(1, "Ghana")
+        yield Audio(np.zeros(1600, np.float32), 16000)
 
     def write(self, clips: list[Any], task: str) -> list[str]:
         return [ANSWERS[0] for _ in clips]
@@ -93,6 +99,7 @@ def test_every_set_on_disk_is_scored_with_its_ceilings(corpus: Path, tmp_path: P
     assert list(row["relations"]) == ["continent"] and row["strict_rule"] == "entity and answer"
     assert scores["sets"]["asr-heldout-real"]["s2s_strict_acc"] is None
     assert scores["resynthesis_wer"] == pytest.approx(5 / 9)
+    assert scores["streaming"]["n"] == 2 and scores["streaming"]["real_time_factor"] > 0
     assert (scores["t2c_heldout_wer"], scores["t2c_heldout_exact"], scores["t2c_heldout_n"]) == (0.0, 1.0, 2)
     assert {"sqa-heldout-phrasing answered", "sqa-heldout-phrasing heard", "asr-heldout-real", "tts-heldout"} == set(
         seen
@@ -116,4 +123,4 @@ def test_which_sets_are_asked_and_what_they_are_for_is_said_by_the_caller(corpus
     lines = "\n".join(score_lines(found.to_json()))
     assert lines.split()[:2] == ["sqa-mine", "asr-heldout-real"] and "0.0 % [0–79]" in lines
     assert "cascade     100.0 %       –                 Strict, when the frozen T2C teacher" in lines
-    assert "the teacher's WER 0.0 %" in lines
+    assert "the teacher's WER 0.0 %" in lines and "streamed: answers 1, first token, median " in lines

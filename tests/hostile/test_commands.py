@@ -39,6 +39,7 @@ COVERED = {
     "unit-language encode",
     "unit-language decode",
     "speak",
+    "serve",
     "evaluate",
     "report",
     "runs list",
@@ -257,7 +258,8 @@ def test_checkpoints(trial: Trial) -> None:
     whole = list(found.values())
     trial.run_on(whole, ["checkpoint", "list", None], ["checkpoint", "list", None, "--json"])
     trial.run_on(whole, ["checkpoint", "verify", None])
-    trial.run_on(whole, [*speak, "--run", None], ["evaluate", None], refused=True)
+    serve = ["serve", None, "--vocoder", vocoder, "--port", "0"]
+    trial.run_on(whole, [*speak, "--run", None], serve, ["evaluate", None], refused=True)
 
 
 def test_vocoders(trial: Trial) -> None:

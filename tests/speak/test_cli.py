@@ -10,6 +10,7 @@ import pytest
 
 from echox.audio.io import read_audio, write_audio
 from echox.cli import main
+from echox.speak.events import Failed
 from echox.units.identity import UnitPart, UnitSetIdentity, write_unit_set
 
 UNITS = UnitSetIdentity(features="log_mel", clusters=4, centroids="aa")
@@ -21,10 +22,11 @@ class Model:
 
     reads_history = True
     asked: list[Any] | None = None
+    failed: tuple[Failed, ...] = ()
 
     def answer(self, clips: list[Any], turns: Any = None) -> list[Any]:
         self.asked = turns
-        return [SimpleNamespace(text="Paris.", units=np.zeros(3, np.uint16)) for _ in clips]
+        return [SimpleNamespace(text="Paris.", units=np.zeros(3, np.uint16), failed=self.failed) for _ in clips]
 
 
 class Vocoder:
@@ -104,6 +106,16 @@ def test_what_was_said_before_comes_from_a_file_and_from_the_command_line(
         ("user", "Lima?"), ("assistant", "Peru."), ("user", "Oslo: where?"), ("assistant", "Norway.")]  # fmt: skip
     assert len(asked[0].clip) == 800 and asked[1].clip is None
     assert ask(tmp_path, monkeypatch, model) == 0 and model.asked is None
+
+
+def test_a_segment_that_failed_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Model()
+    model.failed = (Failed(1, "it has no end within 40 words"),)
+    assert ask(tmp_path, monkeypatch, model) == 0
+    said = capsys.readouterr()
+    assert said.err == "segment 2 of the answer failed: it has no end within 40 words\n" and "Paris." in said.out
 
 
 def test_a_run_that_reads_no_dialogue_says_so(

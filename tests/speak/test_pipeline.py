@@ -10,54 +10,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from echox.builders.setup import TextTools, build_stage
 from echox.builders.unit_sets import LANGUAGE
 from echox.errors import CheckpointError, DataError
 from echox.speak.pipeline import SpeechToSpeech
 from echox.units.language import UnitLanguage
 from tests.builders import tiny_run
+from tests.speak.echo_run import MAX_NEW, clips, load_with_ends, write_echo_run
 from tests.stages import by_hand
-
-MAX_NEW = 12
-
-
-def clips() -> list[NDArray[np.float32]]:
-    """Noises of uneven length and pitch."""
-    random = np.random.default_rng(0)
-    return [
-        (random.standard_normal(size) * np.sin(np.arange(size) * 0.01 * (n + 1)) * 0.3).astype(np.float32)
-        for n, size in enumerate((9000, 16000, 5200, 12345, 7000))
-    ]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An Echo run of random weights, with the runs it started from."""
-    folder = tmp_path_factory.mktemp("runs")
-    tiny_run.write_models(folder)
-    init = {}
-    for number, stage in enumerate(("s2t", "t2c", "echo")):
-        recipe = tiny_run.make_recipe(folder, stage, init=init if stage == "echo" else {})
-        module = build_stage(recipe, TextTools.load(recipe))
-        tiny_run.randomise(module, number + 6)
-        init[stage] = str(tiny_run.write_run(folder / stage, recipe, tiny_run.trained(module)))
-    return folder / "echo"
+    """An Echo run of random weights."""
+    return write_echo_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def model(run: Path) -> SpeechToSpeech:
-    """The run, with an end token that some answers reach early and others never."""
-    loaded = SpeechToSpeech.load(run, device="cpu")
-    loaded.max_new = MAX_NEW
-    text = loaded._text
-    batch = loaded._batch(clips(), "sqa")
-    prompt = by_hand.row_of_prompt(loaded.stage.s2t, batch, 0)
-    end = by_hand.own_answer(loaded.stage.s2t, prompt, -1, 8)[6]
-    loaded._text = dataclasses.replace(text, prompt=dataclasses.replace(text.prompt, end=end))
-    return loaded
+    """The run, loaded."""
+    return load_with_ends(run)
 
 
 def answers_by_hand(model: SpeechToSpeech) -> tuple[list[by_hand.Said], list[list[list[int]]]]:

@@ -1,0 +1,76 @@
+"""`echox serve`: a page on this machine to speak to a trained run, and the HTTP interface below it."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from pathlib import Path
+from typing import Any
+
+from echox.errors import EchoXError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="speak to a trained run on a page of this machine",
+        description="Serve a page on which one asks by voice and hears the answer begin before its text has ended,\n"
+        "and the HTTP interface below it (echox/serve/README.md).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples: echox serve runs/demo/demo-echo\n"
+        "          curl -N --data-binary @question.wav http://127.0.0.1:8000/answer",
+    )
+    parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint of the echo stage")
+    parser.add_argument(
+        "--vocoder", type=Path, help="vocoder folder; default: the demo's, below $ECHOX_CACHE/data/demo"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: any that is free; default: 8000")
+    parser.add_argument("--token", help="what requests must carry; default: a random one, but none on this machine")
+    parser.add_argument("--open", type=int, default=4, help="answers in progress at a time; default: 4")
+    parser.add_argument("--waiting", type=int, default=16, help="questions that may wait; default: 16")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load and serve until interrupted."""
+    import uvicorn
+
+    from echox.config.paths import cache_dir
+    from echox.engine.object_store.reading import local_run
+    from echox.serve.app import LOOPBACK, build_app
+    from echox.serve.limits import Limits
+    from echox.serve.worker import Worker
+    from echox.speak.pipeline import SpeechToSpeech
+    from echox.speak.vocoder import check_vocoder, load_vocoder
+
+    folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
+    vocoder = load_vocoder(folder)
+    model = SpeechToSpeech.load(local_run(args.trained))
+    model.engine()  # an S2T run does not speak, and says so here
+    check_vocoder(folder, [model.units])
+    try:
+        limits = Limits(open=args.open, waiting=args.waiting, question_s=model.max_audio_s)
+    except ValueError as error:
+        raise EchoXError(str(error), fix="give numbers above 0") from error
+    at_home = args.host in LOOPBACK
+    token = args.token or (None if at_home else secrets.token_urlsafe(24))
+    app = build_app(
+        Worker(model, vocoder, limits),
+        limits,
+        name=model.recipe.name,
+        token=token,
+        hosts=LOOPBACK if at_home else ("*",),
+    )
+    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3)
+    try:
+        socket = config.bind_socket()
+    except SystemExit:
+        fix = "name another --port, or 0 for any that is free"
+        raise EchoXError(f"port {args.port} of {args.host} is taken", fix=fix) from None
+    port = socket.getsockname()[1]
+    secret = f"/?token={token}" if token else "/"
+    print(f"{model.recipe.name} at http://{args.host}:{port}{secret}  (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[socket])
+    return 0
