@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "serve": "echox.serve.cli",
     "evaluate": "echox.evaluate.cli",
     "report": "echox.evaluate.cli",
+    "listen": "echox.evaluate.listen",
     "runs": "echox.tracking.cli",
     "bench": "launch.recovery",
     "plan": "echox.bench.plan.cli",

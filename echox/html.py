@@ -42,6 +42,13 @@ def write_page(path: Path, title: str, parts: Sequence[str]) -> Path:
     return path
 
 
+def player(wav: bytes | None) -> str:
+    """A player of the bytes of a WAV file, which the page then holds; nothing for none."""
+    if not wav:
+        return ""
+    return f'<audio controls preload="none" src="data:audio/wav;base64,{base64.b64encode(wav).decode()}"></audio>'
+
+
 def as_png(figure: Figure) -> str:
     """A figure as a PNG in base64, the same bytes for the same curves."""
     buffer = io.BytesIO()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.evaluate.columns import COLUMNS, RELATION_COLUMNS, Column, cell, note, percent
-from echox.html import as_png, write_page
+from echox.html import as_png, player, write_page
 
 STAGES = {
     "s2t": (
@@ -178,7 +177,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
             ("Reference", sample["reference_text"], sample.get("reference_wav")),
         ]
         cells = "".join(
-            f"<div><h4>{title}</h4><p>{html.escape(str(text or ''))}</p>{_player(wav)}</div>"
+            f"<div><h4>{title}</h4><p>{html.escape(str(text or ''))}</p>{player(wav)}</div>"
             for title, text, wav in columns
         )
         heard, taught = sample.get("judged_text"), sample.get("cascade_text")
@@ -225,12 +224,6 @@ def streaming_rows(streaming: Mapping[str, float]) -> list[tuple[str, str]]:
     }
     measured = [(label, units[unit](streaming[key])) for key, (label, unit) in shown.items() if key in streaming]
     return [("answers", f"{streaming['n']:.0f}"), *measured]
-
-
-def _player(wav: bytes | None) -> str:
-    if not wav:
-        return ""
-    return f'<audio controls preload="none" src="data:audio/wav;base64,{base64.b64encode(wav).decode()}"></audio>'
 
 
 def _costs(result: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ COVERED = {
     "serve",
     "evaluate",
     "report",
+    "listen",
     "runs list",
     "runs compare",
     "checkpoint list",
@@ -259,7 +260,8 @@ def test_checkpoints(trial: Trial) -> None:
     trial.run_on(whole, ["checkpoint", "list", None], ["checkpoint", "list", None, "--json"])
     trial.run_on(whole, ["checkpoint", "verify", None])
     serve = ["serve", None, "--vocoder", vocoder, "--port", "0"]
-    trial.run_on(whole, [*speak, "--run", None], serve, ["evaluate", None], refused=True)
+    listen = ["listen", None, "--vocoder", vocoder, "--question", trial.world.outside / "speech.wav"]
+    trial.run_on(whole, [*speak, "--run", None], serve, listen, ["evaluate", None], refused=True)
 
 
 def test_vocoders(trial: Trial) -> None:
