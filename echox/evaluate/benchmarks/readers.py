@@ -1,5 +1,6 @@
 """Reads benchmarks in their public layouts, one question at a time: parquet of the hub, tsv with WAV files, JSON lines.
 
+Of a parquet file a row group at a time is in memory, of the other layouts a question.
 The layout is recognised by what a file holds. Nothing outside the benchmark's folder is read.
 """
 
@@ -34,7 +35,7 @@ Reader = Callable[[Path], Iterator[Question]]
 
 
 def read_questions(place: Path, limit: int | None = None) -> Iterator[Question]:
-    """The questions of a benchmark in their order; at most a few are held in memory.
+    """The questions of a benchmark in their order.
 
     Args:
         place: its folder, or its file.
