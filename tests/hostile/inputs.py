@@ -681,7 +681,7 @@ def benchmarks(folder: Path, world: World) -> list[Path]:
              "/dev/zero", "device.wav", "loop.wav", f"{ESCAPE}.wav", "", ".", "a" * 5000, "$(touch x).wav"]  # fmt: skip
     lists: dict[str, str | bytes] = {
         **{f"tsv-{n}": f"{head}q\tx\t{name}\n" for n, name in enumerate(names) if name != "good.wav"},
-        **{f"lines-{n}": json.dumps({"audio": name, "answers": ["x"]}) + "\n" for n, name in enumerate(names[2:])},
+        **{f"lines-{n}": json.dumps({"audio": name, "answers": ["x"]}) + "\n" for n, name in enumerate(names[3:6])},
         "deep": deep('{"a":'),
         "answers": json.dumps({"audio": "good.wav", "answers": [[]] * 100_000}),
         "many": json.dumps({"audio": "good.wav", "answers": ["x"] * 100_000}),

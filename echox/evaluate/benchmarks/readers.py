@@ -7,6 +7,8 @@ The layout is recognised by what a file holds. Nothing outside the benchmark's f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +46,13 @@ def read_questions(place: Path, limit: int | None = None) -> Iterator[Question]:
     Raises:
         DataError: no such place, of no known layout, a column or file is missing, or lies outside the folder.
     """
-    files = _files(place)
+    every = (question for file in _files(place) for question in _reader(file)(file))
     found = 0
-    for file in files:
-        for question in _reader(file)(file):
-            if limit is not None and found >= limit:
-                return
-            yield _numbered(question, found)
-            found += 1
+    for question in islice(every, limit):
+        yield replace(question, number=found)
+        found += 1
     if not found:
         raise DataError("the benchmark has no question", where=str(place), fix=f"give {LAYOUTS}")
-
-
-def _numbered(question: Question, number: int) -> Question:
-    """A question in its place among those of all files."""
-    if number == question.number:
-        return question
-    return Question(number, question.id, question.text, question.golds, question.sound, question.where)
 
 
 def _files(place: Path) -> list[Path]:

@@ -102,9 +102,9 @@ def answer_benchmark(
     if not open_:
         return done
     total = sum(len(batches[place]) for place in own)
+    models = speaking()  # before there is a file: models that do not fit each other leave none of their identity
     with writing(folder, part.file(decoding.stem), identity) as writer:
         done = read_answers(folder, decoding.stem, identity)  # what was read before may have been added to
-        models = speaking()
         for place, questions in enumerate(benchmark.batches(batch)):
             if place not in open_:
                 continue

@@ -45,6 +45,12 @@ def test_parquet_of_the_hub(tmp_path: Path, name: str) -> None:
     assert [each.id for each in read_questions(file, 2)] == ["q0", "q1"], "its file is the same"
 
 
+def test_a_limit_reads_nothing_behind_it(tmp_path: Path) -> None:
+    place = write_tsv(tmp_path)
+    (place / "3.wav").unlink()
+    assert [each.id for each in read_questions(place, 2)] == ["1", "2"]
+
+
 def test_several_files_of_a_split_are_one_benchmark_and_other_splits_are_left_out(tmp_path: Path) -> None:
     for number, name in enumerate(("test-00000-of-00002", "test-00001-of-00002", "train-00000-of-00001")):
         write_parquet(tmp_path / f"{name}.parquet", {"answer": [f"gold {number}"]}, SOUNDS[:1])
