@@ -46,12 +46,14 @@ def write_whisper(folder: Path) -> Path:
         decoder_start_token_id=ids["<|startoftranscript|>"], max_target_positions=64,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
-    model.generation_config.update(
-        no_timestamps_token_id=ids["<|notimestamps|>"], is_multilingual=True, max_length=24,
-        lang_to_id={"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]}, max_initial_timestamp_index=1,
-        task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]}, suppress_tokens=[],
-        begin_suppress_tokens=[],
-    )  # fmt: skip
+    generation: dict[str, Any] = {
+        "no_timestamps_token_id": ids["<|notimestamps|>"], "is_multilingual": True, "max_length": 24,
+        "lang_to_id": {"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]}, "max_initial_timestamp_index": 1,
+        "task_to_id": {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
+        "suppress_tokens": [], "begin_suppress_tokens": [],
+    }  # fmt: skip
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
     model.save_pretrained(folder)
     WhisperProcessor(WhisperFeatureExtractor(feature_size=8), made).save_pretrained(folder)
     return folder
