@@ -37,7 +37,7 @@ _BATCH_S2 = 800.0
 
 
 class Judge:
-    """Greedy English transcription in batches.
+    """Greedy transcription in batches, of English unless another language or none is named.
 
     Whisper reads windows of 30 s, of which a short answer leaves nine tenths silent. Its position table can be cut to
     a shorter window without touching any weight; the features of the sound are those of the 30-s input, cut.
@@ -46,9 +46,16 @@ class Judge:
         folder: model folder.
         threads: CPU threads; default: all.
         windows_s: windows to choose from, seconds; (30,) for Whisper's own input only.
+        language: what is spoken, as Whisper names it ("en"); None lets a multilingual model decide for each clip.
     """
 
-    def __init__(self, folder: Path, threads: int | None = None, windows_s: Sequence[float] = WINDOWS_S) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        threads: int | None = None,
+        windows_s: Sequence[float] = WINDOWS_S,
+        language: str | None = "en",
+    ) -> None:
         from tokenizers import Tokenizer
 
         self._folder = folder
@@ -68,20 +75,23 @@ class Judge:
         self._end = int(generation["eos_token_id"])
         self._suppress = np.array(generation.get("suppress_tokens") or [], dtype=np.int64)
         self._suppress_first = np.array(generation.get("begin_suppress_tokens") or [], dtype=np.int64)
-        prompt_names = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+        spoken = f"<|{language or 'en'}|>"  # in the place of the language that is found
+        prompt_names = ("<|startoftranscript|>", spoken, "<|transcribe|>", "<|notimestamps|>")
         prompt = [self._tokenizer.token_to_id(name) for name in prompt_names]
         # English-only models have no language and task tokens.
         self._prompt = np.array([token for token in prompt if token is not None], dtype=np.int64)
+        known = () if language or prompt[1] is None else (generation.get("lang_to_id") or {}).values()
+        self._languages = np.array(sorted(known), dtype=np.int64)
         self._features = _feature_extractor(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int | None = None) -> Judge:
+    def load(cls, folder: str | Path, threads: int | None = None, language: str | None = "en") -> Judge:
         """Open a model folder.
 
         Raises:
             MissingModelError: a file of it is absent.
         """
-        return cls(Path(folder), threads)
+        return cls(Path(folder), threads, language=language)
 
     def transcribe(self, audio: Sequence[Floats], progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Text of each clip; an empty clip has none, one longer than 30 s is heard in pieces.
@@ -150,8 +160,8 @@ class Judge:
     def _greedy(self, hidden_BTD: Floats, limit: int) -> tuple[list[list[int]], NDArray[np.bool_]]:
         """Most probable token at each step, with a key-value cache, until every row has ended; and which have."""
         batch = len(hidden_BTD)
-        past = {item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float32) for item in self._past}
-        tokens_BN = np.tile(self._prompt, (batch, 1))
+        past = self._no_past(batch)
+        tokens_BN = self._prompts(hidden_BTD)
         rows: list[list[int]] = [[] for _ in range(batch)]
         ended_B = np.zeros(batch, dtype=bool)
         for step in range(limit):
@@ -178,6 +188,22 @@ class Judge:
                     rows[row].append(token)
             tokens_BN = next_B[:, None]
         return rows, ended_B
+
+    def _prompts(self, hidden_BTD: Floats) -> NDArray[np.int64]:
+        """The prompt of each row, with the language most probable after the start where none is given."""
+        prompt_BN = np.tile(self._prompt, (len(hidden_BTD), 1))
+        if len(self._languages):
+            start = {
+                "input_ids": prompt_BN[:, :1],
+                "encoder_hidden_states": hidden_BTD,
+                "use_cache_branch": np.array([False]),
+            }
+            (logits_B1V,) = self._decoder.run(["logits"], {**start, **self._no_past(len(hidden_BTD))})
+            prompt_BN[:, 1] = self._languages[logits_B1V[:, -1, self._languages].argmax(axis=1)]
+        return prompt_BN
+
+    def _no_past(self, batch: int) -> dict[str, Floats]:
+        return {item.name: np.zeros((batch, item.shape[1], 0, item.shape[3]), np.float32) for item in self._past}
 
 
 _POSITIONS = "embed_positions.weight"

@@ -1,4 +1,4 @@
-"""`echox evaluate` and `echox report`: score a run on held-out sets, and write the page that shows the scores."""
+"""`echox evaluate` and `echox report`: score a run on held-out sets or benchmarks, and write the page that shows it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def add_parser(subparsers: Any) -> None:
     """Register both commands."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="score a run on the demo's held-out sets",
-        description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge.",
-        epilog="example: echox evaluate runs/demo/demo-echo --limit 10",
+        help="score a run on the demo's held-out sets, or on benchmarks",
+        description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge. "
+        "With --benchmark, by the protocol of UltraEval-Audio.",
+        epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/demo/demo-echo "
+        "--benchmark llama-questions --data llama-questions=questions/",
     )
     parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint folder of the echo stage")
     parser.add_argument("--limit", type=int, help="most items of each set")
@@ -26,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
         "--out", type=Path, help="folder for scores and samples; default: evaluation/ in the run's parent"
     )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    _add_benchmark_options(parser)
     parser.set_defaults(run=evaluate)
     page = subparsers.add_parser(
         "report",
@@ -38,17 +41,120 @@ def add_parser(subparsers: Any) -> None:
     page.set_defaults(run=report)
 
 
+def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "benchmarks",
+        "Answers are kept one by one; the same command, given again, goes on where it was. --limit takes the first.",
+    )
+    group.add_argument(
+        "--benchmark", metavar="NAME[,NAME]", help="llama-questions, web-questions, trivia-qa, or any name with --data"
+    )
+    group.add_argument(
+        "--data",
+        metavar="NAME=PATH",
+        action="append",
+        help="folder or file of a benchmark; default: its name below $ECHOX_CACHE/data",
+    )
+    group.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
+    group.add_argument(
+        "--sampling", choices=["release"], help="sample too, as the released code does: T=0.2, top-p 0.9"
+    )
+    group.add_argument("--repeats", type=_positive, help="sampled runs, each with a seed of its own; default: 3")
+    group.add_argument("--max-new", type=_positive, help="most text tokens of an answer; default: 512")
+    group.add_argument("--batch", type=_positive, help="questions answered together; default: 16")
+    group.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=_shard,
+        help="answer every Nth batch only, from the Ith on, I from 0; the last call to answer prints the scores",
+    )
+    group.add_argument("--track", action="store_true", default=None, help="add the scores to the run in MLflow")
+
+
+_OF_BENCHMARKS = ("data", "judge", "sampling", "repeats", "max_new", "batch", "shard", "track")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, sign, count = text.partition("/")
+    if not (sign and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 and below N")
+    return int(index), int(count)
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """Score, save, print."""
+    from echox.errors import DataError
+
+    if args.benchmark is not None:
+        return _evaluate_benchmarks(args)
+    alone = [f"--{name.replace('_', '-')}" for name in _OF_BENCHMARKS if getattr(args, name) is not None]
+    if alone:
+        raise DataError(f"{', '.join(alone)} needs --benchmark", fix="name a benchmark, or leave it out")
+    return _evaluate_demo(args)
+
+
+def _evaluate_benchmarks(args: argparse.Namespace) -> int:
+    from echox.engine.object_store.reading import local_run
+    from echox.errors import DataError
+    from echox.evaluate.benchmarks.command import PAGE, Request, evaluate_benchmarks, parse_names
+    from echox.evaluate.benchmarks.records import Part
+    from echox.evaluate.benchmarks.table import lines
+    from echox.evaluate.benchmarks.tracked import track
+
+    if args.limit is not None and args.limit < 1:
+        raise DataError(f"--limit {args.limit} leaves no question", fix="give a number from 1 on, or leave it out")
+    names, places = parse_names(args.benchmark, args.data or ())
+    run = local_run(args.trained)
+    chosen = {name: getattr(args, name) for name in ("judge", "sampling", "repeats", "max_new", "batch")}
+    request = Request(
+        trained=str(args.trained),
+        run=run,
+        names=names,
+        places=places,
+        out=args.out,
+        vocoder=args.vocoder or _vocoder_of(args.corpus),
+        limit=args.limit,
+        part=Part(*(args.shard or (0, 1))),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    results = evaluate_benchmarks(request, _watch)
+    if results is None:
+        print("answers of other shards are missing; the scores come with the last of them", file=sys.stderr)
+        return 0
+    if args.track:
+        track(run, results)
+    if args.json:
+        print(json.dumps(results))
+        return 0
+    for line in lines(results):
+        print(line)
+    print(request.folder / PAGE)
+    return 0
+
+
+def _vocoder_of(corpus: str) -> Path | None:
+    from echox.config.paths import cache_dir
+
+    return None if corpus == "demo" else cache_dir() / "data" / corpus / "vocoder"
+
+
+def _watch(name: str, done: int, total: int) -> None:
+    print(f"{name} {done}/{total}", file=sys.stderr)
+
+
+def _evaluate_demo(args: argparse.Namespace) -> int:
     from echox.engine.object_store.reading import local_run
     from echox.evaluate.demo import evaluate_demo
     from echox.evaluate.store import save_evaluation
 
-    def watch(name: str, done: int, total: int) -> None:
-        print(f"{name} {done}/{total}", file=sys.stderr)
-
     run = local_run(args.trained)
-    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=watch, corpus=args.corpus)
+    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus)
     scores = found.to_json()
     save_evaluation(args.out or run.parent / "evaluation", scores, found.samples())
     if args.json:

@@ -59,11 +59,11 @@ def _tokens(text: str) -> list[str]:
     for character in unicodedata.normalize("NFD", text):
         kind = unicodedata.category(character)[0]
         if kind in "LNM" and in_word:
-            tokens[-1] += character.lower()
+            tokens[-1] += character
         elif kind not in "ZC":
-            tokens.append(character.lower())
+            tokens.append(character)
         in_word = kind in "LNM"
-    return tokens
+    return [token.lower() for token in tokens]  # of a whole word: a sigma at its end is another letter
 
 
 def answer_match(prediction: str, golds: str | Sequence[str]) -> bool:

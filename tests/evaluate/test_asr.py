@@ -94,9 +94,12 @@ class Decoder:
         return [logits, *(present[name] for name in names[1:])]
 
 
+PROMPT = {"<|startoftranscript|>": 4, "<|en|>": 5, "<|de|>": 90, "<|transcribe|>": 6, "<|notimestamps|>": 7}
+
+
 class Words:
     def token_to_id(self, name: str) -> int | None:
-        return {"<|startoftranscript|>": 4, "<|en|>": 5, "<|transcribe|>": 6, "<|notimestamps|>": 7}.get(name)
+        return PROMPT.get(name)
 
     def decode(self, row: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens
@@ -180,6 +183,43 @@ def test_position_table_is_read_from_the_file(tmp_path: Path) -> None:
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(MissingModelError, match="no position table"):
         asr._position_table(path)
+
+
+class Polyglot(Decoder):
+    """After the start alone it says the clip's language, loud clips being German; asked whole, it keeps the prompts."""
+
+    def __init__(self) -> None:
+        super().__init__({0.1: 2, 0.2: 5})
+        self.prompts: list[list[list[int]]] = []
+
+    def run(self, names: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        tokens_BN, hidden_BTD = feed["input_ids"], feed["encoder_hidden_states"]
+        if tokens_BN.shape[1] == 1 and not feed["use_cache_branch"][0]:
+            assert names == ["logits"] and (tokens_BN == PROMPT["<|startoftranscript|>"]).all()
+            logits = np.zeros((len(tokens_BN), 1, 99), np.float32)
+            logits[:, 0, 8] = 9.0  # no language
+            loud = hidden_BTD[:, 0, 0] > 0.15
+            logits[loud, 0, PROMPT["<|de|>"]] = logits[~loud, 0, PROMPT["<|en|>"]] = 1.0
+            return [logits]
+        if not feed["use_cache_branch"][0]:
+            self.prompts.append(tokens_BN.tolist())
+        return super().run(names, feed)
+
+
+@pytest.mark.parametrize(
+    ("language", "spoken"), [(None, ["<|en|>", "<|de|>"]), ("en", ["<|en|>"] * 2), ("de", ["<|de|>"] * 2)]
+)
+def test_the_language_of_each_clip_is_found_unless_it_is_named(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str | None, spoken: list[str]
+) -> None:
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    languages = {name: PROMPT[name] for name in ("<|en|>", "<|de|>")}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**generation, "lang_to_id": languages}))
+    decoder = Polyglot()
+    monkeypatch.setattr(asr, "_session", lambda path, threads, replaced: decoder)
+    heard = Judge.load(tmp_path, language=language).transcribe([sound(0.1, 1.0), sound(0.2, 2.0)])
+    assert heard == ["8 9", "8 9 10 11 12"]
+    assert decoder.prompts == [[[4, PROMPT[name], 6, 7] for name in spoken]]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -656,6 +656,70 @@ def hostile_checkpoints(storage: Path, world: World) -> dict[str, Path]:
     return found
 
 
+def sealed_run(folder: Path) -> Path:
+    """A run whose one checkpoint is sealed as it should be, and of a recipe that is none."""
+    digest = hashlib.sha256(b"x").hexdigest()
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainable.safetensors").write_bytes(b"x")
+    files = {"trainable.safetensors": {"bytes": 1, "sha256": digest}}
+    (checkpoint / "manifest.json").write_text(_sealed({
+        "step": 1, "updates": 1, "created": "now", "world_size": 1, "metrics": {}, "files": files, "recipe": {},
+        "run": "x", "stage": "echo",
+    }))  # fmt: skip
+    return folder
+
+
+def benchmarks(folder: Path, world: World) -> list[Path]:
+    """Places that `echox evaluate --benchmark` would read questions from."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    head = "Questions\tAnswer\tWav Filename\n"
+    sounds = {"good.wav": encoded(clip(1)), "claims.flac": flac_that_claims(1 << 35), "text.wav": ESCAPE.encode()}
+    names = [*sounds, "../../outside/speech.wav", str(world.outside / "speech.wav"), "link.wav", "fifo.wav",
+             "/dev/zero", "device.wav", "loop.wav", f"{ESCAPE}.wav", "", ".", "a" * 5000, "$(touch x).wav"]  # fmt: skip
+    lists: dict[str, str | bytes] = {
+        **{f"tsv-{n}": f"{head}q\tx\t{name}\n" for n, name in enumerate(names) if name != "good.wav"},
+        **{f"lines-{n}": json.dumps({"audio": name, "answers": ["x"]}) + "\n" for n, name in enumerate(names[3:6])},
+        "deep": deep('{"a":'),
+        "answers": json.dumps({"audio": "good.wav", "answers": [[]] * 100_000}),
+        "many": json.dumps({"audio": "good.wav", "answers": ["x"] * 100_000}),
+        "long": json.dumps({"audio": "good.wav", "answers": "x" * (9 << 20)}),
+        "number": '{"audio": "good.wav", "answers": "x", "id": ' + "9" * 6000 + "}",
+        "escape": f"{ESCAPE}\tAnswer\tWav Filename\n",
+        "nul": "\0" * 5000,
+        "magic": b"PAR1" + bytes(400) + b"PAR1",
+        "pickle": world.pickled(),
+        "recipe": json.dumps({"audio": "good.wav", "answers": ["x"]}),  # the list is good, the run is not
+    }
+    places = []
+    for name, content in lists.items():
+        place = folder / name
+        place.mkdir(parents=True)
+        for sound, data in sounds.items():
+            (place / sound).write_bytes(data)
+        (place / "link.wav").symlink_to(world.outside / "speech.wav")
+        (place / "loop.wav").symlink_to("loop.wav")
+        (place / "device.wav").symlink_to("/dev/zero")
+        os.mkfifo(place / "fifo.wav")
+        (place / "list").write_bytes(content if isinstance(content, bytes) else content.encode())
+        places.append(place / "list")
+    cells: dict[str, Any] = {
+        "no-bytes": [{"path": str(world.outside / "speech.wav"), "bytes": None}],
+        "path": [str(world.outside / "speech.wav")],
+        "claims": [{"path": "../../x", "bytes": sounds["claims.flac"]}],
+    }
+    for name, audio in cells.items():
+        pa.parquet.write_table(pa.table({"answer": ["x"], "audio": audio}), folder / f"{name}.parquet")
+        places.append(folder / f"{name}.parquet")
+    (folder / "linked").mkdir()
+    (folder / "linked" / "test.parquet").symlink_to(world.outside / "secret.txt")
+    (folder / "linked-list").mkdir()
+    (folder / "linked-list" / "a.jsonl").symlink_to(world.outside / "secret.json")
+    return [*places, folder / "linked", folder / "linked-list"]
+
+
 def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
     """Folders with an `evaluation` that `echox report` would show."""
     sample = {"question_text": "q", "answer_text": "a", "reference_text": "r", "ok": True}

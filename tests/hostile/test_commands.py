@@ -138,6 +138,19 @@ def test_recordings(trial: Trial) -> None:
         trial.run("speak", "--question", folder / sound, "--out", trial.out / "a.wav", "--run", folder, refused=True)
 
 
+def test_benchmarks(trial: Trial) -> None:
+    judge, vocoder = trial.root / "judge", trial.root / "vocoder"
+    judge.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (judge / name).write_text("{}")
+    UnitMel(UnitMelConfig(n_units=5, width=16, blocks=1)).save(vocoder)
+    run = inputs.sealed_run(trial.root / "run")
+    for path in inputs.benchmarks(trial.root / "sets", trial.world):
+        where = ("--benchmark", "theirs", "--data", f"theirs={path}")
+        trial.run("evaluate", run, *where, "--vocoder", vocoder, "--judge", judge, "--out", trial.out, refused=True)
+    assert not any(trial.out.rglob("*.jsonl")), "nothing was answered"
+
+
 @pytest.mark.slow
 def test_archives_of_dialogues(trial: Trial) -> None:
     whole = trial.root / "whole"

@@ -1,0 +1,55 @@
+"""Identifies the answers to a benchmark: everything that decides what is said, and what is heard of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from echox.engine.checkpoint.checkpointer import find_weights
+from echox.engine.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
+from echox.errors import MissingModelError
+from echox.files import sha256_file
+
+if TYPE_CHECKING:
+    from echox.evaluate.benchmarks.decoding import Decoding
+    from echox.evaluate.benchmarks.survey import Benchmark
+    from echox.evaluate.judges import NamedJudge
+
+_OF_VOCODER = ("*.json", "*.safetensors")
+
+
+def setting_identity(run: Path, judge: NamedJudge, vocoder: Path, batch: int) -> dict[str, Any]:
+    """What is the same for all benchmarks and decodings.
+
+    Questions answered together are part of it: padding moves a sum by its rounding, and a quantised judge scales its
+    numbers by the loudest clip of its batch.
+
+    Raises:
+        CheckpointError: the run has no good checkpoint.
+        MissingModelError: there is no vocoder.
+    """
+    checkpoint = find_weights(run).parent
+    return {
+        "run": {
+            "weights": read_manifest(checkpoint)["files"][WEIGHTS]["sha256"],
+            "manifest": sha256_file(checkpoint / MANIFEST),
+        },
+        "judge": {"language": "found for each clip", "files": judge.identity()},
+        "vocoder": _vocoder(vocoder),
+        "batch": batch,
+    }
+
+
+def answers_identity(setting: Mapping[str, Any], benchmark: Benchmark, decoding: Decoding) -> dict[str, Any]:
+    """The identity of the answers to one benchmark by one decoding."""
+    questions = {"count": len(benchmark.items), "sha256": benchmark.sha256}
+    return {**setting, "questions": questions, "decoding": decoding.identity()}
+
+
+def _vocoder(folder: Path) -> dict[str, str]:
+    files = sorted(path for pattern in _OF_VOCODER for path in folder.glob(pattern) if path.is_file())
+    if not files:
+        fix = "name a vocoder folder by --vocoder, or build the demo corpus"
+        raise MissingModelError("There is no vocoder in the folder", where=str(folder), fix=fix)
+    return {path.name: sha256_file(path) for path in files}
