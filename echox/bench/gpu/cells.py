@@ -27,7 +27,10 @@ from echox.release.shapes import SHAPES
 
 BATCHES = 3
 CEILINGS = "ceilings"
-LADDERS = {"echo": None, "s2t": ("packed rows", "trimmed audio", "heads in chunks", "variable-length attention")}
+LADDERS = {
+    "echo": None,
+    "s2t": ("packed rows", "trimmed audio", "heads in chunks", "variable-length attention", "eager layers"),
+}
 """Stage to the techniques that are switched off in it; None: all."""
 _NUMBERS = {"s2t": "I", "t2c": "II", "echo": "III"}
 _BUILD_S = {"3b": 12.0, "8b": 25.0, "toy": 1.0}
