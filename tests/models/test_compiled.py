@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -55,6 +56,16 @@ def adapted(base: Any) -> Any:
     return opened(add_lora(base, LoraConfig(r=4, alpha=6.0, dropout=0.0, targets=("auto",))))
 
 
+class Called:
+    """In place of a compiler: counts the calls of each function, by its name."""
+
+    def __init__(self, calls: Counter[str]) -> None:
+        self._calls = calls
+
+    def __call__(self, function: Any, dynamic: bool) -> Any:
+        return lambda *parts: self._calls.update([function.__name__]) or function(*parts)
+
+
 def logits(model: Any, rows: int = 3, length: int = 7, **options: Any) -> Tensor:
     found: Tensor = model(input_ids=torch.arange(rows * length).view(rows, length), use_cache=False, **options).logits
     return found
@@ -73,11 +84,18 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=rounding, msg=lambda text, n=name: f"{n}{text}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_compute_what_they_did_with_lora_and_recomputed(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "graphs"),
+    [
+        *((family, False) for family in FAMILIES),
+        *(pytest.param(family, True, marks=[pytest.mark.slow] * (family != "llama")) for family in FAMILIES),
+    ],
+)
+def test_families_compute_what_they_did_with_lora_and_recomputed(family: str, graphs: bool) -> None:
     base = built(family)
     plain, ours = adapted(copy.deepcopy(base)), adapted(base)
-    regions, names = Regions(), [name for name, _ in ours.named_parameters()]
+    names, calls = [name for name, _ in ours.named_parameters()], Counter[str]()
+    regions = Regions() if graphs else Called(calls)
     if family == "llama":
         fuse_rms_norms(ours)
         ours.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,10 +108,13 @@ def test_families_compute_what_they_did_with_lora_and_recomputed(family: str) ->
     found, wanted = logits(ours), logits(plain.train())
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert_same(trained(ours, found), trained(plain, wanted))
-    graphs = sum(count > 0 for count in FAMILIES[family][1])
-    assert regions.graphs == ({"forward": graphs, "backward": graphs} if graphs else {})
-    assert regions.runs["backward"] == sum(FAMILIES[family][1])
-    assert regions.runs["forward"] == (2 if family == "llama" else 1) * regions.runs["backward"]
+    recomputed, (rotary, gated) = 1 + (family == "llama"), FAMILIES[family][1]
+    if isinstance(regions, Regions):
+        kinds_of_graph = (rotary > 0) + (gated > 0)
+        assert regions.graphs == Counter(forward=kinds_of_graph, backward=kinds_of_graph)
+        assert regions.runs == Counter(forward=recomputed * (rotary + gated), backward=rotary + gated)
+    else:
+        assert calls == Counter({"apply_rotary_pos_emb": recomputed * rotary, "gated": recomputed * gated})
     with without_lora(ours), without_lora(plain), torch.no_grad():
         torch.testing.assert_close(logits(ours.eval()), logits(plain.eval()), rtol=1e-5, atol=1e-6)
 
