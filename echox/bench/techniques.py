@@ -1,7 +1,8 @@
 """Lists what makes a step fast, each with a switch that turns it off, so that its gain is measured and not believed.
 
 A technique is one entry of `TECHNIQUES`. Its `off` is a context manager: while it holds, the stage computes as if no
-one had thought of the technique, and afterwards it is as it was. It is given the batch and yields the one to use.
+one had thought of the technique, and afterwards it is as it was. It is given the batch and yields the one to use. One
+is off unless a recipe asks for it (`engine.compile`), and measured the other way round: its switch turns it on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from echox.bench.oracle import dynamic_greedy
-from echox.models import chunked_heads, packed_attention, t2c
+from echox.engine.compiler import missing_for
+from echox.models import chunked_heads, compiled, packed_attention, t2c
 from echox.models.greedy import BLOCK, DecodedUnits, DecodeStep, capacity
 from echox.models.lora import FusedForward
 from echox.models.ragged import Layout
@@ -147,6 +149,17 @@ def _masked_attention(stage: Any, batch: Any) -> Iterator[Any]:
         yield batch
 
 
+@contextmanager
+def _compiled(stage: Any, batch: Any) -> Iterator[Any]:
+    before = [(part, type(part)) for part in stage.modules()]
+    compiled.compile_pointwise(stage, compiled.by_inductor)
+    try:
+        yield batch
+    finally:
+        for part, kind in before:
+            part.__class__ = kind
+
+
 def _decodes(stage: Any, batch: Any) -> bool:
     return isinstance(stage, EchoStage) and stage.config.labels == "teacher"
 
@@ -164,6 +177,10 @@ def _on_gpu(stage: Any, batch: Any) -> bool:
     return device_of(stage).type == "cuda"
 
 
+def _compiles(stage: Any, batch: Any) -> bool:
+    return _on_gpu(stage, batch) and not missing_for(device_of(stage))
+
+
 TECHNIQUES: tuple[Technique, ...] = (
     Technique("packed rows", "every row padded to the longest", _padded_rows),
     Technique("trimmed audio", "30 s of every clip encoded", _all_of_30_s, _hears_trimmed, same_losses=False),
@@ -178,6 +195,7 @@ TECHNIQUES: tuple[Technique, ...] = (
     ),
     Technique("rows leave the decode", "all rows decoded until the last has ended", _rows_stay, _decodes),
     Technique("variable-length attention", "rows padded for a masked one", _masked_attention, _on_gpu),
+    Technique("eager layers", "rotary embedding and SwiGLU compiled", _compiled, _compiles),
 )
 """In the order of the table. To add one is to write its switch above and its line here."""
 

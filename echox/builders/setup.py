@@ -40,6 +40,7 @@ from echox.engine.precision import resolve_precision, torch_dtype
 from echox.errors import CheckpointError, DataError, RecipeError
 from echox.files import read_record
 from echox.models.causal_lm import check_parts
+from echox.models.compiled import compile_pointwise
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
 from echox.responses.attach import AnsweredBatches, AnsweredLoader, Lookup
 from echox.responses.refresh import Refresher
@@ -98,6 +99,7 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         frozen_models=frozen_models(recipe),
         files=run_files(recipe, text.language) | answers.files,
         refresh=refresh,
+        compiled=compile_pointwise(module)._asdict() if recipe.engine.compile else {},
     )
 
 

@@ -197,6 +197,11 @@ class EngineConfig(Section):
         False,
         description="on a GPU, the same bits from the same start; slower. A CPU gives them anyway",
     )
+    compile: Free[bool] = Field(
+        False,
+        description="compile the pointwise parts of the LLM's and the decoders' layers, rotary embedding and gated "
+        "activation: fewer kernels; needs a C compiler on the nodes",
+    )
     validate_every: Free[int] = Field(0, ge=0, description="steps; 0 validates at the end only")
     checkpoint_every: Free[int] = Field(0, ge=0, description="steps; 0 saves at the end only")
     async_save: Free[bool] = Field(

@@ -16,6 +16,7 @@ from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_
 from echox.engine.checkpoint.manifest import Checkpoint, Choice, set_aside, sweep
 from echox.engine.checkpoint.recipe_diff import changes
 from echox.engine.checkpoint.retention import Retention
+from echox.engine.compiler import check_compiler
 from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
 from echox.engine.determinism import compute_deterministically
@@ -74,7 +75,8 @@ def train(
         The result, the same on every rank.
 
     Raises:
-        RecipeError: the batch does not divide by the world, or the frozen weights have no place in it.
+        RecipeError: the batch does not divide by the world, the frozen weights have no place in it, or a node has no
+            compiler for a run that is to be compiled.
         CheckpointError: no good checkpoint among those found, one that does not fit, or one that cannot be written.
         DataError: damaged data beyond what the recipe allows, or other samples than planned.
         AlteredModelError: a frozen model is not the one the checkpoint was trained beside.
@@ -126,6 +128,7 @@ class _Attempt:
         """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
         sized = recipe.model_copy(update={"data": recipe.data.on(world.size)})
         batch, recipe = batch_sentence(recipe, world.size), sized
+        check_compiler(recipe.engine.compile, world)
         prepare_deepspeed(world.device)
         proof = check_start(
             folder,
@@ -253,7 +256,7 @@ class _Attempt:
             },
             published=self.published,
         )
-        self._announce(precision, placement, census, ds_config)
+        self._announce(precision, placement, census, ds_config, setup.compiled)
         health = LossGuard(recipe.health, world.device)
         if self.choice.checkpoint is not None:
             self._resume(self.choice.checkpoint, checkpointer, health)
@@ -423,7 +426,12 @@ class _Attempt:
             self.reporter.event("new_data", what=clause)
 
     def _announce(
-        self, precision: str, placement: str, census: Mapping[str, Any], ds_config: Mapping[str, Any]
+        self,
+        precision: str,
+        placement: str,
+        census: Mapping[str, Any],
+        ds_config: Mapping[str, Any],
+        compiled: Mapping[str, int],
     ) -> None:
         self.reporter.event(
             "start",
@@ -436,6 +444,7 @@ class _Attempt:
             precision=precision,
             frozen_placement=placement,
             dtypes=json.dumps(census),
+            **({"compiled": json.dumps(dict(compiled))} if compiled else {}),
             start_s=self.startup.seconds,
             peak_gib=peak_gib(self.world.device),
         )

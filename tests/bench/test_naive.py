@@ -15,7 +15,7 @@ from echox.bench.naive import naive_losses
 from echox.bench.oracle import as_hugging_face, dynamic_greedy, generate_alone
 from echox.bench.techniques import TECHNIQUES, Technique, technique
 from echox.builders.stages import build_s2t_stage
-from echox.models import chunked_heads, packed_attention
+from echox.models import chunked_heads, compiled, packed_attention
 from echox.models.greedy import DecodeStep
 from echox.models.lora import LoraInput
 from echox.models.ragged import PaddedRows
@@ -94,7 +94,10 @@ def test_losses_and_gradients_are_those_of_the_stage(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "each"), [(name, each) for name in ("t2c", "echo") for each in TECHNIQUES])
-def test_what_is_switched_off_leaves_the_losses_and_comes_back(name: str, each: Technique) -> None:
+def test_what_is_switched_off_leaves_the_losses_and_comes_back(
+    name: str, each: Technique, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "by_inductor", lambda function, dynamic: function)
     stage, batch = of(name)
     if name == "t2c" and each.name == "trimmed audio":
         assert not each.applies(stage, batch)
@@ -137,9 +140,13 @@ def test_every_switch_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     products = seen(monkeypatch, LoraInput, "reduced")
     steps, resized = seen(monkeypatch, DecodeStep, "__call__"), seen(monkeypatch, DecodeStep, "resize")
     flash = seen(monkeypatch, packed_attention, "_flash_takes")
+    turned: list[Any] = []
+    monkeypatch.setattr(
+        compiled, "by_inductor", lambda function, dynamic: lambda *parts: turned.append(parts) or function(*parts)
+    )
 
     def without(name: str) -> None:
-        for calls in (encoded, chunks, products, steps, resized, flash):
+        for calls in (encoded, chunks, products, steps, resized, flash, turned):
             calls.clear()
         with imposed(stage, 3.0), nullcontext(batch) if not name else technique(name).off(stage, batch) as given:
             stage(replace(given, targets=None))
@@ -147,6 +154,7 @@ def test_every_switch_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     without("")
     whole, columns = len(chunks), encoded[0][1].shape[2]
     assert products and steps and flash and any(rows is not None for _, rows, _ in resized) and columns < 3000
+    assert not turned
     packed = float(stage.metrics()["perf/padding_share"])
     without("packed rows")
     assert float(stage.metrics()["perf/padding_share"]) > packed == 0
@@ -162,6 +170,9 @@ def test_every_switch_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert steps and all(rows is None for _, rows, _ in resized)
     without("variable-length attention")
     assert not flash
+    without("eager layers")
+    assert len(turned) == 2 * (2 + 2), "two layers of the LLM and two of the Echo decoder"
+    assert not technique("eager layers").applies(stage, batch), "on a CPU"
 
 
 def test_without_its_graph_a_step_runs_on_a_gpu_too() -> None:

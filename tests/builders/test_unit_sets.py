@@ -22,6 +22,7 @@ from echox.engine import run_files as engine_files
 from echox.engine.checkpoint.manifest import WEIGHTS, write_manifest
 from echox.errors import CheckpointError, DataError
 from echox.files import sha256_file
+from echox.models.compiled import CompiledParts
 from echox.speak import pipeline
 from echox.stream.format.catalogue import Catalogue
 from echox.stream.sampling.source import Source
@@ -174,6 +175,19 @@ def test_the_setup_checks_before_any_model_is_loaded_and_keeps_the_language(data
     with pytest.raises(DataError, match="unit sets that differ in centroids"):
         setup.build_setup(recipe(), 1, 2)
     assert built == ["t2c"]
+
+
+def test_the_setup_compiles_where_the_recipe_asks_and_says_how_much(
+    data: Path, built: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language_file(data / "language.json", None)
+    given: list[Any] = []
+    monkeypatch.setattr(setup, "compile_pointwise", lambda module: given.append(module) or CompiledParts(3, 4))
+    for asked, counts in (("false", {}), ("true", {"rotary": 3, "gated": 4})):
+        made = setup.build_setup(recipe("t2c", f"engine.compile={asked}"), 0, 1)
+        made.train_loader.close()
+        assert made.compiled == counts
+    assert given == [made.module]
 
 
 def checkpoint(tmp_path: Path, kept: Recipe, language: UnitLanguage | None, name: str = "run") -> Path:

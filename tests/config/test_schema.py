@@ -18,7 +18,7 @@ FREE = {
     "tracking",
     "health",
     *(f"engine.{key}" for key in ("deepspeed", "frozen_placement", "activation_checkpointing", "validate_every")),
-    "engine.deterministic",
+    *("engine.deterministic", "engine.compile"),
     *(f"engine.{key}" for key in ("checkpoint_every", "async_save", "keep", "keep_every", "keep_best", "log_every")),
     "model.echo.respond.batch",
     *(f"data.{key}" for key in ("valid", "micro_batch", "reader_threads", "prefetch", "quarantine")),

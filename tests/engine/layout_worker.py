@@ -14,8 +14,10 @@ from echox.config.schema import Recipe
 from echox.engine.interfaces import StageSetup
 from echox.engine.trainer import train
 from echox.models import chunked_heads
+from echox.models.compiled import compile_pointwise
 from echox.stream.batch import SpeechBatch
 from tests import tiny
+from tests.regions import Regions
 
 STEPS = 4
 
@@ -57,12 +59,15 @@ class Build:
     checkpointing: bool = False
     split: str = ""
     pseudo_text: str = "argmax_teacher_forced"
+    compiled: bool = False
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         cuts = {"mode": "fixed", "fixed_tokens": 3}
         stage = tiny.echo_stage(layout=self.layout, segmentation=cuts, units_per_token=1, pseudo_text=self.pseudo_text)
         if self.checkpointing:
             stage.s2t.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compiled:
+            assert compile_pointwise(stage, Regions()) == (6, 6)
         return StageSetup(
             module=stage,
             train_loader=Loader(rank, self.split),
@@ -83,9 +88,8 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
         engine__frozen_placement=scenario["placement"],
         engine__validate_every=0,
     )
-    build = Build(
-        scenario["layout"], Path(plan["frozen"]), scenario["checkpointing"], scenario["split"], scenario["pseudo_text"]
-    )
+    options = {name: scenario[name] for name in ("layout", "checkpointing", "split", "pseudo_text", "compiled")}
+    build = Build(frozen=Path(plan["frozen"]), **options)
     chunked_heads.CHUNK_ELEMENTS = scenario["chunk"]
     result = train(recipe, context, build)
     return {"moved_frozen": result.moved_frozen, "unmoved": result.unmoved_trainable}

@@ -21,6 +21,7 @@ RUNS = {
     # A chunk of two positions or classes: as many for each rank as its own rows make.
     "packed-shard": {"layout": "packed", "placement": "shard", "chunk": 96},
     "checkpointed": {"layout": "packed", "placement": "replicate", "checkpointing": True},
+    "compiled": {"layout": "packed", "placement": "shard", "checkpointing": True, "compiled": True},
     **{split: {"layout": "packed", "placement": "shard", "split": split} for split in ("whole", "2-and-2", "1-and-3")},
     **{
         f"generated-{split}": {"layout": layout, "placement": place, "split": split, "pseudo_text": "generated"}
@@ -33,6 +34,7 @@ RUNS = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = prepare(tmp_path_factory.mktemp("layouts"))
     usual = {"checkpointing": False, "split": "", "pseudo_text": "argmax_teacher_forced", "chunk": 1 << 25}
+    usual["compiled"] = False
     scenarios = [{"name": name, **usual, **run} for name, run in RUNS.items()]
     return folder / "runs", launch(folder, WORKER, 2, scenarios)
 
@@ -45,7 +47,7 @@ def _steps(runs: Path, name: str) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        *(("packed-replicate", other) for other in ("padded-replicate", "packed-shard", "checkpointed")),
+        *(("packed-replicate", other) for other in ("padded-replicate", "packed-shard", "checkpointed", "compiled")),
         *(("whole", split) for split in ("2-and-2", "1-and-3")),
         ("generated-whole", "generated-1-and-3"),
     ],

@@ -14,14 +14,19 @@ import torch
 from torch import nn
 
 from echox.models import chunked_heads, norms
+from echox.models.compiled import compile_pointwise
 from echox.models.greedy import BLOCK
 from echox.stages import losses
 from echox.stream.batch import SpeechBatch
 from tests import tiny
 from tests.counters import Kernels, Largest, Syncs
+from tests.regions import Regions
 from tests.stages import topology
 from tests.stages.test_layouts import _s2t
 
+COMPILED, ITS_REGIONS = 4_765, 2 * 2 * topology.LAYERS["3b"]
+"""Kernels of Stage I where each compiled graph is one, and how many of them are graphs: rotary embedding and gated
+activation of each layer, forward and backward."""
 DECODE = "echox/models/greedy.py"
 STAGE_I, STAGE_III, STAGE_III_OWN = 5_521, 6_126, 10_769
 """Kernels; the last where the LLM reads its own answer beside the reference. A GPU needs fewer: its attention takes
@@ -59,6 +64,21 @@ def test_kernels_of_a_step_at_3b_topology(monkeypatch: pytest.MonkeyPatch) -> No
     teacher_forced = topology.echo_stage(pseudo_text="argmax_teacher_forced")
     assert kernels_of(teacher_forced, batch) <= STAGE_III
     assert kernels_of(topology.echo_stage(pseudo_text="generated"), batch) <= STAGE_III_OWN
+
+
+def test_kernels_of_a_step_with_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms._FusedForward, "forward", lambda norm, hidden: hidden * norm.weight)
+    stage, batch, regions = topology.s2t_stage().train(), topology.batch_of(16), Regions()
+    assert compile_pointwise(stage, regions) == (topology.LAYERS["3b"],) * 2
+    step(stage, topology.batch_of(4))  # compiles
+    stage.zero_grad()
+    regions.reset()
+    outside = kernels_of(stage, batch)
+    assert regions.runs.total() == ITS_REGIONS and outside + ITS_REGIONS <= COMPILED
+    # Elements of two sizes, such as those of queries and of keys, are two kernels where Inductor writes for a GPU.
+    assert regions.sizes == ITS_REGIONS * 3 // 2
+    assert regions.graphs == {"forward": 2, "backward": 2}
+    torch._dynamo.reset()
 
 
 def test_a_step_of_stage_one_waits_twice_for_the_device() -> None:
