@@ -63,7 +63,16 @@ def run(args: argparse.Namespace) -> int:
         token=token,
         hosts=LOOPBACK if at_home else ("*",),
     )
-    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        ws="websockets-sansio",
+        ws_max_size=limits.body_bytes,
+        ws_per_message_deflate=False,
+    )
     try:
         socket = config.bind_socket()
     except SystemExit:
