@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _IDLE_S = 0.2
 """How often a worker without a question looks whether it is to stop."""
 _LOST_IN_A_ROW = 3
 """After as many steps that failed, and none that did not, a worker is not well."""
+_STUCK_S = 120.0
+"""A step that takes longer will not end."""
 
 
 _CANCELLED = Done("", "cancelled", 0, 0, 0)
@@ -85,7 +88,7 @@ class Worker:
         self._open: dict[Session, Answer] = {}
         self._transcribing: dict[Session, tuple[Iterator[str], Done]] = {}
         self._stopping = threading.Event()
-        self._lost = 0
+        self._lost, self._stepped = 0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
     def start(self) -> None:
@@ -104,8 +107,9 @@ class Worker:
 
     @property
     def healthy(self) -> bool:
-        """Whether it answers: the thread runs, and its last steps did not all fail."""
-        return self._thread.is_alive() and self._lost < _LOST_IN_A_ROW
+        """Whether it answers: the thread runs, its step is not stuck, and its last steps did not all fail."""
+        stuck = time.monotonic() - self._stepped > _STUCK_S
+        return self._thread.is_alive() and not stuck and self._lost < _LOST_IN_A_ROW
 
     def ask(self, question: Question, notify: Callable[[Event | EchoXError], None]) -> Session:
         """Take a question.
@@ -149,6 +153,7 @@ class Worker:
     def _answer(self) -> None:
         engine = self._model.engine()
         while not self._stopping.is_set():
+            self._stepped = time.monotonic()
             self._admit(engine)
             for session, answer in self._open.items():
                 answer.cancelled = session.cancelled

@@ -21,6 +21,7 @@ from echox.serve import converse
 from echox.serve.app import build_app
 from echox.serve.limits import Limits
 from echox.serve.worker import BusyError, Question, Worker
+from echox.speak.events import Done
 from echox.speak.pipeline import SpeechToSpeech
 from echox.speak.vocoder import UnitMelVocoder
 from tests.serve.serving import LIMITS, Served, long, pcm_of, wav
@@ -40,7 +41,7 @@ def heard(clip: Any) -> Any:
 
 
 def open_at(served: Served, **options: Any) -> ClientConnection:
-    return connect(f"ws://127.0.0.1:{served.port}/converse", open_timeout=60, **options)
+    return connect(f"ws://127.0.0.1:{served.port}/converse", open_timeout=120, **options)
 
 
 def say(client: ClientConnection, clip: Any, *, end: bool = True, **start: Any) -> None:
@@ -423,3 +424,35 @@ def test_a_server_that_stops_tells_those_who_wait(model: SpeechToSpeech, vocoder
     assert isinstance(told[-1], EchoXError) and told[-1].what == "the server stops" and not worker.healthy
     with pytest.raises(BusyError, match="the server stops"):
         worker.ask(Question(audio=heard(clips()[0]), tokens=3), told.append)
+
+
+def test_a_worker_that_loses_all_or_is_stuck_is_not_well(
+    model: SpeechToSpeech, vocoder: UnitMelVocoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn, broken = type(model.engine()).turn, [True]
+
+    def turning(engine: Any) -> None:
+        if len(engine) and broken[0]:
+            raise MemoryError("no room")
+        turn(engine)
+
+    monkeypatch.setattr(type(model.engine()), "turn", turning)
+    worker = Worker(model, vocoder, LIMITS)
+    assert not worker.healthy, "it has not begun"
+    worker.start()
+    over = threading.Semaphore(0)
+
+    def ask() -> None:
+        question = Question(audio=heard(clips()[2]), tokens=1)
+        worker.ask(question, lambda event: over.release() if isinstance(event, Done | EchoXError) else None)
+        assert over.acquire(timeout=60)
+
+    for healthy in (True, True, False):
+        ask()
+        assert worker.healthy == healthy
+    broken[0] = False
+    ask()
+    assert worker.healthy
+    monkeypatch.setattr("echox.serve.worker._STUCK_S", 0.0)
+    assert not worker.healthy
+    worker.stop()

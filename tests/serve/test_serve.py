@@ -225,7 +225,7 @@ def test_the_command_refuses_a_port_that_is_taken(
     from echox.cli import main
 
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda run: model)
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: None)
+    monkeypatch.setattr("echox.serve.loading.load_vocoder", lambda folder: None)
     command = ["serve", str(tmp_path), "--vocoder", str(tmp_path)]
     assert main([*command, "--port", str(served.port)]) == 1
     assert f"port {served.port} of 127.0.0.1 is taken" in capsys.readouterr().err
