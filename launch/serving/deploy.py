@@ -61,9 +61,10 @@ def deploy(serving: Serving) -> None:
     try:
         serve.run(deployment.bind(serving), name=APP, route_prefix="/")
     except RuntimeError as error:
-        reason = start_failure(str(error))
+        deployments = serve.status().applications[APP].deployments.values()
+        what, fix = start_failure("\n".join([str(error), *(each.message for each in deployments)]))
         remove()
-        raise LaunchError(f"the replicas do not start: {reason}", fix="see `serve status`") from error
+        raise LaunchError(f"the replicas do not start: {what}", fix=fix) from error
 
 
 def remove() -> None:
@@ -101,7 +102,9 @@ def replica_variables(serving: Serving) -> dict[str, str]:
     return {**passed_on()[0], **threads, **device}
 
 
-def start_failure(message: str) -> str:
-    """The last sentence of an error in what Ray Serve says of replicas that do not start."""
-    errors = re.findall(r"^\s*(?:[\w.]+\.)?\w*(?:Error|Exception)(?:\(\w+\))?: (.+)$", message, flags=re.MULTILINE)
-    return str((errors or message.strip().splitlines() or ["it says nothing"])[-1])[:400]
+def start_failure(message: str) -> tuple[str, str]:
+    """What is wrong and what to do, of the last error in what Ray Serve says of replicas that do not start."""
+    errors = re.findall(r"^\s*[\w.]*(?:Error|Exception): (.+)$", message, flags=re.MULTILINE)
+    last = str((errors or message.strip().splitlines() or ["Ray Serve does not say why"])[-1])[:400]
+    what, _, fix = last.partition(" Fix: ")
+    return what.rstrip("."), fix or "see the log of the job"

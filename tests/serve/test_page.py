@@ -152,6 +152,7 @@ def test_one_speaks_and_hears_the_answer_begin_before_its_text_has_ended(page: P
     transcript = page.locator(".turn.user > p").text_content() or ""
     assert transcript not in ("", "…")
     assert page.locator(".turn.model canvas").count() == 1
+    until(page, "document.querySelector('audio').duration > 0.5")  # the question can be heard again
     shoot(page, "answered")
     second = speak(page)
     assert second["history"] == [{"role": "user", "text": transcript}, {"role": "assistant", "text": text}]

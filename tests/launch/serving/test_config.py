@@ -112,7 +112,8 @@ def test_the_last_error_is_why_a_replica_does_not_start() -> None:
 ray::ServeReplica:echox:echox.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
   File "x.py", line 3, in __init__
     raise CheckpointError("an s2t run does not speak")
-echox.errors.CheckpointError: an s2t run does not speak. Fix: name a run of the echo stage.
+echox.errors.CheckpointError: an s2t run does not speak. Fix: name a run of the echo stage
 """
-    assert start_failure(said) == "an s2t run does not speak. Fix: name a run of the echo stage."
-    assert start_failure("it is so") == "it is so" and start_failure("") == "it says nothing"
+    assert start_failure(said) == ("an s2t run does not speak", "name a run of the echo stage")
+    assert start_failure("x\nMemoryError: no room.") == ("no room", "see the log of the job")
+    assert start_failure("it is so")[0] == "it is so" and start_failure("")[0] == "Ray Serve does not say why"

@@ -114,8 +114,8 @@ def test_a_run_that_does_not_speak_is_one_clear_sentence(
     jobs = Jobs(head.address)
     job = submit(run.parent / "s2t", "--port", str(local_head.next_free(22_000)))
     assert jobs.wait(job) == "FAILED"
-    said = "an s2t run does not speak. Fix: name a run of the echo stage."
-    assert jobs.failure(job) == f"the replicas do not start: {said} Fix: see `serve status`", jobs.logs(job)
+    said = "the replicas do not start: an s2t run does not speak. Fix: name a run of the echo stage"
+    assert jobs.failure(job) == said, jobs.logs(job)
     assert not replicas(head)
 
 
