@@ -136,7 +136,7 @@ def _merged(part: Tensor, *sizes: int) -> Tensor:
 
 
 def _rows(turned_LHD: Tensor, rows: int) -> Tensor:
-    return turned_LHD.unflatten(0, (rows, -1)).transpose(1, 2)
+    return turned_LHD.view(rows, -1, *turned_LHD.shape[1:]).transpose(1, 2)
 
 
 def _copy_of(function: Any) -> Any:

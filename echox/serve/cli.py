@@ -37,19 +37,12 @@ def run(args: argparse.Namespace) -> int:
     """Load and serve until interrupted."""
     import uvicorn
 
-    from echox.config.paths import cache_dir
-    from echox.engine.object_store.reading import local_run
     from echox.serve.app import LOOPBACK, build_app
     from echox.serve.limits import Limits
+    from echox.serve.loading import load
     from echox.serve.worker import Worker
-    from echox.speak.pipeline import SpeechToSpeech
-    from echox.speak.vocoder import check_vocoder, load_vocoder
 
-    folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
-    vocoder = load_vocoder(folder)
-    model = SpeechToSpeech.load(local_run(args.trained))
-    model.engine()  # an S2T run does not speak, and says so here
-    check_vocoder(folder, [model.units])
+    model, vocoder = load(args.trained, args.vocoder)
     try:
         limits = Limits(open=args.open, waiting=args.waiting, question_s=model.max_audio_s)
     except ValueError as error:
@@ -63,7 +56,16 @@ def run(args: argparse.Namespace) -> int:
         token=token,
         hosts=LOOPBACK if at_home else ("*",),
     )
-    config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        ws="websockets-sansio",
+        ws_max_size=limits.body_bytes,
+        ws_per_message_deflate=False,
+    )
     try:
         socket = config.bind_socket()
     except SystemExit:

@@ -1,4 +1,4 @@
-"""Reads questions and writes events as HTTP carries them: audio files and JSON in, a line of JSON an event out."""
+"""Reads questions and writes events as HTTP and a WebSocket carry them: JSON, audio files, samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from echox.speak.sampling import SeededSampling
 from echox.stream.dialogue import parse_turns
 
 OPTIONS = ("temperature", "top_p", "top_k", "seed", "max_tokens")
-_TAKEN = (*OPTIONS, "audio", "history", "transcript")
+_TAKEN = (*OPTIONS, "history", "transcript")
+_SILENCE = np.zeros(0, np.float32)
 
 
 def parse_question(body: bytes, json_body: bool, query: Mapping[str, str], limits: Limits) -> Question:
@@ -34,10 +36,28 @@ def parse_question(body: bytes, json_body: bool, query: Mapping[str, str], limit
     Raises:
         DataError: it is neither, or beyond the limits.
     """
-    given: Mapping[str, Any] = _json(body) if json_body else {**query, "audio": body}
+    given: dict[str, Any] = parse_object(body, "the question") if json_body else {**query, "audio": body}
+    audio = given.pop("audio", None)
+    question = parse_options(given, limits, also=("audio",))
+    return replace(question, audio=read_audio(_bytes(audio), limits.question_s))
+
+
+def parse_options(given: Mapping[str, Any], limits: Limits, also: tuple[str, ...] = ()) -> Question:
+    """A question of its history and options, still without sound.
+
+    Args:
+        given: them by name.
+        limits: of the question.
+        also: what else may be given there, for the error.
+
+    Raises:
+        DataError: there is no such option, or one is beyond the limits.
+    """
     unknown = sorted(given.keys() - set(_TAKEN))
     if unknown:
-        raise DataError(f"there is no {unknown[0][:40]!r} in a question", fix=f"give some of {', '.join(_TAKEN)}")
+        raise DataError(
+            f"there is no {unknown[0][:40]!r} in a question", fix=f"give some of {', '.join((*_TAKEN, *also))}"
+        )
     try:
         history = parse_turns(given.get("history"))
         numbers = {name: (int if name in ("top_k", "seed", "max_tokens") else float)(given[name])
@@ -50,14 +70,44 @@ def parse_question(body: bytes, json_body: bool, query: Mapping[str, str], limit
         raise DataError(f"max_tokens is {tokens}, not from 1 to {limits.tokens}", fix="ask for fewer")
     if len(history) > limits.turns:
         raise DataError(f"there are {len(history)} turns before the question", fix=f"give up to {limits.turns}")
-    audio = read_audio(_bytes(given.get("audio")), limits.question_s)
     wanted = str(given.get("transcript", "")).lower() in ("true", "1")
-    return Question(audio=audio, history=history, sampling=sampling, tokens=int(tokens), transcript=wanted)
+    return Question(audio=_SILENCE, history=history, sampling=sampling, tokens=int(tokens), transcript=wanted)
+
+
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """The object that a text in JSON is.
+
+    Args:
+        text: JSON.
+        what: what it is to be, for the error.
+
+    Raises:
+        DataError: it is no JSON, or no object.
+    """
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is no JSON: {str(error)[:100]}", fix="correct it") from error
+    if not isinstance(given, dict):
+        raise DataError(f"{what} is a {type(given).__name__}, not an object", fix="correct it")
+    return given
 
 
 def event_line(event: Event | EchoXError) -> bytes:
-    """One event as a line of JSON."""
-    return json.dumps(_fields(event), ensure_ascii=False).encode() + b"\n"
+    """One event as a line of JSON, samples in base64."""
+    fields = _fields(event)
+    if isinstance(event, Audio):
+        fields["pcm16"] = base64.b64encode(_pcm16(event)).decode()
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+
+
+def event_message(event: Event | EchoXError) -> tuple[str, bytes]:
+    """One event as JSON, and the samples that follow it; none but after `audio`."""
+    fields, pcm16 = _fields(event), b""
+    if isinstance(event, Audio):
+        pcm16 = _pcm16(event)
+        fields["bytes"] = len(pcm16)
+    return json.dumps(fields, ensure_ascii=False), pcm16
 
 
 def _fields(event: Event | EchoXError) -> dict[str, Any]:
@@ -71,19 +121,12 @@ def _fields(event: Event | EchoXError) -> dict[str, Any]:
     if isinstance(event, Units):
         return {"event": "units", "segment": event.segment, "units": event.units.tolist(), "last": event.last}
     if isinstance(event, Audio):
-        pcm = np.round(np.clip(event.samples, -1, 1) * 32767).astype("<i2").tobytes()
-        return {"event": "audio", "rate": event.rate, "pcm16": base64.b64encode(pcm).decode()}
+        return {"event": "audio", "rate": event.rate}
     return {"event": type(event).__name__.lower(), **vars(event)}
 
 
-def _json(body: bytes) -> Mapping[str, Any]:
-    try:
-        given = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the question is no JSON: {str(error)[:100]}", fix="correct it") from error
-    if not isinstance(given, dict):
-        raise DataError(f"the question is a {type(given).__name__}, not an object", fix="correct it")
-    return given
+def _pcm16(event: Audio) -> bytes:
+    return np.round(np.clip(event.samples, -1, 1) * 32767).astype("<i2").tobytes()
 
 
 def _bytes(audio: Any) -> bytes:

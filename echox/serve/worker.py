@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import queue
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 _IDLE_S = 0.2
 """How often a worker without a question looks whether it is to stop."""
+_LOST_IN_A_ROW = 3
+"""After as many steps that failed, and none that did not, a worker is not well."""
+_STUCK_S = 120.0
+"""A step that takes longer will not end."""
+
+
+_CANCELLED = Done("", "cancelled", 0, 0, 0)
 
 
 class BusyError(EchoXError):
@@ -55,7 +63,7 @@ class Session:
     """A question that was taken.
 
     Attributes:
-        cancelled: set it, and its answer ends before the next step, or does not begin.
+        cancelled: whether nobody wants its answer any more, see `Worker.cancel`.
         heard: the transcript so far.
     """
 
@@ -75,10 +83,12 @@ class Worker:
 
     def __init__(self, model: SpeechToSpeech, vocoder: Vocoder, limits: Limits) -> None:
         self._model, self._vocoder, self._limits = model, vocoder, limits
-        self._waiting: queue.Queue[Session] = queue.Queue(limits.waiting)
+        self._waiting: deque[Session] = deque()
+        self._changed = threading.Condition()
         self._open: dict[Session, Answer] = {}
         self._transcribing: dict[Session, tuple[Iterator[str], Done]] = {}
         self._stopping = threading.Event()
+        self._lost, self._stepped = 0, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
     def start(self) -> None:
@@ -93,7 +103,13 @@ class Worker:
     @property
     def load(self) -> tuple[int, int]:
         """Answers in progress, and questions that wait."""
-        return len(self._open) + len(self._transcribing), self._waiting.qsize()
+        return len(self._open) + len(self._transcribing), len(self._waiting)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it answers: the thread runs, its step is not stuck, and its last steps did not all fail."""
+        stuck = time.monotonic() - self._stepped > _STUCK_S
+        return self._thread.is_alive() and not stuck and self._lost < _LOST_IN_A_ROW
 
     def ask(self, question: Question, notify: Callable[[Event | EchoXError], None]) -> Session:
         """Take a question.
@@ -103,32 +119,55 @@ class Worker:
             notify: called in the thread of the worker with each event up to `Done`, or with an error, the last one.
 
         Raises:
-            BusyError: too many wait.
+            BusyError: too many wait, or the worker has stopped.
         """
         session = Session(question, notify)
-        try:
-            self._waiting.put_nowait(session)
-        except queue.Full:
-            raise BusyError(
-                f"{self._limits.waiting} questions are waiting already", fix="ask again in some seconds"
-            ) from None
+        with self._changed:
+            if self._stopping.is_set():
+                raise BusyError("the server stops", fix="ask again in some seconds")
+            if len(self._waiting) >= self._limits.waiting:
+                raise BusyError(
+                    f"{self._limits.waiting} questions are waiting already", fix="ask again in some seconds"
+                )
+            self._waiting.append(session)
+            self._changed.notify()
         return session
 
+    def cancel(self, session: Session) -> None:
+        """End an answer before its next step; a question that waits leaves the queue now. `Done` comes either way."""
+        session.cancelled = True
+        with self._changed:
+            if session not in self._waiting:
+                return
+            self._waiting.remove(session)
+        session.notify(_CANCELLED)
+
     def _run(self) -> None:
+        try:
+            self._answer()
+        finally:
+            with self._changed:
+                self._stopping.set()
+            self._give_up("the server stops", (*self._open, *self._transcribing, *self._waiting))
+
+    def _answer(self) -> None:
         engine = self._model.engine()
         while not self._stopping.is_set():
+            self._stepped = time.monotonic()
             self._admit(engine)
             for session, answer in self._open.items():
                 answer.cancelled = session.cancelled
             try:
                 engine.turn()
                 self._transcribe()
+                self._lost = 0 if self._open else self._lost
             except Exception as error:  # whatever it is, those who listen hear of it, and the next question is answered
-                self._give_up(f"the answer was lost: {type(error).__name__}: {error}")
+                self._lost += 1
+                why = f"the answer was lost: {type(error).__name__}: {error}"
+                self._give_up(why, (*self._open, *self._transcribing))
                 engine = self._model.engine()
             for session, answer in list(self._open.items()):
                 self._pass_on(session, answer)
-        self._give_up("the server stops")
 
     def _pass_on(self, session: Session, answer: Answer) -> None:
         """Give an answer's events; `Done` waits for the transcript, where one is wanted."""
@@ -154,11 +193,11 @@ class Worker:
     def _admit(self, engine: Engine) -> None:
         """Begin to answer as many as may be; wait for one where there is none."""
         while (busy := self.load[0]) < self._limits.open:
-            try:
-                session = self._waiting.get(block=not busy, timeout=_IDLE_S)
-            except queue.Empty:
+            session = self._next(wait=not busy)
+            if session is None:
                 return
             if session.cancelled:
+                session.notify(_CANCELLED)
                 continue
             asked = session.question
             try:
@@ -173,12 +212,20 @@ class Worker:
             except EchoXError as error:
                 session.notify(error)
             except Exception as error:
+                self._lost += 1
                 session.notify(EchoXError(f"the question cannot be answered: {type(error).__name__}: {error}"))
 
-    def _give_up(self, why: str) -> None:
-        if self._open or self._transcribing:
+    def _next(self, *, wait: bool) -> Session | None:
+        """The question that waits longest."""
+        with self._changed:
+            if wait and not self._waiting:
+                self._changed.wait(_IDLE_S)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _give_up(self, why: str, sessions: Sequence[Session]) -> None:
+        if sessions:
             print(printable(f"echox serve: {why}"), file=sys.stderr)
-        for session in (*self._open, *self._transcribing):
+        for session in sessions:
             session.notify(EchoXError(why, fix="ask again"))
         self._open.clear()
         self._transcribing.clear()

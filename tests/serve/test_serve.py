@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import base64
-import http.client
-import io
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
-import uvicorn
 
 from echox.errors import DataError, EchoXError
 from echox.serve.app import build_app
@@ -24,73 +19,10 @@ from echox.serve.messages import parse_question
 from echox.serve.worker import BusyError, Question, Worker
 from echox.speak.pipeline import SpeechToSpeech
 from echox.speak.vocoder import UnitMelVocoder
-from tests.speak.echo_run import MAX_NEW, clips, load_with_ends, write_echo_run
-from tests.speak.voices import unit_mel
+from tests.serve.serving import LIMITS, Served, long, pcm_of, wav
+from tests.speak.echo_run import MAX_NEW, clips
 
-LIMITS = Limits(question_s=2.0, body_bytes=200_000, turns=3, tokens=MAX_NEW, open=2, waiting=2)
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> SpeechToSpeech:
-    return load_with_ends(write_echo_run(tmp_path_factory.mktemp("runs")))
-
-
-@pytest.fixture(scope="module")
-def vocoder() -> UnitMelVocoder:
-    return unit_mel(7)
-
-
-class Served:
-    """A server, and requests to it."""
-
-    def __init__(self, app: Any) -> None:
-        config = uvicorn.Config(app, port=0, log_level="error")
-        socket = config.bind_socket()
-        self.port = socket.getsockname()[1]
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([socket],))
-        self._thread.start()
-        began = time.monotonic()
-        while not self._server.started:
-            assert self._thread.is_alive() and time.monotonic() - began < 60
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-    def begin(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        return connection.getresponse()
-
-    def ask(self, path: str = "/answer", body: Any = None, **headers: str) -> tuple[int, list[dict[str, Any]]]:
-        """Status, and the events or the error."""
-        response = self.begin("POST", path, body, **headers)
-        return response.status, [json.loads(line) for line in response.read().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def served(model: SpeechToSpeech, vocoder: UnitMelVocoder) -> Iterator[Served]:
-    made = Served(build_app(Worker(model, vocoder, LIMITS), LIMITS, name="tiny"))
-    yield made
-    made.stop()
-
-
-def wav(clip: Any, rate: int = 16_000) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, clip, rate, format="WAV", subtype="FLOAT")
-    return buffer.getvalue()
-
-
-def long(model: SpeechToSpeech) -> Any:
-    return max(clips(), key=lambda clip: len(model.answer([clip])[0].text))
-
-
-def pcm_of(events: list[dict[str, Any]]) -> np.ndarray:
-    found = [np.frombuffer(base64.b64decode(each["pcm16"]), "<i2") for each in events if each["event"] == "audio"]
-    return np.concatenate([np.zeros(0, np.int16), *found])
 
 
 def test_an_answer_is_that_of_the_model(served: Served, model: SpeechToSpeech, vocoder: UnitMelVocoder) -> None:
@@ -268,14 +200,15 @@ def test_an_error_reaches_the_one_who_asked_and_the_next_question_is_answered(
 
 def test_one_who_left_before_is_not_answered(model: SpeechToSpeech, vocoder: UnitMelVocoder) -> None:
     worker, heard = Worker(model, vocoder, LIMITS), []  # type: ignore[var-annotated]
-    worker.ask(Question(audio=clips()[0], tokens=3), heard.append).cancelled = True
+    worker.cancel(worker.ask(Question(audio=clips()[0], tokens=3), heard.append))
+    assert [event.why for event in heard] == ["cancelled"] and worker.load == (0, 0)
     last = worker.ask(Question(audio=clips()[1], tokens=3), heard.append)
     worker.start()
     began = time.monotonic()
-    while not (heard and type(heard[-1]).__name__ == "Done") and time.monotonic() - began < 60:
+    while not (len(heard) > 1 and type(heard[-1]).__name__ == "Done") and time.monotonic() - began < 60:
         time.sleep(0.01)
     worker.stop()
-    assert sum(type(event).__name__ == "Done" for event in heard) == 1 and not last.cancelled
+    assert sum(type(event).__name__ == "Done" for event in heard) == 2 and not last.cancelled
 
 
 def test_limits_are_above_zero_and_a_question_keeps_to_them() -> None:
@@ -292,7 +225,7 @@ def test_the_command_refuses_a_port_that_is_taken(
     from echox.cli import main
 
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda run: model)
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: None)
+    monkeypatch.setattr("echox.serve.loading.load_vocoder", lambda folder: None)
     command = ["serve", str(tmp_path), "--vocoder", str(tmp_path)]
     assert main([*command, "--port", str(served.port)]) == 1
     assert f"port {served.port} of 127.0.0.1 is taken" in capsys.readouterr().err
