@@ -33,12 +33,9 @@ demo: env ## fetch models, build the corpus, train the three stages on this mach
 small: env ## the demo with three times the sentences: about two hours on two cores
 	$(BIN)/python -m launch.demo --scale small
 
-# Tests that start clusters, and those that start ranks, run one at a time, each kind in a process of its own.
-JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
-
+# Two processes: tests that start clusters run one at a time, and so do those that start ranks.
 test: env ## the default tests; the first run downloads the demo's models
-	$(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: env ## all tests, also those that need long minutes or much memory
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -54,7 +51,7 @@ check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict echox launch shards
-	$(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 clean: ## remove .venv and tool caches; runs and downloads stay
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache *.egg-info
