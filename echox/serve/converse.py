@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from starlette.websockets import WebSocketDisconnect
 
 from echox.audio.io import SAMPLE_RATE
 from echox.errors import DataError, EchoXError
@@ -236,5 +237,5 @@ class Conversation:
                 await self._socket.send_text(text)
                 if pcm16:
                     await self._socket.send_bytes(pcm16)
-        except (TimeoutError, OSError, RuntimeError) as error:  # it takes nothing, or has left
+        except (TimeoutError, OSError, RuntimeError, WebSocketDisconnect) as error:  # it takes nothing, or has left
             raise _Gone from error

@@ -171,7 +171,7 @@ def test_every_switch_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     without("variable-length attention")
     assert not flash
     without("eager layers")
-    assert len(turned) == 2 * (2 + 2), "two layers of the LLM and two of the Echo decoder"
+    assert len(turned) == 2 * (2 + 2 + 2), "two layers of the LLM, on prompts and answers, and two of Echo's"
     assert not technique("eager layers").applies(stage, batch), "on a CPU"
 
 

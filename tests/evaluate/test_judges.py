@@ -51,6 +51,7 @@ def write_whisper(folder: Path) -> Path:
         "lang_to_id": {"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]}, "max_initial_timestamp_index": 1,
         "task_to_id": {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
         "suppress_tokens": [], "begin_suppress_tokens": [],
+        "_from_model_config": False,  # else it would be made again when the model is loaded
     }  # fmt: skip
     for name, value in generation.items():
         setattr(model.generation_config, name, value)
