@@ -190,7 +190,7 @@ def test_a_sweep_trains_its_trials_as_jobs_of_one_parent_run(jobs: Jobs, storage
             name = next(word for word in overrides if word.startswith("name="))
             return submit(jobs, storage, "train", *words, name)
 
-    swept = space(["optim.steps=100,200,300", "tracking.system_metrics=false", f"storage={storage}"])
+    swept = space(["optim.steps=1961,1962,1963", "tracking.system_metrics=false", f"storage={storage}"])
     outcomes = Sweep(
         recipe=RECIPE,
         trials=swept.trials("swept", None, 0),
