@@ -1,4 +1,4 @@
-"""Keeps the units that the frozen teacher made of each segment, for all runs of a storage (`model.echo.labels: cached`).
+"""Keeps the units that the frozen teacher made of each segment for all runs of a storage: `model.echo.labels: cached`.
 
 With `labels: drafted` they are what the teacher will probably say of another text that begins alike.
 """
@@ -29,7 +29,7 @@ the longest are asked first."""
 
 
 class LabelFile:
-    """Labels of one rank in memory and in its own file; it begins with what all ranks of all runs wrote for the teacher.
+    """Labels of one rank in memory and in its own file; it begins with what every run wrote for the same teacher.
 
     No two processes write to one file, so that runs may go on beside each other. A line that a crash cut short, or that
     another run is writing, is passed over, and its segment decoded again.
@@ -117,7 +117,7 @@ def _packed(numbers: Any) -> bytes:
 
 
 def keep_labels(recipe: Recipe, stage: EchoStage, rank: int) -> None:
-    """Give a stage the labels that the runs of its storage have kept of its teacher, where the recipe wants them used."""
+    """Give a stage the labels that runs of its storage have kept of its teacher, where the recipe wants them used."""
     if recipe.model.echo.labels in ("cached", "drafted"):
         folder = storage_folder(recipe.storage) / FOLDER / teacher_identity(stage)
         stage.label_store = LabelFile(folder, recipe.name, rank)

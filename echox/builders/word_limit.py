@@ -5,7 +5,6 @@ A T2C run measures its texts when it begins; a run of either stage records the n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 TEXTS = 2048
 """Texts that are measured, at most: those of the first windows of a run's own stream, which it reads anyway."""
+_MOST = 1000.0
+"""Words a token that a record may say."""
 KEY = "words_per_token"
 """Beside the identity of the unit language, in a manifest."""
 
@@ -144,7 +145,7 @@ def _number(manifest: Manifest, checkpoint: Path) -> float | None:
     value = None if entry is None else entry["about"].get(KEY)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST:
         raise CheckpointError(
             f"the manifest says that a text token takes {value!r} unit-language words",
             where=str(checkpoint),

@@ -294,7 +294,7 @@ class EchoConfig(Section):
     segmentation: SegmentationConfig = SegmentationConfig()
     denoising: DenoisingConfig = DenoisingConfig()
     s2t_weight: float = Field(1.0, ge=0, description="U4: weight of the text loss in Eq. 4, which has it at 1")
-    units_per_token: PositiveInt | PositiveFloat | Literal["auto"] = Field(
+    units_per_token: PositiveFloat | Literal["auto"] = Field(
         "auto",
         description="U20: unit-language words a text token; the teacher stops a segment of T tokens after "
         "units_per_token * T + 32 words. auto: what nearly all texts of the T2C run's data need, which that run "

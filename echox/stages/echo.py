@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,8 @@ class EchoStage(nn.Module):
         self.register_buffer("header_Q", header_Q, persistent=False)
         self.register_buffer("stop_row_h", stop_row_h.float(), persistent=False)
         self.end_token = end_token
-        self.words_per_token = UNKNOWN if config.units_per_token == "auto" else config.units_per_token
+        self.words_per_token = float(UNKNOWN if config.units_per_token == "auto" else config.units_per_token)
+        self._hundredths = math.ceil(round(100 * self.words_per_token, 6))
         adapters = (s2t.front_end.alignment, s2t.front_end.shrink)
         self._adapters_train = any(p.requires_grad for adapter in adapters for p in adapter.parameters())
         self.label_store: LabelStore | None = None
@@ -372,8 +374,8 @@ class EchoStage(nn.Module):
 
     def most_words(self, tokens_N: Tensor) -> Tensor:
         """Unit-language words after which decoding a segment of `tokens_N` text tokens stops (U20)."""
-        # In float64 the product is the same on every device, and rounded up to the same word.
-        return (tokens_N.double() * self.words_per_token).ceil().long() + SPARE_WORDS
+        # In whole numbers, so that every device rounds up to the same word.
+        return (tokens_N * self._hundredths + (100 * SPARE_WORDS + 99)) // 100
 
     def _embeddings(self, text_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix, header and text from the frozen table in one look-up: under ZeRO-3 each call gathers the table."""

@@ -300,7 +300,9 @@ def test_a_draft_is_the_newest_label_of_a_text_that_begins_alike(tmp_path: Path)
         assert known.alike(begin[:2]) is None
     before = (tmp_path / "labels" / "run" / "rank-00000.jsonl").read_text()
     file.add({(*begin, 1): Label([5], True)})
-    assert (tmp_path / "labels" / "run" / "rank-00000.jsonl").read_text() == before, "what is known is not written again"
+    assert (tmp_path / "labels" / "run" / "rank-00000.jsonl").read_text() == before, (
+        "what is known is not written again"
+    )
 
 
 def test_labels_of_another_teacher_are_not_taken(tmp_path: Path) -> None:
@@ -326,7 +328,7 @@ def test_a_line_that_a_crash_cut_short_costs_its_segment_alone(tmp_path: Path) -
     assert file.get((1, 2)) is None and not (tmp_path / "labels").exists()
     file.add({(1, 2): Label([70000, 5], True), (): Label([], False)})
     file.add({(3,): Label([1], True)})
-    path = tmp_path / "labels" / "rank-00000.jsonl"
+    path = tmp_path / "labels" / "run" / "rank-00000.jsonl"
     assert len(LabelFile(tmp_path / "labels", "run", 1)) == 3
     path.write_text(path.read_text()[:-4])
     again = LabelFile(tmp_path / "labels", "run", 0)
