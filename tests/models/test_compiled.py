@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from echox.config.model_schema import LoraConfig
-from echox.models.compiled import compile_pointwise
+from echox.models.compiled import by_inductor, compile_pointwise
 from echox.models.lora import without_lora
 from echox.models.norms import fuse_rms_norms
 from echox.release.pretrained import add_lora
@@ -245,6 +245,50 @@ def test_attention_whose_rotary_function_wants_rows_stays() -> None:
         scope: dict[str, Any] = {"nn": nn, "apply_rotary_pos_emb": own}
         exec("class Turning(nn.Module):\n  def forward(self, q): return apply_rotary_pos_emb(q, q, q, q)", scope)
         assert compile_pointwise(scope["Turning"](), Regions()) == (0, 0)
+
+
+class Graphs:
+    """In place of `torch.compile`: what it is told, and how many graphs it makes, without Inductor."""
+
+    def __init__(self) -> None:
+        self.own, self.made, self.options = torch.compile, 0, dict[str, Any]()
+
+    def __call__(self, function: Any, *, options: dict[str, Any], **more: Any) -> Any:
+        self.options = options
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            self.made += 1
+            return graph.forward
+
+        return self.own(function, backend=backend, **more)
+
+
+def test_inductor_is_given_whole_functions_and_no_graph_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs()
+    monkeypatch.setattr(torch, "compile", graphs)
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return 2 * x
+
+    compiled = by_inductor(doubled, True)
+    for size in (3, 7, 5):
+        x = torch.arange(float(size))
+        assert torch.equal(compiled(x), 2 * x)
+    assert graphs.made == 1, "all sizes change"
+    assert graphs.options == {"compile_threads": 1}
+    torch._dynamo.reset()
+    compiled = by_inductor(doubled, False)
+    for rows, width in ((3, 4), (7, 4), (5, 4), (5, 6)):
+        x = torch.arange(float(rows * width)).view(rows, width)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), 2 * x)
+    assert graphs.made == 1 + 2, "of what is not marked, each size has its own"
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        by_inductor(broken, True)(torch.ones(3))
 
 
 @pytest.mark.slow
