@@ -48,6 +48,8 @@ def measure(recipe: Recipe, sources: Sequence[Source], collate: UnitCollate) -> 
         None where no sample can be read.
 
     Raises:
+        CheckpointError: what the run has recorded is no number of words.
+        DataError: a shard is gone.
         TransientReadError: storage failed again and again.
     """
     kept = _of_own_run(recipe)
@@ -88,7 +90,7 @@ def settle(recipe: Recipe, sources: Sequence[Source], collate: Collate[Any, Any]
 
     Raises:
         CheckpointError: the T2C run has no good checkpoint, or a record is no number of words.
-        TransientReadError: storage failed again and again.
+        DataError, TransientReadError: texts cannot be measured, see `measure`.
     """
     if recipe.stage == "t2c" and isinstance(collate, UnitCollate):
         words = measure(recipe, sources, collate)
