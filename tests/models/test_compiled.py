@@ -291,6 +291,37 @@ def test_inductor_is_given_whole_functions_and_no_graph_for_every_size(monkeypat
         by_inductor(broken, True)(torch.ones(3))
 
 
+def test_what_a_rotary_function_is_told_beside_its_four_tensors_is_heeded() -> None:
+    """It then computes as before; and the defaults of an attention's forward stay."""
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return q * cos + q.roll(1, -1) * sin, k * cos + k.roll(1, -1) * sin
+
+    plain: dict[str, Any] = {"nn": nn, "apply_rotary_pos_emb": turned}
+    exec(
+        "class Turning(nn.Module):\n"
+        "  def forward(self, q, k, cos, sin, *more, times=3, **named):\n"
+        "    q, k = apply_rotary_pos_emb(q, k, cos, sin, *more, **named)\n"
+        "    return times * q, k\n",
+        plain,
+    )
+    ours, other, regions = plain["Turning"](), plain["Turning"](), Regions()
+    assert compile_pointwise(ours, regions) == (1, 0)
+    cos, sin = torch.randn(2, 2, 3, 8)
+    heads_first, heads_last = torch.randn(2, 2, 4, 3, 8), torch.randn(2, 2, 3, 4, 8)
+    for (q, k), more, named in (
+        (heads_first, (), {}),
+        (heads_last, (2,), {}),
+        (heads_last, (), {"unsqueeze_dim": 2}),
+    ):
+        for found, wanted in zip(
+            ours(q, k, cos, sin, *more, **named), other(q, k, cos, sin, *more, **named), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+    assert sum(regions.runs.values()) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, with which Inductor compiles for a CPU")
 def test_inductor_writes_one_kernel_each_way() -> None:
