@@ -322,6 +322,33 @@ def test_what_a_rotary_function_is_told_beside_its_four_tensors_is_heeded() -> N
     assert sum(regions.runs.values()) == 1
 
 
+def test_no_size_of_heads_and_no_activation_uses_up_the_graphs_of_another() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, by: int) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.by
+
+    attention, gates = modeling_llama.LlamaAttention, [small(LlamaMLP) for _ in range(4)]
+    for number, gate in enumerate(gates):
+        gate.act_fn = Scaled(number)
+    turning = LlamaConfig(hidden_size=8, num_attention_heads=2)
+    model = nn.ModuleList([attention(turning, 0), *gates])
+    plain, regions = copy.deepcopy(model), Regions()
+    assert compile_pointwise(model, regions) == (1, 4)
+    rotary = type(model[0]).forward.__globals__["apply_rotary_pos_emb"]
+    # Dynamo gives up on a function of which it has made so many graphs.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for heads in (1, 2, 3, 4):
+            q, k, (cos, sin) = torch.randn(2, heads, 3, 4), torch.randn(2, heads, 3, 4), torch.randn(2, 2, 3, 4)
+            torch.testing.assert_close(rotary(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin))
+        for ours, other in zip(model[1:], plain[1:], strict=True):
+            torch.testing.assert_close(ours(x := torch.randn(2, 3, 8)), other(x))
+    assert regions.graphs == {"without gradients": 8}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++, with which Inductor compiles for a CPU")
 def test_inductor_writes_one_kernel_each_way() -> None:
