@@ -140,6 +140,9 @@ def test_runs_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     assert len(file) == len(wanted) == 2 * RANKS * ROUNDS * AT_ONCE
     assert all(file.get(tokens) == label for tokens, label in wanted.items())
     assert sizes == sorted(sizes)
+    # Where several nodes add to one file of a shared folder, the kernel of none keeps them apart.
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl"))
+    assert files == [f"run-{run_}/rank-{rank:05d}.jsonl" for run_ in range(2) for rank in range(RANKS)]
 
 
 def test_what_is_no_file_of_labels_is_passed_over(tmp_path: Path) -> None:
