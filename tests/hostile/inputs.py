@@ -740,6 +740,9 @@ def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
         "texts": ("{}", json.dumps([{**sample, "judged_text": [1], "cascade_text": {}, "set": ["<script>"]}]), "{}"),
         "phases": ("{}", "[]", '{"phases": {"a": "b"}, "reused": 7}'),
         "result": ("{}", "[]", "[1]"),
+        "quality": ('{"sets": {"x": {"quality": {"echo": {"n": 1, "ovrl": []}}}}}', "[]", "{}"),
+        "voices": ('{"sets": {"x": {"quality": {"<b>": {}}}}}', "[]", "{}"),
+        "command": ('{"command": ["rm"], "judge": 5, "corpus": {}}', "[]", '{"phases_command": []}'),
     }
     found = {}
     for name, (scores, samples, result) in variants.items():
@@ -750,6 +753,21 @@ def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
         (evaluation.parent / "result.json").write_text(result)
         (evaluation / "link.wav").symlink_to(world.outside / "speech.wav")
         found[name] = folder / name
+    known = folder / "runs"
+    (known / "evaluation").mkdir(parents=True)
+    (known / "evaluation" / "scores.json").write_text('{"sets": {}, "judge": "`<script>`", "command": "```\\n# x"}')
+    (known / "evaluation" / "samples.json").write_text("[]")
+    recipes = {
+        "s2t": '{"model": [1], "data": {"train": {"a": 1}}, "seed": {}}',
+        "t2c": '{"data": {"train": [{"path": "/etc"}, {"path": "../../outside", "task": []}, {"path": 5}, 7]}}',
+        "echo": json.dumps({"model": {"llm": {"path": "a/b\n---\nlicense: mit"}, "speech_encoder": {"path": ["x"]}}}),
+    }
+    for stage, recipe in recipes.items():
+        checkpoint = known / f"x-{stage}" / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        (known / f"x-{stage}" / "recipe.json").write_text(recipe)
+        (checkpoint / "manifest.json").write_text(deep() if stage == "t2c" else '{"trainable": [], "step": "x"}')
+    found["runs"] = known
     piped = folder / "fifo"
     (piped / "evaluation").mkdir(parents=True)
     (piped / "evaluation" / "scores.json").write_text("{}")

@@ -24,12 +24,14 @@ from echox.evaluate.benchmarks.survey import Benchmark, survey
 from echox.evaluate.demo import JUDGE
 from echox.evaluate.judges import NamedJudge
 from echox.evaluate.listening import Listener, Speaker, speak
+from echox.evaluate.quality import Dnsmos
 from echox.files import write_atomically
 from echox.speak.pipeline import STREAMED_TOKENS
 
 FOLDER, RESULTS, PAGE = "benchmarks", "results.json", "benchmark.html"
 BATCH = 16
 REPEATS = 3
+RATED = 50
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, questions done and questions in all."""
@@ -52,6 +54,7 @@ class Request:
         limit: most questions of each benchmark, the first ones; None for all.
         max_new: most text tokens of an answer.
         batch: questions answered together.
+        rated: answers of each benchmark and decoding whose sound DNSMOS rates, where that was fetched.
         part: which of several processes this one is.
     """
 
@@ -67,6 +70,7 @@ class Request:
     limit: int | None = None
     max_new: int = STREAMED_TOKENS
     batch: int = BATCH
+    rated: int = RATED
     part: Part = Part()
 
     @property
@@ -86,6 +90,7 @@ class Request:
             "--limit": self.limit,
             "--max-new": self.max_new if self.max_new != usual.max_new else None,
             "--batch": self.batch if self.batch != usual.batch else None,
+            "--rated": self.rated if self.rated != usual.rated else None,
             "--out": self.out,
         }
         given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
@@ -132,13 +137,15 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
 
     judge = NamedJudge.find(request.judge)
     vocoder = request.vocoder or default_vocoder()
-    setting = setting_identity(request.run, judge, vocoder, request.batch)
+    rater = Dnsmos.find() if request.rated else None
+    quality = {**rater.identity(), "most": request.rated} if rater else None
+    setting = setting_identity(request.run, judge, vocoder, request.batch, quality)
     benchmarks = [survey(name, request.places.get(name), request.limit) for name in request.names]
     root = request.folder
 
     @cache
     def speaking() -> Speaking:
-        return _load(request.run, vocoder, judge)
+        return _load(request.run, vocoder, judge, rater)
 
     ways = decodings(request.sampling, request.repeats, request.max_new)
     found: dict[str, list[tuple[Decoding, dict[int, Answered]]]] = {}
@@ -151,6 +158,7 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
                 root / benchmark.name,
                 speaking,
                 batch=request.batch,
+                rated=request.rated,
                 part=request.part,
                 progress=_labelled(f"{benchmark.name} {decoding.stem}", progress),
             )
@@ -210,13 +218,13 @@ def _decoding(decoding: Decoding) -> dict[str, Any]:
     return {"decoding": known.pop("name"), **known}
 
 
-def _load(run: Path, vocoder: Path, judge: NamedJudge) -> Speaking:
+def _load(run: Path, vocoder: Path, judge: NamedJudge, rater: Dnsmos | None) -> Speaking:
     from echox.speak.pipeline import SpeechToSpeech
     from echox.speak.vocoder import check_vocoder, load_vocoder
 
     model = SpeechToSpeech.load(run)
     check_vocoder(vocoder, [model.units])
-    return Speaking(model, Listener(load_vocoder(vocoder), judge.open(None)))
+    return Speaking(model, Listener(load_vocoder(vocoder), judge.open(None)), rater)
 
 
 def _sounds(benchmark: Benchmark, rows: list[Judged], speaker: Speaker) -> list[Sounds]:

@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 _OF_VOCODER = ("*.json", "*.safetensors")
 
 
-def setting_identity(run: Path, judge: NamedJudge, vocoder: Path, batch: int) -> dict[str, Any]:
+def setting_identity(
+    run: Path, judge: NamedJudge, vocoder: Path, batch: int, quality: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What is the same for all benchmarks and decodings.
+
+    Args:
+        run: run or checkpoint folder.
+        judge: what listens.
+        vocoder: vocoder folder.
+        batch: questions answered together.
+        quality: what rates the sound, and how many answers; None where nothing does.
 
     Questions answered together are part of it: padding moves a sum by its rounding, and a quantised judge scales its
     numbers by the loudest clip of its batch.
@@ -38,6 +47,7 @@ def setting_identity(run: Path, judge: NamedJudge, vocoder: Path, batch: int) ->
         "judge": {"language": "found for each clip", "files": judge.identity()},
         "vocoder": _vocoder(vocoder),
         "batch": batch,
+        "quality": quality,
     }
 
 

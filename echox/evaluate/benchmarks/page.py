@@ -52,8 +52,8 @@ def write_benchmark_page(
     parts = [
         "<h1>Spoken-question benchmarks</h1>",
         f"<p>Run <b>{html.escape(results['run'])}</b>, judge <b>{html.escape(results['judge'])}</b>, which finds the "
-        f"language of each clip itself. Protocol: {html.escape(results['protocol'])}. Speech quality (DNSMOS, UTMOS) "
-        "is not measured.</p>",
+        f"language of each clip itself. Protocol: {html.escape(results['protocol'])}. DNSMOS rates some of the "
+        "answers, at even distances, where it was fetched.</p>",
         *(_benchmark(name, found, results["judge"]) for name, found in results["benchmarks"].items()),
         _meanings(),
         *(_questions(name, rows, sounds.get(name, ())) for name, rows in items.items()),
