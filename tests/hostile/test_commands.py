@@ -15,9 +15,10 @@ import pytest
 from echox import cli
 from echox.speak.unit_mel import UnitMel, UnitMelConfig
 from tests.hostile import inputs
-from tests.hostile.inputs import World
+from tests.hostile.inputs import World, deep
 from tests.hostile.running import Outcome, Warm, held
 from tests.test_cli import leaves
+from tests.vocoder import fairseq
 
 COVERED = {
     "shards build manifest",
@@ -38,6 +39,8 @@ COVERED = {
     "unit-language fit",
     "unit-language encode",
     "unit-language decode",
+    "vocoder import",
+    "vocoder train",
     "speak",
     "serve",
     "evaluate",
@@ -272,6 +275,32 @@ def test_vocoders(trial: Trial) -> None:
         (folder / "config.json").write_text(text)
         question = trial.world.outside / "speech.wav"
         trial.run("speak", "--question", question, "--out", "a.wav", "--run", good, "--vocoder", folder, refused=True)
+
+
+def test_vocoders_to_import(trial: Trial) -> None:
+    good, out = trial.root / "good", trial.out / "voice"
+    checkpoint, config = fairseq.write(good, fairseq.SMALL, fairseq.random_state(fairseq.SMALL))
+    command = ["vocoder", "import", checkpoint, config, out, "--units"]
+    assert trial.run(*command[:-1]).code == 0
+    for path in inputs.vocoder_checkpoints(trial.root / "checkpoints", trial.world):
+        trial.run("vocoder", "import", path, config, trial.out / "evil", refused=True)
+    for name, text in inputs.fairseq_configs(fairseq.SMALL).items():
+        path = trial.root / f"{name}.json"
+        path.write_text(text)
+        trial.run("vocoder", "import", checkpoint, path, trial.out / "evil", refused=True)
+    for text in (deep(), '{"features": 7}', '{"clusters": 1e999}'):
+        (good / "unit_set.json").write_text(text)
+        trial.run(*command, good, refused=True)
+    assert not (trial.out / "evil").exists()
+
+
+def test_recipes_of_vocoders(trial: Trial) -> None:
+    found = sorted(inputs.recipes(trial.root / "recipes", trial.world).values())
+    trial.run_on(found[::2], ["vocoder", "train", None], refused=True)
+    sets = inputs.hostile_datasets(trial.root / "sets", trial.world)
+    train = ["vocoder", "train", "demo", f"storage={trial.out}", "tracking.uri=http://127.0.0.1:9"]
+    for name in [name for name in sets if name.startswith(("at-", "sealed-names"))][:2]:
+        trial.run(*train, f'data.train=["{sets[name]}"]', refused=True)
 
 
 def test_evaluations(trial: Trial) -> None:
