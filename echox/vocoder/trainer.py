@@ -1,9 +1,6 @@
 """Trains a unit HiFi-GAN against its discriminators, in one process, under torchrun or in any other run context.
 
-Two networks take turns, each with its own optimizer, for which DeepSpeed's engine has no place. They are small, and
-whole on every rank: a step adds up the gradients of all ranks, in one all-reduce for each network. A rank trains its
-share of the micro-batches of a step, whose losses are parts of means over the global batch, so the gradient does not
-depend on the number of ranks. What is random is drawn from seed, step and micro-batch, so a resumed run goes on as if
+What is random is drawn from seed, step and micro-batch (`echox/vocoder/adversarial.py`), so a resumed run goes on as if
 it had not stopped: bit for bit on as many ranks of a CPU.
 """
 
@@ -12,16 +9,15 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from echox.engine import rng_state
 from echox.engine.checkpoint.checkpointer import check_fits, find_checkpoint
 from echox.engine.checkpoint.manifest import Choice, set_aside, sweep
 from echox.engine.checkpoint.retention import Retention
@@ -36,20 +32,11 @@ from echox.engine.stop import StopListener, signals_stop
 from echox.engine.world import World
 from echox.errors import CheckpointError, EchoXError, TrainingError
 from echox.stream.quarantine import merge as merge_ledgers
-from echox.stream.sampling.keyed_rng import key64
 from echox.vocoder import state
+from echox.vocoder.adversarial import LOSSES, Adversaries
 from echox.vocoder.data import VoiceBatch, VoiceCollate, held_out, open_voice, units_of_voice, voice_reader
-from echox.vocoder.discriminators import Discriminators, halves
-from echox.vocoder.generator import Generator, Spoken
-from echox.vocoder.losses import (
-    LogMel,
-    adversarial_loss,
-    discriminator_loss,
-    duration_loss,
-    feature_loss,
-    mel_loss,
-)
-from echox.vocoder.shape import HifiGanShape, write_vocoder
+from echox.vocoder.losses import duration_loss, mel_loss
+from echox.vocoder.shape import write_vocoder
 
 if TYPE_CHECKING:
     from echox.stream.reader import StreamReader
@@ -61,7 +48,6 @@ VOCODER = "vocoder"
 """Folder of a run that holds the vocoder of its newest checkpoint."""
 SAMPLES = "samples"
 """Folder of a run that holds waveforms of held-out clips, by step."""
-LOSSES = ("discriminators", "adversarial", "features", "mel", "duration")
 
 
 def train_voice(
@@ -183,10 +169,7 @@ class VoiceRun:
     world: World
     reporter: Reporter
     reader: StreamReader
-    modules: Mapping[str, nn.Module]
-    optimizers: Mapping[str, torch.optim.AdamW]
-    log_mel: LogMel
-    shape: HifiGanShape
+    networks: Adversaries
     unit_set: UnitSetIdentity | None
     clips: list[Clip]
 
@@ -202,24 +185,10 @@ class VoiceRun:
         speaks = world.is_main and recipe.data.valid is not None
         clips = held_out(recipe.data.valid or "", collate, recipe.samples) if speaks else []
         reader = voice_reader(recipe, sources, collate, world.rank, world.size, pin=world.device.type == "cuda")
-        rng_state.seed_all(recipe.seed)  # New weights are the same on all ranks.
-        modules = {
-            "generator": Generator(shape).to(world.device),
-            "discriminators": Discriminators(recipe.discriminators.channels).to(world.device),
-        }
-        plan = recipe.optim
-        optimizers = {
-            part: torch.optim.AdamW(
-                [value for _, value in state.trained(module)],
-                lr=plan.lr,
-                betas=plan.betas,
-                weight_decay=plan.weight_decay,
-            )
-            for part, module in modules.items()
-        }
+        networks = Adversaries(recipe, shape, world)
         found = choice.checkpoint
         if found is not None:
-            state.restore(found.path, found.manifest["step"], modules, optimizers)
+            state.restore(found.path, found.manifest["step"], networks.modules, networks.optimizers)
         elif world.is_main:
             reporter.folder.metrics_path.unlink(missing_ok=True)
         if world.is_main:
@@ -236,10 +205,7 @@ class VoiceRun:
             world=world,
             reporter=reporter,
             reader=reader,
-            modules=modules,
-            optimizers=optimizers,
-            log_mel=LogMel(shape.sample_rate).to(world.device),
-            shape=shape,
+            networks=networks,
             unit_set=unit_set,
             clips=clips,
         )
@@ -248,7 +214,10 @@ class VoiceRun:
 
     def announce(self) -> None:
         """Say what begins."""
-        counts = {part: sum(value.numel() for _, value in state.trained(self.modules[part])) for part in state.PARTS}
+        weights = {
+            f"{part}_weights": sum(value.numel() for _, value in state.trained(module))
+            for part, module in self.networks.modules.items()
+        }
         self.reporter.event(
             "start",
             run=self.recipe.name,
@@ -257,7 +226,7 @@ class VoiceRun:
             stage=self.recipe.stage,
             world_size=self.world.size,
             device=self.world.device,
-            **{f"{part}_weights": count for part, count in counts.items()},
+            **weights,
         )
         if self.world.is_main:
             self.reporter.tracker.log_params(self.recipe.model_dump(mode="json"))
@@ -299,9 +268,7 @@ class VoiceRun:
             and metrics of the data.
         """
         where, device = self.reporter.state, self.world.device
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = self.recipe.optim.lr * self.recipe.optim.decay ** int(self.reader.passes())
+        self.networks.set_learning_rate(self.recipe.optim.lr * self.recipe.optim.decay ** int(self.reader.passes()))
         account = np.sum([batch.account for batch in batches], axis=0)
         counts = [sum(float(b.weight_B.sum()) for b in batches), sum(float(b.mask_BU.sum()) for b in batches)]
         mine = [*counts, float(stop is not None)]
@@ -310,63 +277,9 @@ class VoiceRun:
         clips, units, stops, *counted = sums.tolist()  # host sync
         if stops:
             where.stopped = stop or "another rank was asked to"
-        losses_L = self._learn(batches, max(clips, 1.0), max(units, 1.0))
+        losses_L = self.networks.learn(batches, max(clips, 1.0), max(units, 1.0))
         self.reader.commit()
         return losses_L, self.reader.check_accounts(counted)
-
-    def _learn(self, batches: Sequence[VoiceBatch], clips: float, units: float) -> Tensor:
-        """Discriminators first, then the generator against them; both see the same made waveforms."""
-        generator, judges = self.modules["generator"], self.modules["discriminators"]
-        losses_L = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.world.device)
-        # Of more micro-batches than one, the graphs would add up: their waveforms are made twice.
-        kept = [self._made(batch, 0) for batch in batches] if len(batches) == 1 else None
-        self.optimizers["discriminators"].zero_grad(set_to_none=True)
-        for place, batch in enumerate(batches):
-            judges.train(place == 0)  # Spectral norm moves once a step, however many forwards a rank has.
-            with torch.no_grad():
-                made_BN = kept[place].wave_BN if kept else generator.speak(batch.frames_BT)  # type: ignore[operator]
-            real, made = halves(judges(torch.cat([batch.wave_BN, made_BN.detach()])), len(made_BN))
-            loss = (discriminator_loss(real, made) * batch.weight_B).sum() / clips
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses_L[0] += loss.detach()
-        self._update("discriminators")
-        judges.requires_grad_(False).eval()
-        self.optimizers["generator"].zero_grad(set_to_none=True)
-        for place, batch in enumerate(batches):
-            spoken = kept[place] if kept else self._made(batch, place)
-            parts = self._generator_losses(batch, spoken, clips, units)
-            torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
-            losses_L[1:] += torch.stack(parts).detach()
-        self._update("generator")
-        judges.requires_grad_(True)
-        return losses_L
-
-    def _made(self, batch: VoiceBatch, place: int) -> Spoken:
-        """The generator's forward of one micro-batch; its dropout is the same on any rank."""
-        slot = self.world.rank + place * self.world.size
-        torch.manual_seed(key64(self.recipe.seed, "dropout", batch.step, slot) >> 1)
-        spoken: Spoken = self.modules["generator"](batch.frames_BT, batch.units_BU, batch.mask_BU)
-        return spoken
-
-    def _generator_losses(self, batch: VoiceBatch, spoken: Spoken, clips: float, units: float) -> list[Tensor]:
-        judges, weights = self.modules["discriminators"], self.recipe.loss
-        with torch.no_grad():
-            real = judges(batch.wave_BN)
-            real_BMT = self.log_mel(batch.wave_BN)
-        made = judges(spoken.wave_BN)
-        per_clip = (
-            adversarial_loss(made),
-            weights.features * feature_loss(real, made),
-            weights.mel * mel_loss(real_BMT, self.log_mel(spoken.wave_BN)),
-        )
-        duration_B = weights.duration * duration_loss(spoken.logs_BU, batch.durations_BU, batch.mask_BU)
-        return [*((loss_B * batch.weight_B).sum() / clips for loss_B in per_clip), duration_B.sum() / units]
-
-    def _update(self, part: str) -> None:
-        """Add the gradients up over the ranks, and let the optimizer step."""
-        if self.world.size > 1:
-            all_reduce_gradients((value for _, value in state.trained(self.modules[part])), self.world)
-        self.optimizers[part].step()
 
     def report(self, losses_L: Tensor, data: Mapping[str, float], timer: StepTimer) -> None:
         """Metrics of the present step; collective, and a host sync."""
@@ -376,7 +289,7 @@ class VoiceRun:
         metrics["loss/mel_l1"] = metrics["loss/mel"] / self.recipe.loss.mel
         _, step_s, waited = timer.read()
         timer.restart()
-        metrics["lr/generator"] = self.optimizers["generator"].param_groups[0]["lr"]
+        metrics["lr/generator"] = self.networks.learning_rate
         metrics |= {"perf/step_ms": 1000 * step_s, "perf/data_wait_share": waited, **data}
         metrics["perf/samples_per_s"] = self.recipe.data.global_batch / step_s
         metrics["perf/peak_gib"] = peak_gib(self.world.device)
@@ -394,22 +307,22 @@ class VoiceRun:
         """Say held-out clips with their own durations on rank 0: WAV files, and how far their log-mel is off."""
         from echox.audio.io import write_audio
 
-        net, device = self.modules["generator"], self.world.device
+        net, log_mel, device = self.networks.generator, self.networks.log_mel, self.world.device
         place = self.reporter.folder.path / SAMPLES / f"step-{self.reporter.state.step:08d}"
         place.mkdir(parents=True, exist_ok=True)
         errors, misses, units = list[float](), 0.0, 0
         net.eval()
         for number, clip in enumerate(self.clips):
             frames_1T, units_1U = (torch.from_numpy(each)[None].to(device) for each in (clip.frames, clip.units))
-            spoken: Spoken = net(frames_1T, units_1U, torch.ones_like(units_1U, dtype=torch.bool))
+            spoken = net(frames_1T, units_1U, torch.ones_like(units_1U, dtype=torch.bool))
             wave_1N = torch.from_numpy(clip.wave)[None].to(device)
-            errors.append(float(mel_loss(self.log_mel(wave_1N), self.log_mel(spoken.wave_BN))))
+            errors.append(float(mel_loss(log_mel(wave_1N), log_mel(spoken.wave_BN))))
             durations_1U = torch.from_numpy(clip.durations)[None].to(device)
             misses += float(duration_loss(spoken.logs_BU, durations_1U, torch.ones_like(units_1U)))
             units += len(clip.units)
             for name, wave in (("spoken", spoken.wave_BN[0].cpu().numpy()), ("real", clip.wave)):
                 path = place / f"{number:02d}-{name}.wav"
-                write_audio(path, wave, self.shape.sample_rate)
+                write_audio(path, wave, net.shape.sample_rate)
                 self.reporter.tracker.artifact(path, f"{SAMPLES}/{place.name}")
         net.train()
         metrics = {"valid/loss/mel_l1": float(np.mean(errors)), "valid/loss/duration": misses / units}
@@ -426,7 +339,7 @@ class VoiceRun:
                 path = state.save(
                     reporter.folder.path,
                     self.recipe,
-                    state.capture(self.modules, self.optimizers),
+                    state.capture(self.networks.modules, self.networks.optimizers),
                     step=where.step,
                     attempt=reporter.attempt,
                     world_size=self.world.size,
@@ -437,6 +350,12 @@ class VoiceRun:
                 found = (path, None)
             except EchoXError as error:
                 found = (None, error)
+            except OSError as error:
+                said = f"the checkpoint of step {where.step} could not be written: {error}"
+                found = (
+                    None,
+                    CheckpointError(said, where=str(reporter.folder.path), fix="make room or restore access"),
+                )
         where.checkpoint, problem = self.world.broadcast(found)
         if problem is not None:
             raise problem
@@ -448,20 +367,9 @@ class VoiceRun:
 
     def export(self) -> None:
         """Write the vocoder of the present weights on rank 0."""
-        generator = self.modules["generator"]
-        if self.world.is_main and isinstance(generator, Generator):
-            write_vocoder(self.reporter.folder.path / VOCODER, self.shape, generator.folded(), self.unit_set)
+        if self.world.is_main:
+            generator = self.networks.generator
+            write_vocoder(self.reporter.folder.path / VOCODER, generator.shape, generator.folded(), self.unit_set)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.reporter.state.step % every == 0
-
-
-def all_reduce_gradients(values: Iterable[nn.Parameter], world: World) -> None:
-    """Add the gradients of the ranks up, as one vector; a tensor without one counts as zero."""
-    values = list(values)
-    for value in values:
-        if value.grad is None:
-            value.grad = torch.zeros_like(value)
-    whole = world.all_reduce(torch.cat([value.grad.flatten() for value in values if value.grad is not None]))
-    for value, part in zip(values, whole.split([value.numel() for value in values]), strict=True):
-        value.grad = part.view_as(value)

@@ -190,6 +190,7 @@ def test_datasets(trial: Trial) -> None:
         trial.run("respond", "demo/echo", where, refused=True)
         trial.run("shards", "encode", "demo/s2t", where, refused=True)
         trial.run(*train, where, refused=True)
+        trial.run("vocoder", "train", "demo", f'data.train=["{path}"]', *train[3:], refused=True)
 
 
 def test_units_and_unit_languages(trial: Trial) -> None:
@@ -297,10 +298,6 @@ def test_vocoders_to_import(trial: Trial) -> None:
 def test_recipes_of_vocoders(trial: Trial) -> None:
     found = sorted(inputs.recipes(trial.root / "recipes", trial.world).values())
     trial.run_on(found[::2], ["vocoder", "train", None], refused=True)
-    sets = inputs.hostile_datasets(trial.root / "sets", trial.world)
-    train = ["vocoder", "train", "demo", f"storage={trial.out}", "tracking.uri=http://127.0.0.1:9"]
-    for name in [name for name in sets if name.startswith(("at-", "sealed-names"))][:2]:
-        trial.run(*train, f'data.train=["{sets[name]}"]', refused=True)
 
 
 def test_evaluations(trial: Trial) -> None:

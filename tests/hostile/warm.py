@@ -26,6 +26,7 @@ MODULES = (
     *("shards.cli", "shards.stats", "shards.check", "shards.builder.corpus_build", "shards.builder.encode"),
     *("launch.cli", "launch.client.status", "launch.ablation.cli", "launch.client.job_environment", "shards.corpora"),
     *("transformers.models.llama.modeling_llama", "transformers.models.whisper.modeling_whisper"),
+    "transformers.models.seamless_m4t.modeling_seamless_m4t",
 )
 LARGEST_FILE = 2 << 30
 POLL_S = 0.02

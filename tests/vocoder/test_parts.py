@@ -34,7 +34,7 @@ def test_the_discriminators_have_the_weights_of_the_paper() -> None:
     assert weights(judges.periods) == 41_092_165
     spectral = sum(v.numel() for n, v in judges.scales[0].named_parameters())
     assert spectral == 9_870_209 and weights(judges.scales) == 3 * 9_870_209
-    assert sum(value.numel() for value in HifiGanShape().build("meta").parameters()) == 13_475_138
+    assert sum(value.numel() for value in HifiGanShape().build("meta").parameters()) == 13_475_010
 
 
 def test_a_period_discriminator_sees_the_samples_of_one_column() -> None:
@@ -99,7 +99,9 @@ def generator() -> Generator:
     made = Generator(
         HifiGanShape(units=5, embedding=8, channels=32, resblock_kernels=(3,), resblock_dilations=((1, 3),))
     )
-    torch.nn.init.normal_(made.net.hifi_gan.conv_post.parametrizations.weight.original0, std=3.0)
+    for name, magnitude in made.net.hifi_gan.named_parameters():
+        if name.endswith("original0"):  # New weights hardly sound.
+            magnitude.data *= 8
     return made.eval()
 
 
@@ -133,7 +135,7 @@ def row(frames: int, name: str = "a") -> Clip:
 def test_a_segment_is_heard_where_its_units_are() -> None:
     collate = VoiceCollate(5, 8, seed=3)
     found = set()
-    for step in range(40):
+    for step in range(120):
         batch = collate.join([row(20, "a"), row(20, "b"), row(3, "c")], step)
         assert batch.frames_BT.shape == (3, 8) and batch.wave_BN.shape == (3, 8 * 320)
         heard_BT = batch.wave_BN.reshape(3, 8, 320)
@@ -144,7 +146,7 @@ def test_a_segment_is_heard_where_its_units_are() -> None:
         found.add((int(heard_BT[0, 0, 0]), int(heard_BT[1, 0, 0])))
         assert torch.equal(batch.wave_BN, collate.join([row(20, "a"), row(20, "b"), row(3, "c")], step).wave_BN)
     first = {place for place, _ in found}
-    assert {0, 12} <= first <= set(range(13)) and len(found) > 30, "anywhere in the clip, anew at each step"
+    assert {0, 12} <= first <= set(range(13)) and len(found) > 60, "anywhere in the clip, anew at each step"
 
 
 @pytest.fixture(scope="module")

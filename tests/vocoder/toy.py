@@ -22,11 +22,10 @@ def clip(seed: int, units: int = 9) -> tuple[NDArray[np.uint16], NDArray[np.uint
     """Units, frames of each, and a sound in which every unit is a pitch and lasts so long by what it is."""
     random = np.random.default_rng(seed)
     names = np.cumsum(random.integers(1, 4, units)).astype(np.uint16) % 5
-    names[1:] += (names[1:] == names[:-1]).astype(np.uint16)
     durations = (1 + names).astype(np.uint16)
     pitch = 150.0 * (1 + np.repeat(names, durations.astype(int) * HOP))
     wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE)
-    return names % 5, durations, wave.astype(np.float32)
+    return names, durations, wave.astype(np.float32)
 
 
 def sample(name: str, units: Any, durations: Any, wave: Any, **changes: Any) -> dict[str, Any]:
