@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from launching import Context, work
 from safetensors.torch import save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from echox.vocoder.recipe import VoiceRecipe
 from echox.vocoder.trainer import train_voice
@@ -30,7 +31,7 @@ class Gradients:
 
 def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
     gradients = Gradients(scenario.get("die_at"))
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(gradients)
+    hook = register_optimizer_step_pre_hook(gradients)
     try:
         result = train_voice(VoiceRecipe.model_validate(scenario["recipe"]), context)
     finally:
