@@ -24,7 +24,7 @@ def clip(seed: int, units: int = 9) -> tuple[NDArray[np.uint16], NDArray[np.uint
     names = np.cumsum(random.integers(1, 4, units)).astype(np.uint16) % 5
     durations = (1 + names).astype(np.uint16)
     pitch = 150.0 * (1 + np.repeat(names, durations.astype(int) * HOP))
-    wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE)
+    wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE) + random.normal(0, 0.05, len(pitch))
     return names, durations, wave.astype(np.float32)
 
 
