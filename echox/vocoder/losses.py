@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -81,4 +81,4 @@ def duration_loss(logs_BU: Tensor, durations_BU: Tensor, mask_BU: Tensor) -> Ten
 
 
 def _added(parts: list[Tensor]) -> Tensor:
-    return cast(Tensor, torch.stack(parts).sum(0))
+    return torch.stack(parts).sum(0)
