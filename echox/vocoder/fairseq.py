@@ -245,7 +245,8 @@ def _folded(parts: list[Tensor]) -> Tensor:
         return parts[0].clone()
     magnitude, direction = parts
     norm = direction.flatten(1).norm(dim=1).reshape(magnitude.shape)
-    return magnitude * direction / norm
+    folded: Tensor = magnitude * direction / norm
+    return folded
 
 
 def _settings(config: Path) -> Mapping[str, Any]:

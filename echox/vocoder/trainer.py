@@ -269,11 +269,11 @@ class VoiceRun:
         """
         where, device = self.reporter.state, self.world.device
         self.networks.set_learning_rate(self.recipe.optim.lr * self.recipe.optim.decay ** int(self.reader.passes()))
-        account = np.sum([batch.account for batch in batches], axis=0)
+        account = sum(batch.account for batch in batches if batch.account is not None)
         counts = [sum(float(b.weight_B.sum()) for b in batches), sum(float(b.mask_BU.sum()) for b in batches)]
         mine = [*counts, float(stop is not None)]
         batches = [batch.to(device) for batch in batches]
-        sums = self.world.all_reduce(torch.tensor([*mine, *account], dtype=torch.float64, device=device))
+        sums = self.world.all_reduce(torch.tensor([*mine, *np.asarray(account)], dtype=torch.float64, device=device))
         clips, units, stops, *counted = sums.tolist()  # host sync
         if stops:
             where.stopped = stop or "another rank was asked to"
