@@ -367,9 +367,9 @@ class Recipe(Section):
         return self
 
 
-def change_of(key: str) -> Change:
+def change_of(key: str, schema: type[Section] = Recipe) -> Change:
     """What a change of a dotted key means; a key that the schema does not know has the mark of its section."""
-    mark, section = Change.REFUSED, section_in(Recipe)
+    mark, section = Change.REFUSED, section_in(schema)
     for part in key.split("."):
         field = section.model_fields.get(part) if section else None
         if field is None:
