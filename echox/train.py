@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from echox.config.run_recipe import RunRecipe
     from echox.config.schema import Recipe
     from echox.engine.interfaces import TrainResult
     from echox.tracking.client import MlflowTracker
-    from echox.tracking.run import Tracked
 
 ACCEPT_NEW_DATA = "--accept-new-data"
 ACCEPT_NEW_DATA_HELP = (
@@ -89,7 +89,7 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
         return owned(recipe, tracker, lambda: train(recipe, context, build_setup, tracker, **options))
 
 
-def owned(recipe: Tracked, tracker: MlflowTracker, train: Callable[[], TrainResult]) -> TrainResult:
+def owned(recipe: RunRecipe, tracker: MlflowTracker, train: Callable[[], TrainResult]) -> TrainResult:
     """Train, and end the MLflow run, of which this process is the owner, in any case."""
     from echox.tracking.system import SystemMetrics
 

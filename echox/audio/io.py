@@ -38,15 +38,16 @@ _BLOCK = 1 << 21
 """Values decoded at a time, of all channels together."""
 
 
-def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S) -> Waveform:
+def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S, rate: int = SAMPLE_RATE) -> Waveform:
     """Decode, downmix and resample.
 
     Args:
         source: a file, or the bytes of one (WAV, FLAC, OGG, MP3: whatever libsndfile reads).
         longest_s: what is longer is refused, and decoded no further, seconds.
+        rate: samples a second to resample to.
 
     Returns:
-        float32 [samples], 16 kHz mono, nominally within -1 and 1.
+        float32 [samples] at `rate`, mono, nominally within -1 and 1.
 
     A length that the header does not know, as of a stream that was written into a pipe, is found by decoding; a file
     that was joined of several (see `pieces`) is read to its end.
@@ -61,9 +62,9 @@ def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S) -> Wave
     try:
         for part in pieces(source) if isinstance(source, bytes) else _parts(Path(source)):
             with _in_memory(part) if isinstance(part, bytes) else open_regular(part) as file:
-                mono, rate = _decode(file, name, left, longest_s)
-            found.append(resample(mono, rate))
-            left -= len(mono) / rate
+                mono, own_rate = _decode(file, name, left, longest_s)
+            found.append(resample(mono, own_rate, rate))
+            left -= len(mono) / own_rate
     except (soundfile.LibsndfileError, OSError) as error:
         # The whole message of libsndfile names bytes by their address in memory.
         known = error.error_string if isinstance(error, soundfile.LibsndfileError) else error.strerror or str(error)
@@ -85,6 +86,15 @@ def header_seconds(content: bytes | memoryview) -> float | None:
     """
     seconds = sum(float(soundfile.info(io.BytesIO(piece)).duration) for piece in pieces(bytes(content)))
     return seconds if seconds <= LONGEST_S else None
+
+
+def header_rate(content: bytes) -> int:
+    """Samples a second of an encoded clip, by its header.
+
+    Raises:
+        soundfile.LibsndfileError: it is no audio.
+    """
+    return int(soundfile.info(io.BytesIO(content)).samplerate)
 
 
 def sayable(seconds: float) -> int:
@@ -173,8 +183,8 @@ def write_audio(path: str | Path, samples: Waveform, rate: int = SAMPLE_RATE) ->
     soundfile.write(path, _pcm16(samples), rate, subtype="PCM_16")
 
 
-def encode_flac(samples: Waveform) -> bytes:
-    """FLAC bytes, 16 kHz mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
+def encode_flac(samples: Waveform, rate: int = SAMPLE_RATE) -> bytes:
+    """FLAC bytes, mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, _pcm16(samples), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, _pcm16(samples), rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()

@@ -97,7 +97,7 @@ def recipe_names(kind: str = RECIPES) -> list[str]:
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved(recipe: Section) -> dict[str, Any]:
     """The recipe with every default filled in, as plain JSON types: what the manifest and the tracker keep."""
     return recipe.model_dump(mode="json")
 

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from echox.config.paths import is_url
 from echox.errors import LaunchError, RecipeError
@@ -31,7 +31,7 @@ from echox.tracking.state import (
 from echox.tracking.watcher import start_watcher
 
 if TYPE_CHECKING:
-    from echox.config.schema import TrackingConfig
+    from echox.config.run_recipe import RunRecipe
 
 log = logging.getLogger("echox.tracking")
 
@@ -41,36 +41,7 @@ SILENT_S = 900.0
 """A run of another machine without a change to its files for so long has lost its owner."""
 
 
-class Tracked(Protocol):
-    """What the tracker asks of a run's recipe."""
-
-    @property
-    def name(self) -> str:
-        """Folder of the run below its storage, and its name."""
-        ...
-
-    @property
-    def stage(self) -> str:
-        """What trains, a tag."""
-        ...
-
-    @property
-    def scale(self) -> str:
-        """A tag to compare runs by."""
-        ...
-
-    @property
-    def storage(self) -> str:
-        """Folder of runs, or URL."""
-        ...
-
-    @property
-    def tracking(self) -> TrackingConfig:
-        """Where MLflow keeps it."""
-        ...
-
-
-def open_run(recipe: Tracked, params: Mapping[str, Any], *, storage: Path, recipe_name: str = "") -> MlflowTracker:
+def open_run(recipe: RunRecipe, params: Mapping[str, Any], *, storage: Path, recipe_name: str = "") -> MlflowTracker:
     """Create the run of a recipe, or continue it if its folder has one; the returned tracker owns it.
 
     The stage runs of one `tracking.parent_run` are children of one parent run, and each has its attempts as children.

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.train import ALLOW, ALLOW_HELP, comma_list
+from echox.train import ACCEPT_NEW_DATA, ACCEPT_NEW_DATA_HELP, ALLOW, ALLOW_HELP, comma_list
 
 if TYPE_CHECKING:
     from echox.engine.interfaces import TrainResult
@@ -66,6 +66,7 @@ def _add_train(actions: Any) -> None:
         "overrides", nargs="*", metavar="key=value", help="recipe keys to change, such as optim.steps=100"
     )
     train.add_argument("--out", type=Path, metavar="FOLDER", help="put the vocoder here too")
+    train.add_argument(ACCEPT_NEW_DATA, action="store_true", help=ACCEPT_NEW_DATA_HELP)
     train.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
     train.add_argument("--json", action="store_true", help="print the result as JSON")
     train.set_defaults(run=run_train)
@@ -105,12 +106,15 @@ def run_import(args: argparse.Namespace) -> int:
 def run_train(args: argparse.Namespace) -> int:
     """`echox vocoder train`; rank 0 tracks the run and prints the result."""
     from echox.config.paths import storage_folder
+    from echox.device import follow_recipe
     from echox.engine.context import LocalContext, TorchrunContext
     from echox.vocoder.recipe import load_voice
 
     recipe = load_voice(args.voice, args.overrides)
-    storage = storage_folder(recipe.storage).resolve()
-    with TorchrunContext(storage) if TorchrunContext.detected() else LocalContext(storage) as context:
+    follow_recipe(recipe)
+    storage, timeout_s = storage_folder(recipe.storage).resolve(), recipe.scaling.collective_timeout_s
+    under_torchrun = TorchrunContext.detected()
+    with TorchrunContext(storage, timeout_s=timeout_s) if under_torchrun else LocalContext(storage) as context:
         result, is_main = _tracked(recipe, args, context), context.rank == 0
     if is_main:
         _print_result(recipe, result, args)
@@ -124,11 +128,12 @@ def _tracked(recipe: VoiceRecipe, args: argparse.Namespace, context: Any) -> Tra
     from echox.train import owned
     from echox.vocoder.trainer import train_voice
 
+    options = {"accept_new_data": args.accept_new_data, "allow": args.allow}
     if context.rank != 0:
-        return train_voice(recipe, context, allow=args.allow)
+        return train_voice(recipe, context, **options)
     clear_stop(context.storage / recipe.name)
     tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.voice)
-    return owned(recipe, tracker, lambda: train_voice(recipe, context, tracker, allow=args.allow))
+    return owned(recipe, tracker, lambda: train_voice(recipe, context, tracker, **options))
 
 
 def _print_result(recipe: VoiceRecipe, result: TrainResult, args: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from echox.audio.io import SAMPLE_RATE, read_audio
+from echox.audio.io import header_rate, read_audio
 from echox.builders.unit_sets import units_of_dataset
 from echox.errors import CorruptSampleError, DataError
 from echox.stream.batch import Batch
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 ANSWER, DURATIONS = "answer.flac", "answer.durations"
 MEMBERS = frozenset({ANSWER, UNITS, DURATIONS})
-HOP = SAMPLE_RATE // FRAMES_PER_S
 MOST_APART_S = 0.1
 """A clip and its frames may end so far apart; features leave a window of the end out, or fill one."""
 
@@ -78,12 +77,14 @@ class VoiceCollate:
         known: number of units K.
         segment: frames of a segment.
         seed: of the places of segments.
+        rate: samples a second of what is learnt.
     """
 
     members = MEMBERS
 
-    def __init__(self, known: int, segment: int, seed: int) -> None:
-        self.known, self.segment, self.seed = known, segment, seed
+    def __init__(self, known: int, segment: int, seed: int, rate: int) -> None:
+        self.known, self.segment, self.seed, self.rate = known, segment, seed, rate
+        self._hop = rate // FRAMES_PER_S
 
     def decode(self, item: Item) -> Clip:
         """Read a clip.
@@ -93,7 +94,7 @@ class VoiceCollate:
         """
         sample = item.sample
         units, durations = (decoded(sample, name, _numbers) for name in (UNITS, DURATIONS))
-        wave = decoded(sample, ANSWER, read_audio)
+        wave = decoded(sample, ANSWER, self._heard)
         frames = int(durations.sum()) if len(units) == len(durations) else -1
         problem = ""
         if frames < 0:
@@ -102,11 +103,11 @@ class VoiceCollate:
             problem = "it has no units"
         elif int(units.max()) >= self.known:
             problem = f"unit {int(units.max())} is unknown to a vocoder of {self.known} units"
-        elif abs(len(wave) / SAMPLE_RATE - frames / FRAMES_PER_S) > MOST_APART_S:
-            problem = f"{frames} frames of 20 ms are not the {len(wave) / SAMPLE_RATE:.2f} s of its {ANSWER}"
+        elif abs(len(wave) / self.rate - frames / FRAMES_PER_S) > MOST_APART_S:
+            problem = f"{frames} frames of 20 ms are not the {len(wave) / self.rate:.2f} s of its {ANSWER}"
         if problem:
             raise CorruptSampleError(f"sample {sample.key}: {problem}", kind="schema", fix="build the shard again")
-        filled = np.zeros(frames * HOP, np.float32)
+        filled = np.zeros(frames * self._hop, np.float32)
         filled[: len(wave)] = wave[: len(filled)]
         return Clip(id_of(sample), item.weight, units, durations, filled)
 
@@ -129,8 +130,15 @@ class VoiceCollate:
     def blank(self, step: int) -> VoiceBatch:
         """One silent frame that counts nothing."""
         one = np.ones(1, np.int64)
-        batch = self.join([Clip("", 0.0, 0 * one, one, np.zeros(HOP, np.float32))], step)
+        batch = self.join([Clip("", 0.0, 0 * one, one, np.zeros(self._hop, np.float32))], step)
         return replace(batch, ids=[], mask_BU=torch.zeros_like(batch.mask_BU))
+
+    def _heard(self, content: bytes) -> NDArray[np.float32]:
+        """A waveform at the rate of the vocoder, which must not be higher than its own: it would lack the highs."""
+        wave, own = read_audio(content, rate=self.rate), header_rate(content)
+        if own < self.rate:
+            raise DataError(f"it has {own:,} samples a second, fewer than the {self.rate:,} of generator.sample_rate")
+        return wave
 
     def _segment(self, clip: Clip, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         frames, wave = clip.frames, clip.wave
@@ -139,7 +147,7 @@ class VoiceCollate:
         places = len(frames) - self.segment + 1
         first = int(raw(1, self.seed, "segment", step, clip.id)[0] % np.uint64(places))
         last = first + self.segment
-        return frames[first:last], wave[first * HOP : last * HOP]
+        return frames[first:last], wave[first * self._hop : last * self._hop]
 
 
 def _numbers(data: bytes) -> NDArray[np.int64]:
@@ -160,7 +168,7 @@ def open_voice(places: Sequence[str]) -> list[Source]:
             raise DataError(
                 f"no sample of {source.path} has {', '.join(sorted(MEMBERS))}, which a vocoder is trained on",
                 where=source.catalogue.location,
-                fix="build it with units: `echox shards build ... --units FOLDER`",
+                fix="build it with units: `echox shards build ... --units FOLDER --keep-answer-audio`",
             )
     return sources
 

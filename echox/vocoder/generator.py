@@ -11,9 +11,6 @@ from torch.nn.utils import parametrize
 if TYPE_CHECKING:
     from echox.vocoder.shape import HifiGanShape
 
-STD = 0.01
-"""Of the first weights of all but the first convolution, as HiFi-GAN draws them."""
-
 
 class Spoken(NamedTuple):
     """Waveforms `[B, N]`, and the predicted log(1 + frames) of units `[B, U]`."""
@@ -75,11 +72,11 @@ class Generator(nn.Module):
 
 
 def _draw(net: Any) -> None:
-    """New weights: torch's own, but for those that HiFi-GAN draws."""
+    """torch's own new weights, in place of transformers', which are those of a language model.
+
+    HiFi-GAN's code means to draw most of them with a deviation of 0.01, but does it after weight norm has taken their
+    place, where it has no effect: the published vocoders began with torch's.
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear | nn.LayerNorm | nn.Embedding):
             module.reset_parameters()
-    gan = net.hifi_gan
-    for module in (*gan.upsampler.modules(), *gan.resblocks.modules(), gan.conv_post):
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            nn.init.normal_(module.weight, std=STD)

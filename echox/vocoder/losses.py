@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from echox.vocoder.discriminators import Verdict
 
 N_FFT, HOP, BINS = 1024, 256, 80
-HIGHEST_HZ = 8000.0
 FLOOR = 1e-5
 """Least mel amplitude before the logarithm."""
 
 
 class LogMel(nn.Module):
-    """Log-mel amplitudes as HiFi-GAN compares them: 80 Slaney bins up to 8 kHz, windows of 1,024 at every 256 samples.
+    """Log-mel amplitudes as HiFi-GAN compares them: 80 Slaney bins, windows of 1,024 at every 256 samples.
+
+    The bins go up to half the sample rate, as in the released code (`fmax_for_loss` is null): what lies above the last
+    one would be judged by the discriminators alone.
 
     Args:
         sample_rate: samples a second.
@@ -32,9 +34,8 @@ class LogMel(nn.Module):
         super().__init__()
         import torchaudio
 
-        top = min(HIGHEST_HZ, sample_rate / 2)
         filters_FM = torchaudio.functional.melscale_fbanks(
-            N_FFT // 2 + 1, 0.0, top, BINS, sample_rate, norm="slaney", mel_scale="slaney"
+            N_FFT // 2 + 1, 0.0, sample_rate / 2, BINS, sample_rate, norm="slaney", mel_scale="slaney"
         )
         self.register_buffer("filters_FM", filters_FM, persistent=False)
         self.register_buffer("window_W", torch.hann_window(N_FFT), persistent=False)

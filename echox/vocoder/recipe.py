@@ -9,16 +9,17 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from echox.config.load import find_recipe, load_checked
+from echox.config.locations import unfit_places
 from echox.config.paths import is_url
-from echox.config.schema import Breach, QuarantineConfig, TrackingConfig
+from echox.config.schema import Breach, QuarantineConfig, ScalingConfig, TrackingConfig, worker_rules
 from echox.config.section import Free, Guarded, Section
 from echox.vocoder.shape import HifiGanShape
 
 FOLDER = "vocoders"
 """Below `launch/`: the recipes that come with the project."""
+STAGE = "vocoder"
+"""What `stage` says in such a recipe, where those of EchoX's stages name theirs."""
 FRAMES_PER_S = 50
-RATE = 16_000
-"""Samples a second of shards, and so of what is trained on them."""
 
 
 class VoiceData(Section):
@@ -33,7 +34,8 @@ class VoiceData(Section):
     global_batch: Guarded[PositiveInt] = Field(16, description="clips in one optimizer step, over all ranks")
     micro_batch: Free[PositiveInt] = Field(16, description="clips in one forward on one rank, as memory allows")
     segment_frames: PositiveInt = Field(
-        28, description="unit frames of 20 ms that are heard of each clip, from a random place: 28 are 8,960 samples"
+        28,
+        description="frames of 20 ms that are heard of each clip, from a random place; 28 are 8,960 samples at 16 kHz",
     )
     window_shards: Guarded[PositiveInt] = Field(16, description="shards whose samples are shuffled together")
     quarantine: Free[QuarantineConfig] = QuarantineConfig()
@@ -46,8 +48,12 @@ class GeneratorConfig(Section):
 
     units: PositiveInt | None = Field(None, description="number of units; null: as the record of the shards says")
     embedding: PositiveInt = Field(128, description="width of a unit's vector")
+    sample_rate: PositiveInt = Field(
+        16_000, description="samples a second of what it speaks; answer.flac has as many, or more"
+    )
     rates: tuple[PositiveInt, ...] = Field(
-        (5, 4, 4, 2, 2), description="of the transposed convolutions; their product is 320, the samples of a frame"
+        (5, 4, 4, 2, 2),
+        description="of the transposed convolutions; their product is the samples of a frame, sample_rate / 50",
     )
     kernels: tuple[PositiveInt, ...] = Field((11, 8, 8, 4, 4), description="of each of them")
     channels: PositiveInt = Field(512, description="before the first of them; each halves it")
@@ -68,7 +74,7 @@ class GeneratorConfig(Section):
             resblock_kernels=self.resblock_kernels,
             resblock_dilations=self.resblock_dilations,
             dropout=self.duration_dropout,
-            sample_rate=RATE,
+            sample_rate=self.sample_rate,
         )
 
 
@@ -105,6 +111,7 @@ class VoiceRecipe(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="run folder below storage, and MLflow name: letters, digits, dots, dashes and underscores",
     )
+    stage: Literal["vocoder"] = Field(description="vocoder, which tells it from the recipes of the stages")
     scale: Free[str] = Field("vocoder", description="a tag to compare runs by")
     seed: Guarded[int] = Field(17, description="of new weights, dropout, order of the data and places in clips")
     storage: Free[str] = Field("runs", description="folder of runs, which every rank sees")
@@ -120,12 +127,8 @@ class VoiceRecipe(Section):
         1000, ge=0, description="steps between validations, each with waveforms of data.valid; 0: at the end only"
     )
     samples: Free[PositiveInt] = Field(4, description="clips of data.valid that are spoken each time")
+    scaling: Free[ScalingConfig] = ScalingConfig()
     tracking: Free[TrackingConfig] = TrackingConfig()
-
-    @property
-    def stage(self) -> Literal["vocoder"]:
-        """What trains."""
-        return "vocoder"
 
 
 def load_voice(path: str | Path, overrides: Sequence[str] = ()) -> VoiceRecipe:
@@ -141,30 +144,46 @@ def load_voice(path: str | Path, overrides: Sequence[str] = ()) -> VoiceRecipe:
     return load_checked(VoiceRecipe, find_recipe(path, FOLDER), overrides, rules)
 
 
+def worker_counts(recipe: VoiceRecipe) -> tuple[int, ...]:
+    """The numbers of workers within `scaling.workers` that the batch divides by, ascending."""
+    (least, most), data = recipe.scaling.bounds, recipe.data
+    return tuple(count for count in range(least, most + 1) if data.global_batch % (data.micro_batch * count) == 0)
+
+
 def rules(recipe: VoiceRecipe) -> list[Breach]:
     """Every rule that spans keys and that this recipe breaks."""
-    data, shape = recipe.data, recipe.generator.shape(recipe.generator.units or 1)
-    found = [
-        Breach(("generator",), f"generator: {what}", "see the defaults")
-        for what in (*shape.mistakes(), *_misfits(shape))
-    ]
-    if data.global_batch % data.micro_batch:
-        found.append(
-            Breach(
-                ("data.global_batch", "data.micro_batch"),
-                f"data.global_batch={data.global_batch} is no multiple of data.micro_batch={data.micro_batch}",
-                "give a multiple",
-            )
-        )
+    found = [Breach(("generator",), f"generator: {what}", "see the defaults") for what in _misfits(recipe.generator)]
+    found += [*_batch_rules(recipe), *worker_rules(recipe.scaling)]
     if not all(0 <= beta < 1 for beta in recipe.optim.betas):
         found.append(Breach(("optim.betas",), "optim.betas are not both from 0 to below 1", "write [0.8, 0.99]"))
-    if is_url(recipe.storage):
+    data = {f"data.train.{index}": place for index, place in enumerate(recipe.data.train)}
+    data |= {} if recipe.data.valid is None else {"data.valid": recipe.data.valid}
+    unfit = unfit_places(recipe.storage, recipe.tracking.uri, data)
+    found += [Breach((each.key,), each.rule, each.fix) for each in unfit]
+    if is_url(recipe.storage) and not any("storage" in each.keys for each in found):
         found.append(Breach(("storage",), f"storage={recipe.storage} is no folder", "name one that every rank sees"))
     return found
 
 
-def _misfits(shape: HifiGanShape) -> list[str]:
-    found = [] if any(shape.mistakes()) else list(shape.misfits())
-    if not found and shape.hop != RATE // FRAMES_PER_S:
-        found.append(f"the product of rates is {shape.hop}, not the {RATE // FRAMES_PER_S} samples of a unit frame")
+def _batch_rules(recipe: VoiceRecipe) -> list[Breach]:
+    (least, most), counts, data = recipe.scaling.bounds, worker_counts(recipe), recipe.data
+    if least in counts and most in counts:
+        return []
+    keys = ("data.global_batch", "data.micro_batch", "scaling.workers")
+    workers = least if least == most else most if least in counts else least
+    rule = (
+        f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch * scaling.workers = "
+        f"{data.micro_batch} * {workers} = {data.micro_batch * workers}"
+    )
+    return [Breach(keys, rule, "give a multiple, or a smaller data.micro_batch")]
+
+
+def _misfits(config: GeneratorConfig) -> list[str]:
+    shape = config.shape(config.units or 1)
+    found = list(shape.mistakes()) or list(shape.misfits())
+    if not found and shape.hop * FRAMES_PER_S != shape.sample_rate:
+        found.append(
+            f"the product of rates is {shape.hop}, and a unit frame of 20 ms at {shape.sample_rate:,} Hz has "
+            f"{shape.sample_rate / FRAMES_PER_S:g} samples"
+        )
     return found

@@ -10,14 +10,15 @@ import math
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from echox.engine.attempt import start_data, tell_the_end, unwritable
 from echox.engine.checkpoint.checkpointer import check_fits, find_checkpoint
 from echox.engine.checkpoint.manifest import Choice, set_aside, sweep
 from echox.engine.checkpoint.retention import Retention
@@ -28,6 +29,7 @@ from echox.engine.monitor.metrics import peak_gib
 from echox.engine.monitor.reporter import Reporter
 from echox.engine.monitor.run_dir import RunDir
 from echox.engine.monitor.step_timer import StepTimer
+from echox.engine.start_check import check_start
 from echox.engine.stop import StopListener, signals_stop
 from echox.engine.world import World
 from echox.errors import CheckpointError, EchoXError, TrainingError
@@ -35,23 +37,25 @@ from echox.stream.quarantine import merge as merge_ledgers
 from echox.vocoder import state
 from echox.vocoder.adversarial import LOSSES, Adversaries
 from echox.vocoder.data import VoiceBatch, VoiceCollate, held_out, open_voice, units_of_voice, voice_reader
-from echox.vocoder.losses import duration_loss, mel_loss
+from echox.vocoder.samples import Samples
 from echox.vocoder.shape import write_vocoder
 
 if TYPE_CHECKING:
     from echox.stream.reader import StreamReader
     from echox.units.identity import UnitSetIdentity
-    from echox.vocoder.data import Clip
     from echox.vocoder.recipe import VoiceRecipe
 
 VOCODER = "vocoder"
 """Folder of a run that holds the vocoder of its newest checkpoint."""
-SAMPLES = "samples"
-"""Folder of a run that holds waveforms of held-out clips, by step."""
 
 
 def train_voice(
-    recipe: VoiceRecipe, context: RunContext, tracker: Tracker | None = None, *, allow: Sequence[str] = ()
+    recipe: VoiceRecipe,
+    context: RunContext,
+    tracker: Tracker | None = None,
+    *,
+    accept_new_data: bool = False,
+    allow: Sequence[str] = (),
 ) -> TrainResult:
     """Train a vocoder to its last step, resuming from the newest good checkpoint of the run's folder.
 
@@ -62,6 +66,7 @@ def train_voice(
         recipe: the run.
         context: the process's place in the world; torch.distributed is initialised.
         tracker: gets the metrics of rank 0; the caller finishes it.
+        accept_new_data: go on where datasets, plan or seed are not those of the checkpoint, with a new epoch.
         allow: keys of the recipe that may differ from the checkpoint's, such as `lr`.
 
     Returns:
@@ -80,15 +85,35 @@ def train_voice(
     try:
         with signals_stop(listener):
             reporter, choice = _open(recipe, world, folder, tracker, allow, context.checkpoint_in)
-            return _attempt(recipe, context, world, reporter, choice, listener)
+            tags = {"host": socket.gethostname(), "world_size": str(world.size)}
+
+            def work() -> TrainResult:
+                run = VoiceRun.build(recipe, context, world, reporter, choice, accept_new_data=accept_new_data)
+                return run.to_the_end(listener)
+
+            return tell_the_end(reporter, tags, work)
     finally:
         listener.close()
+
+
+def train_in_job(
+    recipe: VoiceRecipe, context: RunContext, build: object = None, tracker: Tracker | None = None, **options: Any
+) -> TrainResult:
+    """`train_voice` as the train function of a Ray job, which hands a stage's builder to any."""
+    return train_voice(recipe, context, tracker, **options)
 
 
 def _open(
     recipe: VoiceRecipe, world: World, folder: RunDir, tracker: Tracker, allow: Sequence[str], asked: Path | None
 ) -> tuple[Reporter, Choice]:
     """Count the attempt and choose the checkpoint on rank 0, and tell the others."""
+    proof = check_start(
+        folder,
+        {},
+        world,
+        least_busbw=recipe.scaling.least_busbw,
+        in_one_file=world.broadcast(tracker.in_one_file),
+    )
     found: tuple[int, Choice | None, EchoXError | None] = (0, None, None)
     if world.is_main:
         try:
@@ -99,14 +124,16 @@ def _open(
         except EchoXError as error:
             found = (0, None, error)
         except OSError as error:
-            said = f"the run's folder cannot be written: {error}"
-            fix = "make room, or give storage= a folder that every node may write to"
-            found = (0, None, CheckpointError(said, where=str(folder.path), fix=fix))
+            found = (0, None, unwritable(folder.path, error))
     attempt, chosen, problem = world.broadcast(found)
     if problem is not None or chosen is None:
         raise problem or CheckpointError("no checkpoint could be chosen", where=str(folder.path))
-    log = EventLog(folder.path, rank=world.rank, attempt=attempt)
+    try:
+        log = EventLog(folder.path, rank=world.rank, attempt=attempt)
+    except OSError as error:
+        raise unwritable(folder.path, error) from error
     reporter = Reporter(recipe, folder, log, tracker, world.is_main, attempt)
+    reporter.event("start_check", **asdict(proof))
     for path, why in chosen.rejected:
         reporter.event("checkpoint_rejected", path=path, why=why)
         if world.is_main:
@@ -116,48 +143,6 @@ def _open(
         reporter.state.checkpoint = chosen.checkpoint.path
         reporter.metrics.update(chosen.checkpoint.manifest["metrics"])
     return reporter, chosen
-
-
-def _attempt(
-    recipe: VoiceRecipe,
-    context: RunContext,
-    world: World,
-    reporter: Reporter,
-    choice: Choice,
-    listener: StopListener,
-) -> TrainResult:
-    """Train, and say how the attempt ended in every case."""
-    tags = {"host": socket.gethostname(), "world_size": str(world.size)}
-    reporter.tracker.begin_attempt(reporter.attempt, reporter.state.step, tags)
-    began = reporter.state.step
-    try:
-        reporter.progress("starting")
-        run = VoiceRun.build(recipe, context, world, reporter, choice)
-        try:
-            run.train(listener)
-        finally:
-            run.reader.close()
-            if world.is_main:
-                merge_ledgers(reporter.folder.path)
-        stopped = reporter.state.stopped
-        reporter.event("stopped" if stopped else "finished", why=stopped)
-        reporter.progress("stopped" if stopped else "finished")
-    except BaseException as error:
-        said = f"{type(error).__name__}: {error}"
-        reporter.event("failed", error=said)
-        reporter.progress("failed")
-        killed = isinstance(error, KeyboardInterrupt)
-        reporter.tracker.end_attempt("KILLED" if killed else "FAILED", {"ended": said[:500]})
-        raise
-    reporter.tracker.end_attempt("KILLED" if stopped else "FINISHED", {"ended": stopped or "finished"})
-    return TrainResult(
-        run_folder=reporter.folder.path,
-        step=reporter.state.step,
-        checkpoint=reporter.state.checkpoint,
-        metrics=reporter.metrics,
-        already_done=began >= recipe.optim.steps,
-        stopped=stopped,
-    )
 
 
 @dataclass(kw_only=True)
@@ -171,19 +156,29 @@ class VoiceRun:
     reader: StreamReader
     networks: Adversaries
     unit_set: UnitSetIdentity | None
-    clips: list[Clip]
+    samples: Samples | None
 
     @classmethod
     def build(
-        cls, recipe: VoiceRecipe, context: RunContext, world: World, reporter: Reporter, choice: Choice
+        cls,
+        recipe: VoiceRecipe,
+        context: RunContext,
+        world: World,
+        reporter: Reporter,
+        choice: Choice,
+        *,
+        accept_new_data: bool,
     ) -> VoiceRun:
         """Make networks, optimizers and reader, where the checkpoint left them."""
+        reporter.progress("starting")
         sources = open_voice(recipe.data.train)
         units, unit_set = units_of_voice(sources, recipe.generator.units)
         shape = recipe.generator.shape(units)
-        collate = VoiceCollate(units, recipe.data.segment_frames, recipe.seed)
-        speaks = world.is_main and recipe.data.valid is not None
-        clips = held_out(recipe.data.valid or "", collate, recipe.samples) if speaks else []
+        collate = VoiceCollate(units, recipe.data.segment_frames, recipe.seed, shape.sample_rate)
+        samples = None
+        if world.is_main and recipe.data.valid is not None:
+            clips = held_out(recipe.data.valid, collate, recipe.samples)
+            samples = Samples(reporter.folder.path, clips, shape.sample_rate)
         reader = voice_reader(recipe, sources, collate, world.rank, world.size, pin=world.device.type == "cuda")
         networks = Adversaries(recipe, shape, world)
         found = choice.checkpoint
@@ -194,11 +189,7 @@ class VoiceRun:
         if world.is_main:
             sweep(reporter.folder.path)
             reporter.folder.forget_after(reporter.state.step)
-        reader.start(
-            step=reporter.state.step,
-            run_folder=reporter.folder.path,
-            saved=None if found is None else found.manifest["cursor"]["stream"],
-        )
+        start_data(reader, found, world, reporter, accept_new_data=accept_new_data)
         run = cls(
             recipe=recipe,
             context=context,
@@ -207,10 +198,31 @@ class VoiceRun:
             reader=reader,
             networks=networks,
             unit_set=unit_set,
-            clips=clips,
+            samples=samples,
         )
         run.announce()
         return run
+
+    def to_the_end(self, listener: StopListener) -> TrainResult:
+        """Train, and close what was opened."""
+        reporter, began = self.reporter, self.reporter.state.step
+        try:
+            self.train(listener)
+        finally:
+            self.reader.close()
+            if self.world.is_main:
+                merge_ledgers(reporter.folder.path)
+        ended = "stopped" if reporter.state.stopped else "finished"
+        reporter.event(ended, run=self.recipe.name, why=reporter.state.stopped)
+        reporter.progress(ended)
+        return TrainResult(
+            run_folder=reporter.folder.path,
+            step=reporter.state.step,
+            checkpoint=reporter.state.checkpoint,
+            metrics=reporter.metrics,
+            already_done=began >= self.recipe.optim.steps,
+            stopped=reporter.state.stopped,
+        )
 
     def announce(self) -> None:
         """Say what begins."""
@@ -246,9 +258,9 @@ class VoiceRun:
             where.step += 1
             last = where.step == plan.optim.steps or bool(where.stopped)
             saves, speaks = last or self._due(plan.checkpoint_every), last or self._due(plan.sample_every)
-            if where.step == first + 1 or saves or self._due(plan.log_every):
+            if where.step == first + 1 or saves or speaks or self._due(plan.log_every):
                 self.report(losses_L, data, timer)
-            if speaks and self.clips:
+            if speaks:
                 self.speak()
             if saves:
                 self.save()
@@ -302,31 +314,19 @@ class VoiceRun:
                 fix="start again from the last checkpoint with a lower optim.lr (--allow lr), or look at the data",
             )
 
-    @torch.no_grad()
     def speak(self) -> None:
-        """Say held-out clips with their own durations on rank 0: WAV files, and how far their log-mel is off."""
-        from echox.audio.io import write_audio
-
-        net, log_mel, device = self.networks.generator, self.networks.log_mel, self.world.device
-        place = self.reporter.folder.path / SAMPLES / f"step-{self.reporter.state.step:08d}"
-        place.mkdir(parents=True, exist_ok=True)
-        errors, misses, units = list[float](), 0.0, 0
-        net.eval()
-        for number, clip in enumerate(self.clips):
-            frames_1T, units_1U = (torch.from_numpy(each)[None].to(device) for each in (clip.frames, clip.units))
-            spoken = net(frames_1T, units_1U, torch.ones_like(units_1U, dtype=torch.bool))
-            wave_1N = torch.from_numpy(clip.wave)[None].to(device)
-            errors.append(float(mel_loss(log_mel(wave_1N), log_mel(spoken.wave_BN))))
-            durations_1U = torch.from_numpy(clip.durations)[None].to(device)
-            misses += float(duration_loss(spoken.logs_BU, durations_1U, torch.ones_like(units_1U)))
-            units += len(clip.units)
-            for name, wave in (("spoken", spoken.wave_BN[0].cpu().numpy()), ("real", clip.wave)):
-                path = place / f"{number:02d}-{name}.wav"
-                write_audio(path, wave, net.shape.sample_rate)
-                self.reporter.tracker.artifact(path, f"{SAMPLES}/{place.name}")
-        net.train()
-        metrics = {"valid/loss/mel_l1": float(np.mean(errors)), "valid/loss/duration": misses / units}
-        self.reporter.record("valid", metrics)
+        """Speak held-out clips on rank 0; that they cannot be written does not end a run."""
+        reporter, networks = self.reporter, self.networks
+        if self.samples is None:
+            return
+        try:
+            metrics, files = self.samples.speak(reporter.state.step, networks.generator, networks.log_mel)
+        except OSError as error:
+            reporter.event("samples_lost", error=str(error))
+            return
+        reporter.record("valid", metrics)
+        for path, folder in files:
+            reporter.tracker.artifact(path, folder)
 
     def save(self) -> None:
         """Publish a checkpoint of the present step, and its vocoder; the ranks wait for it."""

@@ -57,12 +57,14 @@ class Job:
         root: where the corpus lies.
         longest_s: longest audio in seconds.
         keyed: key and utterance of each sample to be.
+        answer_rate: samples a second of spoken answers.
     """
 
     number: int
     root: Path
     longest_s: float
     keyed: Sequence[tuple[str, Utterance]]
+    answer_rate: int = SAMPLE_RATE
 
     def digest(self) -> str:
         """Hash over all that decides the shard's bytes, save the audio files' own: where the corpus lies does not."""
@@ -71,7 +73,9 @@ class Job:
             return os.path.relpath(path, self.root)
 
         described = json.dumps([[key, _described(utterance)] for key, utterance in self.keyed], default=relative)
-        return digest([_VERSION, self.number, self.longest_s, described])
+        # The usual rate is left out, so that finished shards from before there was another are still known.
+        rate = [self.answer_rate] if self.answer_rate != SAMPLE_RATE else []
+        return digest([_VERSION, self.number, self.longest_s, described, *rate])
 
 
 def _described(utterance: Utterance) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
         with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, utterance in job.keyed:
                 try:
-                    members = sample_members(utterance, job.longest_s)
+                    members = sample_members(utterance, job.longest_s, job.answer_rate)
                 except Rejected as rejected:
                     files = [_stamp(path) for path in _files(utterance)]
                     record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
@@ -191,7 +195,7 @@ def write_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, Any]) -> 
         tar.addfile(info, io.BytesIO(data))
 
 
-def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
+def sample_members(utterance: Utterance, longest_s: float, answer_rate: int = SAMPLE_RATE) -> dict[str, Any]:
     """Members of the data contract.
 
     Raises:
@@ -212,7 +216,7 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
     if utterance.question is not None:
         members["question.flac"], question_s = _flac(utterance.question, "question", longest_s, noted)
     if utterance.answer is not None:
-        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted)
+        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted, answer_rate)
     if utterance.units is not None:
         members["answer.units"] = np.asarray(utterance.units, dtype="<u2").tobytes()
     for what, text, seconds in (
@@ -254,8 +258,10 @@ def _check_length(what: str, text: str, seconds: float | None) -> None:
         raise Rejected(f"{what}: {len(text):,} characters{during}, more than {most:,}")
 
 
-def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) -> tuple[bytes, float]:
-    """16 kHz mono FLAC and its seconds; bytes that are that already stay as they are, once decoded to the end.
+def _flac(
+    audio: Audio, what: str, longest_s: float, noted: dict[str, float], rate: int = SAMPLE_RATE
+) -> tuple[bytes, float]:
+    """Mono FLAC of a rate and its seconds; bytes that are that already stay as they are, once decoded to the end.
 
     Where it is clipped, `noted` gets the share of its samples that are.
     """
@@ -267,7 +273,7 @@ def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) ->
             raise Rejected(f"{what}: the file is cut short")
         if part is None and promised is not None and promised > longest_s:
             raise _outside(what, promised, longest_s)
-        samples = read_audio(data) if part else read_audio(data, min(longest_s + 1, LONGEST_S))
+        samples = read_audio(data, LONGEST_S if part else min(longest_s + 1, LONGEST_S), rate)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
     except soundfile.LibsndfileError as error:
@@ -283,20 +289,20 @@ def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) ->
             where=str(audio.stands_in()),
             fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
-    if promised is not None and len(samples) / SAMPLE_RATE < 0.98 * promised:
+    if promised is not None and len(samples) / rate < 0.98 * promised:
         raise Rejected(f"{what}: the file is cut short")
     if part is not None:
-        first = round((part.start_s or 0.0) * SAMPLE_RATE)
-        samples = samples[first:][: None if part.seconds is None else round(part.seconds * SAMPLE_RATE)]
-    seconds = len(samples) / SAMPLE_RATE
+        first = round((part.start_s or 0.0) * rate)
+        samples = samples[first:][: None if part.seconds is None else round(part.seconds * rate)]
+    seconds = len(samples) / rate
     if not SHORTEST_S <= seconds <= longest_s:
         raise _outside(what, seconds, longest_s)
     if share := _clipped(samples, what, info.channels):
         noted[what] = share
-    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
+    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", rate, 1)
     # One of unknown length is encoded again: other programs believe the header. So is one with tags and pictures.
     kept = fits and promised is not None and part is None and is_bare_flac(data)
-    return data if kept else encode_flac(samples), round(seconds, 3)
+    return data if kept else encode_flac(samples, rate), round(seconds, 3)
 
 
 def _outside(what: str, seconds: float, longest_s: float) -> Rejected:

@@ -79,16 +79,17 @@ def test_losses_are_those_of_the_paper() -> None:
     assert losses.mel_loss(torch.zeros(1, 2, 2), torch.tensor([[[1.0, 2.0], [3.0, -6.0]]])).tolist() == [3.0]
 
 
-def test_log_mel_is_that_of_a_transform_by_hand() -> None:
+@pytest.mark.parametrize("rate", [16_000, 24_000])
+def test_log_mel_is_that_of_a_transform_by_hand(rate: int) -> None:
     from transformers.audio_utils import mel_filter_bank
 
     wave = np.random.default_rng(0).normal(size=2560).astype(np.float32) * 0.1
     mirrored = np.concatenate([wave[384:0:-1], wave, wave[-2:-386:-1]])
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
     frames = np.stack([mirrored[start : start + 1024] * hann for start in range(0, len(mirrored) - 1023, 256)])
-    filters = mel_filter_bank(513, 80, 0.0, 8000.0, 16_000, norm="slaney", mel_scale="slaney")
+    filters = mel_filter_bank(513, 80, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     wanted = np.log(np.maximum(np.abs(np.fft.rfft(frames)) @ filters, 1e-5)).T
-    found = losses.LogMel(16_000)(torch.from_numpy(wave)[None])[0].numpy()
+    found = losses.LogMel(rate)(torch.from_numpy(wave)[None])[0].numpy()
     assert found.shape == (80, 10)
     np.testing.assert_allclose(found, wanted, atol=2e-3)
 
@@ -99,9 +100,6 @@ def generator() -> Generator:
     made = Generator(
         HifiGanShape(units=5, embedding=8, channels=32, resblock_kernels=(3,), resblock_dilations=((1, 3),))
     )
-    for name, magnitude in made.net.hifi_gan.named_parameters():
-        if name.endswith("original0"):  # New weights hardly sound.
-            magnitude.data *= 8
     return made.eval()
 
 
@@ -126,6 +124,19 @@ def test_folded_weights_speak_as_those_that_train(generator: Generator) -> None:
     torch.testing.assert_close(wave_1N, wanted_1N, rtol=0, atol=1e-6)
 
 
+def test_the_first_weights_are_those_that_the_published_vocoders_began_with() -> None:
+    """HiFi-GAN draws its own after weight norm, in vain: torch's stay, uniform within 1 / sqrt(fan)."""
+    torch.manual_seed(0)
+    made = Generator(HifiGanShape(units=5, embedding=32, channels=64))
+    fans = {"conv_pre": 32 * 7, "upsampler.0": 32 * 11, "resblocks.2.convs1.1": 32 * 11, "conv_post": 2 * 7}
+    weights = made.folded()
+    for name, fan in fans.items():
+        deviation = float(weights[f"hifi_gan.{name}.weight"].std())
+        assert deviation == pytest.approx((3 * fan) ** -0.5, rel=0.3 if name == "conv_post" else 0.1), name
+    wave_BN = made.speak(torch.randint(0, 5, (4, 8)))
+    assert float(wave_BN.detach().std()) > 0.005, "a sound from the first step on, which the mel loss can shape"
+
+
 def row(frames: int, name: str = "a") -> Clip:
     """A clip of which frame f sounds as f and is of unit f % 5."""
     places = np.arange(frames)
@@ -133,7 +144,7 @@ def row(frames: int, name: str = "a") -> Clip:
 
 
 def test_a_segment_is_heard_where_its_units_are() -> None:
-    collate = VoiceCollate(5, 8, seed=3)
+    collate = VoiceCollate(5, 8, seed=3, rate=16_000)
     found = set()
     for step in range(120):
         batch = collate.join([row(20, "a"), row(20, "b"), row(3, "c")], step)
@@ -158,7 +169,7 @@ def read(**changes: Any) -> Clip:
     units, durations, wave = toy.clip(0)
     made = toy.sample("s", units, durations, wave, **changes)
     members = {name: data for name, data in made.items() if name not in ("__key__", "json")}
-    return VoiceCollate(5, 8, 0).decode(Item(Sample("s", 0, members, made["json"]), "tts"))
+    return VoiceCollate(5, 8, 0, 16_000).decode(Item(Sample("s", 0, members, made["json"]), "tts"))
 
 
 def test_a_clip_ends_with_its_last_frame() -> None:
@@ -171,6 +182,24 @@ def test_a_clip_ends_with_its_last_frame() -> None:
     short, long = (read(**{"answer.flac": encode_flac(each)}) for each in (wave[:-300], np.resize(wave, samples + 300)))
     assert len(short.wave) == len(long.wave) == samples
     assert not short.wave[-300:].any() and np.abs(long.wave - whole.wave).max() < 1e-3
+
+
+def test_a_clip_is_heard_at_the_rate_of_the_vocoder(tmp_path: Path) -> None:
+    from echox.audio.io import encode_flac
+
+    units, durations, _ = toy.clip(0)
+    seconds = np.arange(480 * int(durations.sum())) / 24_000
+    wave = (0.3 * np.sin(2 * np.pi * 9_000 * seconds)).astype(np.float32)  # 16 kHz hold nothing above 8 kHz
+    members = toy.sample("s", units, durations, wave, **{"answer.flac": encode_flac(wave, 24_000)})
+    item = Item(Sample("s", 0, {k: v for k, v in members.items() if k[:2] == "an"}, members["json"]), "tts")
+    high = VoiceCollate(5, 8, 0, 24_000)
+    clip = high.decode(item)
+    assert np.abs(clip.wave - wave).max() < 1e-4
+    assert high.join([clip], 0).wave_BN.shape == (1, 8 * 480) and high.blank(0).wave_BN.shape == (1, 8 * 480)
+    low = VoiceCollate(5, 8, 0, 16_000).decode(item)
+    assert len(low.wave) == 320 * int(durations.sum()) and np.abs(low.wave[500:-500]).max() < 1e-2
+    with pytest.raises(CorruptSampleError, match=r"it has 24,000 samples a second, fewer than the 48,000"):
+        VoiceCollate(5, 8, 0, 48_000).decode(item)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +231,7 @@ def test_the_units_are_those_of_the_records(voice: Path, tmp_path: Path) -> None
     with pytest.raises(DataError, match="no record says how many units"):
         units_of_voice(open_voice([str(other)]), None)
     assert units_of_voice(open_voice([str(other)]), 7) == (7, None)
-    assert [clip.id for clip in held_out(str(voice), VoiceCollate(5, 8, 0), 2)] == [
+    assert [clip.id for clip in held_out(str(voice), VoiceCollate(5, 8, 0, 16_000), 2)] == [
         each.key for each, _ in zip(read_folder(voice), range(2), strict=False)
     ]
 
@@ -235,9 +264,9 @@ def test_the_recipes_load_and_the_large_one_is_that_of_the_published_vocoder() -
 def test_every_mistake_in_a_recipe_is_named_at_once() -> None:
     with pytest.raises(RecipeError) as raised:
         load_voice("demo", ["optim.lrr=1", "generator.rates=[5,4]", "data.micro_batch=3", "optim.betas=[0.8,1]"])
-    for said in ('optim.lrr: unknown key; did you mean "lr"?', "2 rates and 5 kernels", "no multiple", "optim.betas"):
+    for said in ('optim.lrr: unknown key; did you mean "lr"?', "2 rates and 5 kernels", "3 * 2 = 6", "optim.betas"):
         assert said in raised.value.what
-    with pytest.raises(RecipeError, match="product of rates is 240, not the 320"):
+    with pytest.raises(RecipeError, match=r"product of rates is 240, and a unit frame of 20 ms at 16,000 Hz has 320"):
         load_voice("demo", ["generator.rates=[5,4,4,3,1]", "generator.kernels=[11,8,8,5,3]"])
     with pytest.raises(RecipeError, match="is no folder"):
         load_voice("demo", ["storage=s3://bucket/runs"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,10 @@ from echox.engine.stop import request_stop
 from echox.errors import CheckpointError, TrainingError
 from echox.speak.vocoder import CodeHifiGan, load_vocoder
 from echox.units.identity import read_unit_set
+from echox.vocoder.data import VoiceCollate, held_out
+from echox.vocoder.generator import Generator
+from echox.vocoder.losses import LogMel
+from echox.vocoder.samples import MOST_SHOWN, PAGE, Samples
 from echox.vocoder.trainer import train_voice
 from tests.vocoder import toy
 
@@ -140,14 +146,37 @@ def test_it_learns_to_sound_like_the_voice(learnt: tuple[Path, Heard, dict[str, 
 
 def test_waveforms_of_held_out_clips_are_kept(learnt: tuple[Path, Heard, dict[str, Any]], voice: Path) -> None:
     folder, heard, _ = learnt
-    place = folder / "runs" / "toy" / "samples" / "step-00000020"
-    assert sorted(path.name for path in place.iterdir()) == [
-        "00-real.wav", "00-spoken.wav", "01-real.wav", "01-spoken.wav",
-    ]  # fmt: skip
-    assert len(heard.artifacts) == 8 and heard.artifacts[0] == "samples/step-00000020/00-spoken.wav"
-    real, spoken = read_audio(place / "00-real.wav"), read_audio(place / "00-spoken.wav")
+    place = folder / "runs" / "toy" / "samples"
+    files = ["real-00.wav", "real-01.wav", "step-00000020/spoken-00.wav", "step-00000020/spoken-01.wav"]
+    assert heard.artifacts[:5] == [f"samples/{name}" for name in ("samples.html", *files)]
+    assert len(heard.artifacts) == 10 and heard.artifacts[-1] == "samples/step-00000030/spoken-01.wav"
+    real, spoken = read_audio(place / files[0]), read_audio(place / files[2])
     assert len(real) == len(spoken) and np.abs(real - spoken).max() > 0.01
     assert np.abs(real - toy.clip(0)[2][: len(real)]).max() < 1e-3
+
+
+def test_the_page_plays_the_clips_of_every_step(learnt: tuple[Path, Heard, dict[str, Any]]) -> None:
+    place = learnt[0] / "runs" / "toy" / "samples"
+    page = (place / "samples.html").read_text()
+    played = [base64.b64decode(each) for each in re.findall(r'src="data:audio/wav;base64,([^"]*)"', page)]
+    files = [
+        path for clip in ("00", "01")
+        for path in (f"real-{clip}", f"step-00000030/spoken-{clip}", f"step-00000020/spoken-{clip}")
+    ]  # fmt: skip
+    assert played == [(place / f"{path}.wav").read_bytes() for path in files]
+
+
+def test_the_page_of_a_long_run_shows_its_last_its_first_and_some_steps_between(tmp_path: Path) -> None:
+    config = toy.recipe(tmp_path, tmp_path).generator
+    networks = Generator(config.shape(5))
+    (clip,) = held_out(str(toy.write_voice(tmp_path / "voice", 1)), VoiceCollate(5, 8, 0, 16_000), 1)
+    samples = Samples(tmp_path, [clip], 16_000)
+    for step in range(0, 5 * (MOST_SHOWN + 8), 5):
+        samples.speak(step, networks, LogMel(16_000))
+    assert networks.training, "it goes on to train"
+    shown = [int(step) for step in re.findall(r"<tr><td>(\d+)</td>", (tmp_path / "samples" / PAGE).read_text())]
+    assert len(shown) == MOST_SHOWN and shown == sorted(shown, reverse=True)
+    assert (shown[0], shown[-1]) == (5 * (MOST_SHOWN + 7), 0)
 
 
 def test_what_was_trained_streams_as_the_whole(learnt: tuple[Path, Heard, dict[str, Any]]) -> None:

@@ -49,6 +49,7 @@ def recipe_tree(voice: Path, storage: Path, name: str = "toy", **changes: Any) -
     """A recipe as plain values; changes are dotted keys with `__`."""
     tree: dict[str, Any] = {
         "name": name,
+        "stage": "vocoder",
         "storage": str(storage),
         "data": {"train": [str(voice)], "global_batch": 4, "micro_batch": 2, "segment_frames": 8},
         "generator": dict(GENERATOR),
@@ -57,6 +58,7 @@ def recipe_tree(voice: Path, storage: Path, name: str = "toy", **changes: Any) -
         "log_every": 1,
         "checkpoint_every": 2,
         "sample_every": 0,
+        "scaling": {"workers": 1},
         "tracking": {"system_metrics": False},
     }
     for key, value in changes.items():

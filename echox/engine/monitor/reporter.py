@@ -5,40 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from echox.engine.train_state import TrainState
 
 if TYPE_CHECKING:
+    from echox.config.run_recipe import RunRecipe
     from echox.engine.interfaces import Tracker
     from echox.engine.monitor.event_log import EventLog
     from echox.engine.monitor.run_dir import RunDir
 
 # Metrics in the line for people; the JSON line has them all.
 _SHOWN = ("loss/", "valid/loss/", "lr/", "grad_norm", "perf/step_ms", "perf/samples_per_s", "check/", "health/")
-
-
-class Planned(Protocol):
-    """How long a run is."""
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        ...
-
-
-class Reported(Protocol):
-    """What a report says of a run's recipe."""
-
-    @property
-    def stage(self) -> str:
-        """What trains."""
-        ...
-
-    @property
-    def optim(self) -> Planned:
-        """Its optimizer."""
-        ...
 
 
 @dataclass
@@ -56,7 +34,7 @@ class Reporter:
         metrics: the last value of each metric.
     """
 
-    recipe: Reported
+    recipe: RunRecipe
     folder: RunDir
     log: EventLog
     tracker: Tracker
