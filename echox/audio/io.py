@@ -188,3 +188,10 @@ def encode_flac(samples: Waveform, rate: int = SAMPLE_RATE) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, _pcm16(samples), rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
+
+
+def encode_wav(samples: Waveform) -> bytes:
+    """WAV bytes, 16 kHz mono 16-bit, for players."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()

@@ -106,6 +106,7 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
     from echox.evaluate.benchmarks.records import Part
     from echox.evaluate.benchmarks.table import lines
     from echox.evaluate.benchmarks.tracked import track
+    from echox.speak.vocoder import default_vocoder
 
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit {args.limit} leaves no question", fix="give a number from 1 on, or leave it out")
@@ -118,7 +119,8 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
         names=names,
         places=places,
         out=args.out,
-        vocoder=args.vocoder or _vocoder_of(args.corpus),
+        # What is not named is left out of the commands beside the scores.
+        vocoder=args.vocoder or (None if args.corpus == "demo" else default_vocoder(args.corpus)),
         limit=args.limit,
         part=Part(*(args.shard or (0, 1))),
         **{name: value for name, value in chosen.items() if value is not None},
@@ -136,12 +138,6 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
         print(line)
     print(request.folder / PAGE)
     return 0
-
-
-def _vocoder_of(corpus: str) -> Path | None:
-    from echox.config.paths import cache_dir
-
-    return None if corpus == "demo" else cache_dir() / "data" / corpus / "vocoder"
 
 
 def _watch(name: str, done: int, total: int) -> None:
@@ -186,18 +182,14 @@ def report(args: argparse.Namespace) -> int:
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores as a table, a line a score with what it means."""
-    from echox.evaluate.columns import COLUMNS, cell, note, percent
+    from echox.evaluate.columns import COLUMNS, aligned, cell, note, percent
     from echox.evaluate.report import streaming_rows
 
     sets = scores["sets"]
     table = [["", *sets], ["", *(note(row) for row in sets.values())]]
     table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in COLUMNS]
-    widths = [max(len(row[place]) for row in table) for place in range(len(sets) + 1)]
     meanings = ["", "", *(column.meaning for column in COLUMNS)]
-    lines = [
-        "  ".join([*(f"{word:{width}}" for word, width in zip(row, widths, strict=True)), meaning]).rstrip()
-        for row, meaning in zip(table, meanings, strict=True)
-    ]
+    lines = [f"{row}  {meaning}".rstrip() for row, meaning in zip(aligned(table), meanings, strict=True)]
     taught, exact = (percent(scores[f"t2c_heldout_{name}"]) for name in ("wer", "exact"))
     again, original = (percent(scores[name]) for name in ("resynthesis_wer", "original_wer"))
     lines.append(

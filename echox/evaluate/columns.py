@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from echox.evaluate.scores import ENTITY_AND_ANSWER
@@ -90,3 +90,9 @@ def note(row: Mapping[str, Any]) -> str:
 def percent(value: float) -> str:
     """A share between 0 and 1."""
     return f"{100 * float(value):.1f} %"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines whose columns stand below each other, filled up with spaces."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)) for row in rows]

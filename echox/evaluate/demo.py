@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from echox.audio.io import read_audio
+from echox.audio.io import encode_wav, read_audio
 from echox.config.paths import cache_dir, resolve_data, resolve_model
 from echox.evaluate.listening import Listener
 from echox.evaluate.scores import SetScore, SpokenItem
@@ -204,7 +203,7 @@ def _samples(name: str, items: Sequence[SpokenItem], listener: Listener) -> list
         {
             "set": name,
             "question_text": item.question,
-            "question_wav": _wav(item.question_audio),
+            "question_wav": encode_wav(item.question_audio),
             "answer_text": item.text,
             "answer_wav": _spoken(item.units, listener),
             "reference_text": item.reference,
@@ -218,12 +217,4 @@ def _samples(name: str, items: Sequence[SpokenItem], listener: Listener) -> list
 
 
 def _spoken(units: Any, listener: Listener) -> bytes | None:
-    return None if units is None else _wav(listener.speak([units])[0])
-
-
-def _wav(samples: Any) -> bytes:
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16000, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
+    return None if units is None else encode_wav(listener.speak([units])[0])

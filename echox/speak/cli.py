@@ -55,14 +55,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load, answer, write."""
     from echox.audio.io import SAMPLE_RATE, read_audio, resample, write_audio
-    from echox.config.paths import cache_dir
     from echox.engine.object_store.reading import local_run
     from echox.speak.pipeline import SpeechToSpeech
-    from echox.speak.vocoder import check_vocoder, load_vocoder
+    from echox.speak.vocoder import check_vocoder, default_vocoder, load_vocoder
 
     question = read_audio(args.question)
     turns = [*(read_history(args.history) if args.history else []), *map(_typed_turn, args.turn)]
-    folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
+    folder = args.vocoder or default_vocoder()
     vocoder = load_vocoder(folder)
     model = SpeechToSpeech.load(local_run(args.trained))
     check_vocoder(folder, [model.units])

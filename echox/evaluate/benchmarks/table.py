@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from echox.evaluate.benchmarks.catalogue import PUBLISHED_JUDGE
-from echox.evaluate.columns import Column, percent
+from echox.evaluate.columns import Column, aligned, percent
 
 COLUMNS = (
     Column("n", "n", "Number of questions."),
@@ -64,9 +64,7 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
         if found["repeated"]:
             count = found["repeated"]["runs"]
             rows.append([f"mean ± sd of {count}", *(spread(column.key, found["repeated"]) for column in COLUMNS)])
-        widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
-        for row in (heads, *rows):
-            yield "  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+        yield from (line.rstrip() for line in aligned([heads, *rows]))
         if found["published"]:
             shown = ", ".join(f"{each['system']} {percent(each['s2s'])}" for each in found["published"])
             yield f"published S2S, judge {PUBLISHED_JUDGE}, not comparable under another judge: {shown}"
