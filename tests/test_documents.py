@@ -45,6 +45,7 @@ from launch.job.driver import RAY_STOP_WAIT_S, grace_s
 from launch.job.ending import Ending
 from launch.job.environment import NCCL_RECORDS, OF_THE_NODE, worker_environment
 from launch.job.webhook import LIMIT_S, TRIES
+from launch.recipe import load_job
 from shards.builder.convert import SHORTEST_S
 from shards.corpora.registry import CORPORA
 from tests.shards.layouts import clip, encoded, put, put_lines
@@ -96,7 +97,7 @@ def check_echox(words: Sequence[str]) -> None:
     args = cli.build_parser(words).parse_args(words)
     recipe, voice = getattr(args, "recipe", None), getattr(args, "voice", None)
     if isinstance(recipe, str):
-        load_recipe(recipe, getattr(args, "overrides", ()))
+        load_job(recipe, getattr(args, "overrides", ()))
     if isinstance(voice, str):
         load_voice(voice, args.overrides)
 
