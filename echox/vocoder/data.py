@@ -219,7 +219,11 @@ def voice_reader(
 
 
 def held_out(place: str, collate: Any, most: int) -> list[Clip]:
-    """The first clips of a dataset that can be read."""
+    """The first clips of a dataset that can be read.
+
+    Raises:
+        DataError: there is none.
+    """
     (source,) = open_voice([place])
     store, found = ShardStore(source.catalogue), list[Clip]()
     try:
@@ -232,4 +236,7 @@ def held_out(place: str, collate: Any, most: int) -> list[Clip]:
                 continue  # `echox shards check` names it; a listening sample needs any clip
     finally:
         store.close()
+    if not found:
+        fix = "look at it with `echox shards check`"
+        raise DataError(f"no clip of {place} can be spoken", where=source.catalogue.location, fix=fix)
     return found

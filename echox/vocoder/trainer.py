@@ -175,10 +175,9 @@ class VoiceRun:
         units, unit_set = units_of_voice(sources, recipe.generator.units)
         shape = recipe.generator.shape(units)
         collate = VoiceCollate(units, recipe.data.segment_frames, recipe.seed, shape.sample_rate)
-        samples = None
-        if world.is_main and recipe.data.valid is not None:
-            clips = held_out(recipe.data.valid, collate, recipe.samples)
-            samples = Samples(reporter.folder.path, clips, shape.sample_rate)
+        # Read by all ranks, so that all end where there are none.
+        clips = [] if recipe.data.valid is None else held_out(recipe.data.valid, collate, recipe.samples)
+        samples = Samples(reporter.folder.path, clips, shape.sample_rate) if clips and world.is_main else None
         reader = voice_reader(recipe, sources, collate, world.rank, world.size, pin=world.device.type == "cuda")
         networks = Adversaries(recipe, shape, world)
         found = choice.checkpoint

@@ -99,8 +99,8 @@ def run_of(storage: Path, name: str) -> Any:
 def test_a_vocoder_is_trained_by_two_workers(jobs: Jobs, tmp_path: Path) -> None:
     voice = toy.write_voice(tmp_path / "voice")
     changes = [f"storage={tmp_path / 'runs'}", "name=voice", f"data.train=[{voice}]", f"data.valid={voice}"]
-    changes += ["data.segment_frames=8", "generator.channels=32", "discriminators.channels=16"]
-    changes += ["optim.steps=2", "sample_every=1", "samples=1", "checkpoint_every=0"]
+    changes += ["data.micro_batch=2", "data.segment_frames=8", "generator.channels=32", "discriminators.channels=16"]
+    changes += ["scaling.workers=2", "optim.steps=2", "sample_every=1", "samples=1", "checkpoint_every=0"]
     job = jobs.submit("launch/vocoders/demo.yaml", changes, stop_wait_s=30)
     assert job == "voice-a1" and jobs.wait(job) == "SUCCEEDED", jobs.logs(job)
     run = tmp_path / "runs" / "voice"

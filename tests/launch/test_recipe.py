@@ -48,7 +48,7 @@ def test_a_vocoder_has_workers_and_places_like_a_stage(tmp_path: Path) -> None:
 
 
 def test_the_mistakes_are_those_of_its_kind() -> None:
-    with pytest.raises(RecipeError, match=r"data.global_batch=5 is not a multiple of .* = 2 \* 2 = 4"):
+    with pytest.raises(RecipeError, match=r"data.global_batch=5 is not a multiple of .* = 4 \* 1 = 4"):
         load_job(VOCODER, ["data.global_batch=5"])
     with pytest.raises(RecipeError, match="did you mean"):
         load_job("demo/s2")

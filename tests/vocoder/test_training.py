@@ -18,13 +18,14 @@ from launching import launch, start
 from safetensors.torch import load_file
 
 from echox import cli
-from echox.audio.io import read_audio
+from echox.audio.io import encode_flac, header_rate, read_audio, resample
 from echox.engine.checkpoint.manifest import WEIGHTS, list_checkpoints, read_manifest
 from echox.engine.context import LocalContext
 from echox.engine.interfaces import NullTracker
 from echox.engine.stop import request_stop
 from echox.errors import CheckpointError, TrainingError
 from echox.speak.vocoder import CodeHifiGan, load_vocoder
+from echox.stream.format.writer import write_shards
 from echox.units.identity import read_unit_set
 from echox.vocoder.data import VoiceCollate, held_out
 from echox.vocoder.generator import Generator
@@ -231,9 +232,26 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(voice: Path, t
     assert list_checkpoints(tmp_path / "bad") == []
 
 
-def test_damaged_clips_are_dropped_and_counted(tmp_path: Path) -> None:
-    from echox.stream.format.writer import write_shards
+def test_a_voice_of_24_khz_is_trained_and_speaks_at_its_rate(tmp_path: Path) -> None:
+    units, durations, wave = toy.clip(0)
+    flac = encode_flac(resample(wave, 16_000, 24_000), 24_000)
+    write_shards(tmp_path / "set", [toy.sample("s", units, durations, wave, **{"answer.flac": flac})])
+    rates = {"sample_rate": 24_000, "rates": (5, 4, 4, 3, 2), "kernels": (11, 8, 8, 7, 4), "units": 5}
+    changes = {f"generator__{key}": value for key, value in rates.items()}
+    changes |= {"data__global_batch": 2, "data__valid": str(tmp_path / "set"), "optim__steps": 1}
+    recipe = toy.recipe(tmp_path / "set", tmp_path, "high", **changes)
+    with LocalContext(tmp_path) as context:
+        train_voice(recipe, context)
+    vocoder = load_vocoder(tmp_path / "high" / "vocoder")
+    (spoken,) = vocoder([units], [durations])
+    assert vocoder.sample_rate == 24_000 and len(spoken) == 480 * int(durations.sum())
+    assert header_rate((tmp_path / "high" / "samples" / "real-00.wav").read_bytes()) == 24_000
+    stream = vocoder.stream()
+    pieces = [stream.push(units[place : place + 2]) for place in range(0, len(units), 2)]
+    assert np.array_equal(np.concatenate([*pieces, stream.close()]), vocoder([units])[0])
 
+
+def test_damaged_clips_are_dropped_and_counted(tmp_path: Path) -> None:
     good = [toy.sample(f"s{seed}", *toy.clip(seed)) for seed in range(3)]
     bad = toy.sample("bad", *toy.clip(3), **{"answer.durations": b"\1\0"})
     write_shards(tmp_path / "set", [*good, bad])
