@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from echox.config.paths import is_url
-from echox.config.schema import InitConfig
+from echox.config.schema import InitConfig, Recipe
+from echox.vocoder.recipe import VoiceRecipe
 from launch.recipe import JobRecipe
 
-JobT = TypeVar("JobT", bound=JobRecipe)
+JobT = TypeVar("JobT", Recipe, VoiceRecipe, JobRecipe)
 HOME = "ECHOX_HOME"
 """Environment variable: the folder that relative storage, run and SQLite paths of a job start from."""
 
