@@ -86,6 +86,8 @@ def train_voice(
         with signals_stop(listener):
             reporter, choice = _open(recipe, world, folder, tracker, allow, context.checkpoint_in)
             tags = {"host": socket.gethostname(), "world_size": str(world.size)}
+            if choice.checkpoint is not None:
+                tags["resumed_from"] = str(choice.checkpoint.path)
 
             def work() -> TrainResult:
                 run = VoiceRun.build(recipe, context, world, reporter, choice, accept_new_data=accept_new_data)
@@ -287,7 +289,8 @@ class VoiceRun:
         sums = self.world.all_reduce(torch.tensor([*mine, *np.asarray(account)], dtype=torch.float64, device=device))
         clips, units, stops, *counted = sums.tolist()  # host sync
         if stops:
-            where.stopped = stop or "another rank was asked to"
+            # The same words on all ranks: what starts a job decides by them whether it goes on.
+            where.stopped = next(why for why in self.world.all_gather(stop) if why)
         losses_L = self.networks.learn(batches, max(clips, 1.0), max(units, 1.0))
         self.reader.commit()
         return losses_L, self.reader.check_accounts(counted)

@@ -225,6 +225,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends(voice: Path, tmp_path: Path)
     assert json.loads((tmp_path / "stop" / "progress.json").read_text())["state"] == "stopped"
 
 
+def test_all_ranks_say_why_one_of_them_was_asked_to_stop(voice: Path, tmp_path: Path) -> None:
+    recipe = toy.recipe_tree(voice, tmp_path / "runs", "drained", checkpoint_every=0, optim__steps=40)
+    outcome = launch(tmp_path, WORKER, 2, [{"name": "drained", "recipe": recipe, "drained": 1}])["drained"]
+    assert outcome["stopped"] == "a node is taken away" and outcome["step"] < 40
+    assert [path.name for path in list_checkpoints(tmp_path / "runs" / "drained")] == [f"step-{outcome['step']:08d}"]
+
+
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(voice: Path, tmp_path: Path) -> None:
     recipe = toy.recipe(voice, tmp_path, "bad", loss__mel=1e308, log_every=50)
     with LocalContext(tmp_path) as context, pytest.raises(TrainingError, match="is not a finite number at step"):

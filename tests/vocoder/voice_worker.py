@@ -31,6 +31,8 @@ class Gradients:
 
 def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
     gradients = Gradients(scenario.get("die_at"))
+    if context.rank == scenario.get("drained"):
+        context.stop_requested = lambda: "a node is taken away"  # type: ignore[method-assign]
     hook = register_optimizer_step_pre_hook(gradients)
     try:
         result = train_voice(VoiceRecipe.model_validate(scenario["recipe"]), context)
@@ -38,7 +40,7 @@ def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dic
         hook.remove()
     if context.rank == 0:
         save_file(gradients.seen, result.run_folder / "gradients.safetensors")
-    return {"step": result.step, "metrics": dict(result.metrics)}
+    return {"step": result.step, "metrics": dict(result.metrics), "stopped": result.stopped}
 
 
 if __name__ == "__main__":
