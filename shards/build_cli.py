@@ -101,6 +101,8 @@ def run_build(args: argparse.Namespace) -> int:
         replace=args.replace,
     )
     finish_interrupted(args.out)
+    if corpus.kind is not None and (kind := corpus.kind(args.source)):
+        _say(f"{args.source}: {kind}")
     described = build_corpus(corpus, args.source, args.out, request, settings, _say)
     if corpus.unit_set is not None:
         record_published(args.out, corpus.unit_set)

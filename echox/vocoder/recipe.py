@@ -93,7 +93,7 @@ class LossConfig(Section):
 
 
 class VoiceOptim(Section):
-    """AdamW for generator and discriminators alike; the defaults are those of HiFi-GAN."""
+    """AdamW of the generator and of the discriminators; the defaults are those of HiFi-GAN."""
 
     steps: Free[PositiveInt] = Field(
         description="optimizer steps of the whole run; one that has ended goes on with more"

@@ -10,7 +10,8 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import soundfile
 
 from echox.audio.containers import is_bare_flac, is_cut
-from echox.audio.io import LONGEST_S, SAMPLE_RATE, encode_flac, header_seconds, read_audio, sayable
+from echox.audio.io import LONGEST_S, SAMPLE_RATE, encode_flac, header_seconds, read_audio, read_span, sayable
 from echox.errors import DataError, EchoXError
 from echox.files import sha256_file
 from echox.stream.format.scan import TURN_MEMBERS
@@ -80,8 +81,12 @@ class Job:
 
 def _described(utterance: Utterance) -> dict[str, Any]:
     fields = asdict(utterance)
+    # As before there were any, so that finished shards are still known.
     if not utterance.turn_audio:
-        del fields["turn_audio"]  # as before there was any, so that finished shards are still known
+        del fields["turn_audio"]
+    for name, audio in fields.items():
+        if isinstance(audio, dict) and audio.get("channel", 0) is None:
+            fields[name] = {key: value for key, value in audio.items() if key != "channel"}
     return fields
 
 
@@ -265,19 +270,11 @@ def _flac(
 
     Where it is clipped, `noted` gets the share of its samples that are.
     """
-    part = audio if isinstance(audio, FileAudio) and (audio.start_s or audio.seconds) else None
     try:
-        data = audio.read()
-        info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
-        if is_cut(data):
-            raise Rejected(f"{what}: the file is cut short")
-        if part is None and promised is not None and promised > longest_s:
-            raise _outside(what, promised, longest_s)
-        samples = read_audio(data, LONGEST_S if part else min(longest_s + 1, LONGEST_S), rate)
+        is_part = isinstance(audio, FileAudio) and audio.is_part
+        sound = _part(audio, longest_s, rate) if is_part else _read(audio, longest_s, rate)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
-    except soundfile.LibsndfileError as error:
-        raise Rejected(f"{what}: Cannot decode {len(data)} bytes of audio: {error.error_string}") from error
     except (DataError, ValueError) as error:
         raise Rejected(f"{what}: {error.what if isinstance(error, DataError) else error}") from error
     except OSError as error:
@@ -289,20 +286,76 @@ def _flac(
             where=str(audio.stands_in()),
             fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
-    if promised is not None and len(samples) / rate < 0.98 * promised:
+    seconds = len(sound.samples) / rate
+    if sound.is_cut or sound.promised is not None and 0 < seconds < 0.98 * sound.promised <= longest_s:
         raise Rejected(f"{what}: the file is cut short")
-    if part is not None:
-        first = round((part.start_s or 0.0) * rate)
-        samples = samples[first:][: None if part.seconds is None else round(part.seconds * rate)]
-    seconds = len(samples) / rate
+    if sound.promised is not None and sound.promised > longest_s:
+        raise _outside(what, sound.promised, longest_s)
     if not SHORTEST_S <= seconds <= longest_s:
         raise _outside(what, seconds, longest_s)
-    if share := _clipped(samples, what, info.channels):
+    if share := _clipped(sound.samples, what, sound.channels):
         noted[what] = share
+    return sound.flac or encode_flac(sound.samples, rate), round(seconds, 3)
+
+
+@dataclass(frozen=True)
+class _Sound:
+    """A decoded recording.
+
+    Attributes:
+        samples: none where it is cut, or too long by its header.
+        channels: of the file.
+        promised: seconds by its header, if that knows.
+        is_cut: whether the file's end is missing.
+        flac: its own bytes, where they are what is wanted.
+    """
+
+    samples: NDArray[np.float32]
+    channels: int
+    promised: float | None = None
+    is_cut: bool = False
+    flac: bytes | None = None
+
+
+def _read(audio: Audio, longest_s: float, rate: int) -> _Sound:
+    data = audio.read()
+    try:
+        info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"Cannot decode {len(data)} bytes of audio: {error.error_string}") from error
+    cut = is_cut(data)
+    if cut or promised is not None and promised > longest_s:
+        return _Sound(np.zeros(0, np.float32), info.channels, promised, cut)
+    channel = audio.channel if isinstance(audio, FileAudio) else None
+    samples = read_audio(data, min(longest_s + 1, LONGEST_S), channel, rate)
     fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", rate, 1)
     # One of unknown length is encoded again: other programs believe the header. So is one with tags and pictures.
-    kept = fits and promised is not None and part is None and is_bare_flac(data)
-    return data if kept else encode_flac(samples, rate), round(seconds, 3)
+    kept = fits and promised is not None and is_bare_flac(data)
+    return _Sound(samples, info.channels, promised, cut, data if kept else None)
+
+
+def _part(audio: FileAudio, longest_s: float, rate: int) -> _Sound:
+    """A part of a recording, which may be a long one."""
+    start_s = audio.start_s or 0.0
+    samples = read_span(audio.inside(), start_s, audio.seconds, audio.channel, longest_s + 1, rate)
+    if samples is not None:
+        return _Sound(samples, 1, promised=audio.seconds)
+    whole = _whole(replace(audio, start_s=None, seconds=None), rate, *_stamp(audio.path))
+    first = round(start_s * rate)
+    last = None if audio.seconds is None else first + round(audio.seconds * rate)
+    return replace(whole, samples=whole.samples[first:last], promised=audio.seconds, flac=None)
+
+
+@lru_cache(maxsize=1)
+def _whole(audio: FileAudio, rate: int, *stamp: Any) -> _Sound:
+    """A recording that has to be decoded for its parts: once, where they follow one another.
+
+    Args:
+        audio: all of it.
+        rate: samples a second.
+        stamp: of its file, for one that was replaced to be read again.
+    """
+    return _read(audio, LONGEST_S, rate)
 
 
 def _outside(what: str, seconds: float, longest_s: float) -> Rejected:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +25,8 @@ from shards.corpus import Audio, Corpus, MemberAudio, Request, SpanAudio, Uttera
 
 Progress = Callable[[str], None]
 
+_SHOWN = 4
+"""Kinds of reasons for rejection that are said; the file of rejections has all."""
 _EARLY = 1000
 """Utterances after which a share of bad ones above the budget ends the build at once."""
 
@@ -94,9 +98,21 @@ def build_corpus(
     say(
         f"{corpus.name}: {described['samples']:,} samples in {len(described['shards']):,} shards, "
         f"{described['hours']:.2f} h of audio, {sum(len(r['rejected']) for r in records):,} utterances rejected"
+        + _reasons(records)
         + (f", {clipped:,} clipped (`clipped` in their json)" if clipped else "")
     )
     return described
+
+
+def _reasons(records: list[dict[str, Any]]) -> str:
+    """The commonest reasons, whatever numbers and names are in each: "no transcript" stands for all of its kind."""
+    kinds = Counter(
+        re.sub(r"[\d.,]*\d|'[^']*'", "…", str(rejected["reason"]))
+        for record in records
+        for rejected in record["rejected"]
+    )
+    shown = [f"{count:,} {kind}" for kind, count in kinds.most_common(_SHOWN)]
+    return f" ({'; '.join(shown)}{'; ...' if len(kinds) > _SHOWN else ''})" if kinds else ""
 
 
 def _already_built(out: Path, jobs: Iterator[Job], settings: Settings, say: Progress) -> dict[str, Any] | None:

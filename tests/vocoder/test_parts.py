@@ -157,7 +157,7 @@ def test_a_segment_is_heard_where_its_units_are() -> None:
         found.add((int(heard_BT[0, 0, 0]), int(heard_BT[1, 0, 0])))
         assert torch.equal(batch.wave_BN, collate.join([row(20, "a"), row(20, "b"), row(3, "c")], step).wave_BN)
     first = {place for place, _ in found}
-    assert {0, 12} <= first <= set(range(13)) and len(found) > 60, "anywhere in the clip, anew at each step"
+    assert {0, 12} <= first <= set(range(13)) and len(found) > 60, "anywhere in the clip, at each step again"
 
 
 @pytest.fixture(scope="module")

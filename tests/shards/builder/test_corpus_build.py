@@ -81,7 +81,10 @@ def test_the_folder_is_what_its_description_says(source: Path, tmp_path: Path) -
     assert described["fingerprint"] == hashlib.sha256("".join(hashes).encode()).hexdigest()
     assert list(read(tmp_path / "out")) == [f"wav/{number}" for number in range(20) if number not in (2, 10)]
     assert ledger(tmp_path / "out").keys() == {"wav/2", "wav/10"}
-    assert lines[-1] == "manifest: 18 samples in 5 shards, 0.00 h of audio, 2 utterances rejected"
+    assert lines[-1] == (
+        "manifest: 18 samples in 5 shards, 0.00 h of audio, 2 utterances rejected (1 no transcript; "
+        "1 question: Cannot decode … bytes of audio: Format not recognised.)"
+    )
     assert not (tmp_path / ".out.building").exists()
 
 
