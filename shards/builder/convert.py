@@ -271,8 +271,10 @@ def _flac(
     Where it is clipped, `noted` gets the share of its samples that are.
     """
     try:
-        is_part = isinstance(audio, FileAudio) and audio.is_part
-        sound = _part(audio, longest_s, rate) if is_part else _read(audio, longest_s, rate)
+        if isinstance(audio, FileAudio) and audio.is_part:
+            sound = _part(audio, longest_s, rate)
+        else:
+            sound = _read(audio, longest_s, rate)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
     except (DataError, ValueError) as error:

@@ -386,8 +386,9 @@ def test_answers_keep_the_rate_that_a_vocoder_needs_and_questions_their_own(tmp_
     put(tmp_path / "b.wav", encoded(clip(3, rate=48_000), 48_000))
     rows = [
         {"id": name, "audio": "q.wav", "text": "a", "answer_audio": audio, "answer_text": "b"}
-        for name, audio in (("a", "a.flac"), ("b", "b.wav"))
+        for name, audio in (("a", "a.flac"), ("b", "b.wav"), ("c", "b.wav"))
     ]
+    rows[2] |= {"answer_offset": 0.1, "answer_duration": 0.15}
     source = put_lines(tmp_path / "mine.jsonl", rows)
     words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main([*words, "--keep-answer-audio", "--answer-rate", "24000"]) == 0
@@ -396,7 +397,8 @@ def test_answers_keep_the_rate_that_a_vocoder_needs_and_questions_their_own(tmp_
     for name, rate in (("a.answer", 24_000), ("b.answer", 24_000), ("a.question", 16_000), ("b.question", 16_000)):
         assert soundfile.info(io.BytesIO(kept[f"{name}.flac"])).samplerate == rate, name
     assert kept["a.answer.flac"] == fits
-    assert json.loads(kept["b.json"])["answer_s"] == 0.3
+    assert [json.loads(kept[f"{key}.json"])["answer_s"] for key in "abc"] == [0.3, 0.3, 0.15]
+    assert soundfile.info(io.BytesIO(kept["c.answer.flac"])).frames == 3600, "a part of a recording too"
     assert main(words) == 4, "shards of another rate are other shards"
 
 
