@@ -38,6 +38,7 @@ COMMANDS: dict[str, str] = {
     "bench": "launch.recovery",
     "plan": "echox.bench.plan.cli",
     "ablate": "launch.ablation.cli",
+    "sweep": "launch.sweep.cli",
     "doctor": "launch.client.cluster_doctor",
 }
 INTERRUPTED = 130

@@ -62,6 +62,7 @@ COVERED = {
     "bench teacher",
     "plan",
     "ablate",
+    "sweep",
 }
 """Commands that the tests below run on what others made."""
 OF_OUR_OWN = {
@@ -238,6 +239,7 @@ def test_recipes(trial: Trial) -> None:
     for text in ("[" * 3000, "{a: " * 200, "&a [*a]", "!!python/object/apply:os.system [x]", "9" * 6000):
         trial.run("train", "demo/s2t", f"name={text}", refused=True)
         trial.run("ablate", "demo", f"name={text}", "--storage", trial.out, refused=True)
+        trial.run("sweep", "demo/s2t", f"name={text},x", f"storage={trial.out}", refused=True)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
 from launch.client.status import error_report, run_status
 from launch.events import read_events
+from launch.sweep.runner import Sweep
+from launch.sweep.trials import space
 from tests.vocoder import toy
 
 pytestmark = pytest.mark.timeout(600)
@@ -195,6 +197,39 @@ def test_two_workers_get_what_they_need(jobs: Jobs, storage: Path) -> None:
     assert [json.loads(path.read_text())["path"] for path in pointers] == [
         str(storage / name / "checkpoints" / "step-00000001")
     ]
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_its_trials_as_jobs_of_one_parent_run(jobs: Jobs, storage: Path) -> None:
+    class Stood:
+        """The cluster, whose jobs get the stand-in for the engine."""
+
+        list, stop, failure = jobs.list, jobs.stop, jobs.failure
+
+        def submit(self, recipe: str, overrides: Sequence[str] = ()) -> str:
+            words = [word for word in overrides if not word.startswith("name=")]
+            name = next(word for word in overrides if word.startswith("name="))
+            return submit(jobs, storage, "train", *words, name)
+
+    swept = space(["optim.steps=1961,1962,1963", "tracking.system_metrics=false", f"storage={storage}"])
+    outcomes = Sweep(
+        recipe=RECIPE,
+        trials=swept.trials("swept", None, 0),
+        queue=Stood(),
+        storage=storage,
+        record=storage / "swept-sweep.json",
+        metric="loss/total",
+        rule=None,
+        parallel=1,
+        say=print,
+    ).run()
+    assert [outcome.state for outcome in outcomes] == ["done"] * 3
+    for outcome in outcomes:
+        seen = json.loads((storage / outcome.trial.name / "seen.json").read_text())
+        assert str(seen["steps"]) == outcome.trial.values["optim.steps"]
+    runs = [run_of(storage, outcome.trial.name) for outcome in outcomes]
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert MlflowClient(f"sqlite:///{storage}/mlflow.db").get_run(parent).info.run_name == "swept-sweep"
 
 
 @pytest.mark.slow
