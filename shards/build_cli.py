@@ -60,6 +60,13 @@ def _add(corpora: Any, corpus: Corpus) -> None:
         parser.add_argument(
             "--audio-root", type=Path, help="folder that the audio has to lie in (default: the manifest's own)"
         )
+        parser.add_argument(
+            "--transcribe", metavar="MODEL", help="Whisper that writes down what has no text: a folder, or its name"
+        )
+        parser.add_argument("--language", help="spoken in it, for --transcribe, as 'de'; default: the model decides")
+        parser.add_argument(
+            "--speak", type=Path, metavar="VOICE.onnx", help="Piper voice that speaks what has no sound"
+        )
     parser.add_argument("--per-shard", type=positive, default=256, help="utterances a shard (default: %(default)s)")
     parser.add_argument(
         "--max-seconds", type=float, default=120.0, help="longer audio is rejected (default: %(default)g)"
@@ -103,7 +110,7 @@ def run_build(args: argparse.Namespace) -> int:
     finish_interrupted(args.out)
     if corpus.kind is not None and (kind := corpus.kind(args.source)):
         _say(f"{args.source}: {kind}")
-    described = build_corpus(corpus, args.source, args.out, request, settings, _say)
+    described = build_corpus(_completed(corpus, args), args.source, args.out, request, settings, _say)
     if corpus.unit_set is not None:
         record_published(args.out, corpus.unit_set)
     if args.units is not None:
@@ -114,6 +121,28 @@ def run_build(args: argparse.Namespace) -> int:
     else:
         print(f"corpus {corpus.name}: {args.out}")
     return 0
+
+
+def _completed(corpus: Corpus, args: argparse.Namespace) -> Corpus:
+    """The corpus with what a model is to make of it."""
+    from shards.builder.missing import Maker, Missing
+
+    transcribe, speak = getattr(args, "transcribe", None), getattr(args, "speak", None)
+    recogniser = synthesiser = None
+    if transcribe is not None:
+        from echox.evaluate.judges import NamedJudge
+
+        judge = NamedJudge.find(transcribe)
+        recogniser = Maker(judge.name, json.dumps([judge.identity(), args.language]), lambda: judge.open(args.language))
+    if speak is not None:
+        from echox.files import sha256_file
+        from shards.builder.piper import PiperSpeech, check_voice
+
+        check_voice(speak)
+        synthesiser = Maker(speak.stem, sha256_file(speak), lambda: PiperSpeech(speak))
+    if recogniser is None and synthesiser is None:
+        return corpus
+    return Missing(args.out.with_name(f"{args.out.name}.made"), recogniser, synthesiser).completes(corpus)
 
 
 def positive(text: str) -> int:

@@ -137,7 +137,7 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
                 try:
                     members = sample_members(utterance, job.longest_s, job.answer_rate)
                 except Rejected as rejected:
-                    files = [_stamp(path) for path in _files(utterance)]
+                    files = [stamp(path) for path in _files(utterance)]
                     record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
                     continue
                 record["samples"] += 1
@@ -186,8 +186,8 @@ def may_be_kept(folder: Path, number: int, identity: str) -> dict[str, Any] | No
     record: dict[str, Any] | None = read_json(record_path(folder, number))
     if not record or record["identity"] != identity:
         return None
-    stamps = [stamp for rejected in record["rejected"] for stamp in rejected["files"]]
-    return record if all(stamp == _stamp(Path(stamp[0])) for stamp in stamps) else None
+    known = [each for rejected in record["rejected"] for each in rejected["files"]]
+    return record if all(each == stamp(Path(each[0])) for each in known) else None
 
 
 def write_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, Any]) -> None:
@@ -270,6 +270,24 @@ def _flac(
 
     Where it is clipped, `noted` gets the share of its samples that are.
     """
+    sound = _checked(audio, what, longest_s, rate)
+    if share := _clipped(sound.samples, what, sound.channels):
+        noted[what] = share
+    return sound.flac or encode_flac(sound.samples, rate), round(len(sound.samples) / rate, 3)
+
+
+def waveform(audio: Audio) -> NDArray[np.float32]:
+    """16 kHz mono samples of a sound.
+
+    Raises:
+        Rejected: there are none.
+        EchoXError: the storage does not give them.
+    """
+    return _checked(audio, "sound", LONGEST_S).samples
+
+
+def _checked(audio: Audio, what: str, longest_s: float, rate: int = SAMPLE_RATE) -> _Sound:
+    """A sound, decoded, that is neither cut nor too short or too long."""
     try:
         if isinstance(audio, FileAudio) and audio.is_part:
             sound = _part(audio, longest_s, rate)
@@ -295,9 +313,7 @@ def _flac(
         raise _outside(what, sound.promised, longest_s)
     if not SHORTEST_S <= seconds <= longest_s:
         raise _outside(what, seconds, longest_s)
-    if share := _clipped(sound.samples, what, sound.channels):
-        noted[what] = share
-    return sound.flac or encode_flac(sound.samples, rate), round(seconds, 3)
+    return sound
 
 
 @dataclass(frozen=True)
@@ -342,20 +358,19 @@ def _part(audio: FileAudio, longest_s: float, rate: int) -> _Sound:
     samples = read_span(audio.inside(), start_s, audio.seconds, audio.channel, longest_s + 1, rate)
     if samples is not None:
         return _Sound(samples, 1, promised=audio.seconds)
-    whole = _whole(replace(audio, start_s=None, seconds=None), rate, *_stamp(audio.path))
-    first = round(start_s * rate)
-    last = None if audio.seconds is None else first + round(audio.seconds * rate)
+    whole = _whole(replace(audio, start_s=None, seconds=None), *stamp(audio.path))
+    first = round(start_s * SAMPLE_RATE)
+    last = None if audio.seconds is None else first + round(audio.seconds * SAMPLE_RATE)
     return replace(whole, samples=whole.samples[first:last], promised=audio.seconds, flac=None)
 
 
 @lru_cache(maxsize=1)
-def _whole(audio: FileAudio, rate: int, *stamp: Any) -> _Sound:
+def _whole(audio: FileAudio, *state: Any) -> _Sound:
     """A recording that has to be decoded for its parts: once, where they follow one another.
 
     Args:
         audio: all of it.
-        rate: samples a second.
-        stamp: of its file, for one that was replaced to be read again.
+        state: of its file, for one that was replaced to be read again.
     """
     return _read(audio, LONGEST_S, rate)
 
@@ -383,7 +398,7 @@ def _files(utterance: Utterance) -> list[Path]:
     return [audio.stands_in() for audio in utterance.sounds]
 
 
-def _stamp(path: Path) -> list[Any]:
+def stamp(path: Path) -> list[Any]:
     """Path, size and time of a file: enough to see that it was replaced."""
     try:
         state = path.stat()

@@ -6,6 +6,7 @@ A line comes from anywhere: one that cannot be used is an utterance with a probl
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,13 +95,13 @@ def _utterance(row: Mapping[str, Any], source: Path, request: Request, places: _
         raise Unusable("answer_text is there but says nothing; leave it out of a line to transcribe, or name a --task")
     audio = places.sound(row, "audio")
     answer_audio = places.sound(row, "answer_audio", "" if audio is None else "answer_")
-    task = request.task or _task(audio, answer_audio, answer_text)
+    task = request.task or _task(audio or text, answer_audio or answer_text, answer_text)
     if task == "tts" and answer_audio is None:
         # Recordings with their transcripts serve as speech to learn from.
         audio, text, answer_audio, answer_text = None, None, audio, answer_text or text
-    named = _id(row) or _derived(row)
+    named = _id(row) or _derived(row) or _by_text(text or answer_text)
     if named is None:
-        raise Unusable("neither id nor audio")
+        raise Unusable("neither id, audio nor text")
     turns = _turns(row)
     heard = tuple(places.sound(turn, "audio") if turn["role"] == "user" else None for turn in turns)
     return Utterance(
@@ -161,6 +162,10 @@ def _derived(row: Mapping[str, Any]) -> str | None:
     return "-".join(parts)
 
 
+def _by_text(text: str | None) -> str | None:
+    return None if text is None else f"text-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 def _turns(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     turns = row.get("turns")
     if turns is None:
@@ -189,8 +194,8 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"fields": short} if short else {}
 
 
-def _task(audio: Audio | None, answer_audio: Audio | None, answer_text: str | None) -> str:
-    if audio is None and answer_audio is not None:
+def _task(asked: Audio | str | None, answered: Audio | str | None, answer_text: str | None) -> str:
+    if asked is None and answered is not None:
         return "tts"
     return "asr" if answer_text is None else "sqa"
 
