@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 
 
 def check_voice(model: Path) -> None:
-    """Make sure that a voice and its configuration are there.
+    """Make sure that the package, a voice and its configuration are there.
 
     Raises:
         MissingModelError: one is not.
     """
+    if find_spec("piper") is None:
+        fix = "pip install 'echox[demo]'"
+        raise MissingModelError("piper-tts, which speaks, is not installed", where=str(model), fix=fix)
     for path in (model, Path(f"{model}.json")):
         if not path.is_file():
             fix = "name a voice's .onnx, with its .onnx.json beside it"
@@ -33,15 +37,12 @@ class PiperSpeech:
         model: `NAME.onnx`, with `NAME.onnx.json` beside it.
 
     Raises:
-        MissingModelError: the package or the voice is not there.
+        MissingModelError: it is no voice.
     """
 
     def __init__(self, model: Path) -> None:
-        try:
-            from piper import PiperVoice, SynthesisConfig
-        except ImportError as error:
-            fix = "pip install 'echox[demo]'"
-            raise MissingModelError("piper-tts is not installed", where=str(model), fix=fix) from error
+        from piper import PiperVoice, SynthesisConfig
+
         try:
             self._voice = PiperVoice.load(model)
         except Exception as error:  # onnxruntime's errors have no common class of their own
