@@ -358,18 +358,19 @@ def _part(audio: FileAudio, longest_s: float, rate: int) -> _Sound:
     samples = read_span(audio.inside(), start_s, audio.seconds, audio.channel, longest_s + 1, rate)
     if samples is not None:
         return _Sound(samples, 1, promised=audio.seconds)
-    whole = _whole(replace(audio, start_s=None, seconds=None), *stamp(audio.path))
+    whole = _whole(replace(audio, start_s=None, seconds=None), rate, *stamp(audio.path))
     first = round(start_s * SAMPLE_RATE)
     last = None if audio.seconds is None else first + round(audio.seconds * SAMPLE_RATE)
     return replace(whole, samples=whole.samples[first:last], promised=audio.seconds, flac=None)
 
 
 @lru_cache(maxsize=1)
-def _whole(audio: FileAudio, *state: Any) -> _Sound:
+def _whole(audio: FileAudio, rate: int, *state: Any) -> _Sound:
     """A recording that has to be decoded for its parts: once, where they follow one another.
 
     Args:
         audio: all of it.
+        rate: samples a second.
         state: of its file, for one that was replaced to be read again.
     """
     return _read(audio, LONGEST_S, rate)
