@@ -359,8 +359,8 @@ def _part(audio: FileAudio, longest_s: float, rate: int) -> _Sound:
     if samples is not None:
         return _Sound(samples, 1, promised=audio.seconds)
     whole = _whole(replace(audio, start_s=None, seconds=None), rate, *stamp(audio.path))
-    first = round(start_s * SAMPLE_RATE)
-    last = None if audio.seconds is None else first + round(audio.seconds * SAMPLE_RATE)
+    first = round(start_s * rate)
+    last = None if audio.seconds is None else first + round(audio.seconds * rate)
     return replace(whole, samples=whole.samples[first:last], promised=audio.seconds, flac=None)
 
 
