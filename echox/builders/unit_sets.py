@@ -97,11 +97,12 @@ def check_language(language: UnitLanguage, place: str, checkpoint: Path, *, say:
     )
 
 
-def run_files(recipe: Recipe, language: UnitLanguage | None) -> dict[str, RunFile]:
-    """The unit language of a stage that speaks, to be kept with its run."""
+def run_files(recipe: Recipe, language: UnitLanguage | None, **learned: float | None) -> dict[str, RunFile]:
+    """The unit language of a stage that speaks, to be kept with its run, and what was `learned` of texts in it."""
     if recipe.stage == "s2t" or language is None:
         return {}
-    about = {_UNIT_SET: None if language.unit_set is None else asdict(language.unit_set)}
+    known = {name: value for name, value in learned.items() if value is not None}
+    about = {_UNIT_SET: None if language.unit_set is None else asdict(language.unit_set), **known}
     return {LANGUAGE: RunFile(path=_place(recipe), sha256=language.sha256, about=about)}
 
 

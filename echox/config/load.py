@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -251,7 +251,7 @@ def _validate(
             text = json.dumps(tree, default=str)
             recipe = schema.model_validate_json(text, strict=True, context={"cross_checks": False})
         except ValidationError as error:
-            details = error.errors(include_url=False)
+            details = _by_field(schema, error.errors(include_url=False))
         else:
             breaches = [b for b in rules(recipe) if not any(_related(k, w) for k in b.keys for w in wrong)]
             mistakes += [Mistake("", breach.rule, breach.fix) for breach in breaches]
@@ -267,6 +267,23 @@ def _validate(
                 mistakes.append(_mistake(schema, detail))
             wrong.add(_dotted(detail["loc"]))
             _take_out(schema, tree, detail["loc"])
+
+
+def _by_field(schema: Schema, details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """The mistakes, with one for a value that may be a number or a word: pydantic has one for each of both."""
+    found: dict[Loc, ErrorDetails] = {}
+    for detail in details:
+        words = _words(_annotation(schema, detail["loc"][:-1]))
+        if words:
+            detail = {**detail, "loc": detail["loc"][:-1], "msg": f"{detail['msg']}, or {' or '.join(words)}"}
+        found.setdefault(detail["loc"], detail)
+    return list(found.values())
+
+
+def _words(annotation: Any) -> list[str]:
+    """Words that a value of a schema type may be in place of a number; none for other types."""
+    arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [str(word) for arm in arms if get_origin(arm) is Literal for word in get_args(arm)]
 
 
 def _meant(schema: Schema, loc: Loc) -> Loc:
@@ -363,8 +380,8 @@ def _dotted(loc: Iterable[int | str]) -> str:
 def _bare(annotation: Any) -> Any:
     """The type behind `X | None`."""
     if get_origin(annotation) in (Union, UnionType):
-        return next(arm for arm in get_args(annotation) if arm is not type(None))
-    return annotation
+        annotation = next(arm for arm in get_args(annotation) if arm is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _annotation(schema: Schema, loc: Loc) -> Any:

@@ -248,7 +248,7 @@ class _Attempt:
             },
             published=self.published,
         )
-        self._announce(precision, placement, census, ds_config, setup.compiled)
+        self._announce(precision, placement, census, ds_config, setup)
         health = LossGuard(recipe.health, world.device)
         if self.choice.checkpoint is not None:
             self._resume(self.choice.checkpoint, checkpointer, health)
@@ -404,7 +404,7 @@ class _Attempt:
         placement: str,
         census: Mapping[str, Any],
         ds_config: Mapping[str, Any],
-        compiled: Mapping[str, int],
+        setup: StageSetup,
     ) -> None:
         self.reporter.event(
             "start",
@@ -417,10 +417,12 @@ class _Attempt:
             precision=precision,
             frozen_placement=placement,
             dtypes=json.dumps(census),
-            **({"compiled": json.dumps(dict(compiled))} if compiled else {}),
+            **({"compiled": json.dumps(dict(setup.compiled))} if setup.compiled else {}),
             start_s=self.startup.seconds,
             peak_gib=peak_gib(self.world.device),
         )
+        for event, note in setup.notes.items():
+            self.reporter.event(event, what=note)
         if self.world.is_main:
             self.reporter.tracker.log_params(self.recipe.model_dump(mode="json"))
             for name, contents in (("recipe.json", self.recipe.model_dump(mode="json")), ("deepspeed.json", ds_config)):
