@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "shards": "shards.cli",
     "units": "echox.units.cli",
     "unit-language": "echox.units.cli",
+    "vocoder": "echox.vocoder.cli",
     "speak": "echox.speak.cli",
     "serve": "echox.serve.cli",
     "evaluate": "echox.evaluate.cli",

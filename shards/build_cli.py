@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from echox.audio.io import SAMPLE_RATE
 from shards.corpora.registry import CORPORA
 from shards.corpus import Corpus
+
+ANSWER_RATES = (SAMPLE_RATE, 24_000)
 
 
 def add_builders(corpora: Any) -> None:
@@ -40,6 +43,13 @@ def _add(corpora: Any, corpus: Corpus) -> None:
     if corpus.tasks != ("asr",):
         parser.add_argument("--units", type=Path, help="folder of kmeans.npz: turn spoken answers into units of it")
         parser.add_argument("--keep-answer-audio", action="store_true", help="keep answer.flac beside the units")
+        parser.add_argument(
+            "--answer-rate",
+            type=int,
+            choices=ANSWER_RATES,
+            default=SAMPLE_RATE,
+            help="samples a second of answer.flac, for a vocoder that speaks at that rate (default: %(default)s)",
+        )
     if "sqa" in corpus.tasks:
         parser.add_argument(
             "--history-audio",
@@ -93,6 +103,7 @@ def run_build(args: argparse.Namespace) -> int:
         per_shard=args.per_shard,
         workers=workers,
         longest_s=args.max_seconds,
+        answer_rate=getattr(args, "answer_rate", SAMPLE_RATE),
         max_rejected=args.max_rejected,
         replace=args.replace,
     )

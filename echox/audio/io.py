@@ -40,16 +40,22 @@ _BLOCK = 1 << 21
 """Values decoded at a time, of all channels together."""
 
 
-def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S, channel: int | None = None) -> Waveform:
+def read_audio(
+    source: str | Path | bytes,
+    longest_s: float = LONGEST_S,
+    channel: int | None = None,
+    rate: int = SAMPLE_RATE,
+) -> Waveform:
     """Decode, downmix and resample.
 
     Args:
         source: a file, or the bytes of one (WAV, FLAC, OGG, MP3: whatever libsndfile reads).
         longest_s: what is longer is refused, and decoded no further, seconds.
         channel: the one that is wanted, from 0; None is the mean of all.
+        rate: samples a second to resample to.
 
     Returns:
-        float32 [samples], 16 kHz mono, nominally within -1 and 1.
+        float32 [samples] at `rate`, mono, nominally within -1 and 1.
 
     A length that the header does not know, as of a stream that was written into a pipe, is found by decoding; a file
     that was joined of several (see `pieces`) is read to its end.
@@ -65,9 +71,9 @@ def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S, channel
     try:
         for part in pieces(source) if isinstance(source, bytes) else _parts(Path(source)):
             with _in_memory(part) if isinstance(part, bytes) else open_regular(part) as file:
-                mono, rate = _decode(file, name, left, longest_s, channel)
-            found.append(resample(mono, rate))
-            left -= len(mono) / rate
+                mono, own_rate = _decode(file, name, left, longest_s, channel)
+            found.append(resample(mono, own_rate, rate))
+            left -= len(mono) / own_rate
     except (soundfile.LibsndfileError, OSError) as error:
         # The whole message of libsndfile names bytes by their address in memory.
         known = error.error_string if isinstance(error, soundfile.LibsndfileError) else error.strerror or str(error)
@@ -82,7 +88,12 @@ def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S, channel
 
 
 def read_span(
-    path: Path, start_s: float, seconds: float | None, channel: int | None = None, longest_s: float = LONGEST_S
+    path: Path,
+    start_s: float,
+    seconds: float | None,
+    channel: int | None = None,
+    longest_s: float = LONGEST_S,
+    rate: int = SAMPLE_RATE,
 ) -> Waveform | None:
     """Decode a part of a long recording, of any length itself, and nothing else of it.
 
@@ -91,9 +102,10 @@ def read_span(
         start_s, seconds: the part; None is to the end, and what is beyond the end is not there.
         channel: the one that is wanted, from 0; None is the mean of all.
         longest_s: no more of it is decoded, seconds.
+        rate: samples a second to resample to.
 
     Returns:
-        float32 [samples], 16 kHz mono; None for a file of another format.
+        float32 [samples] at `rate`, mono; None for a file of another format.
 
     Raises:
         DataError: the file is damaged, or has no such channel.
@@ -105,19 +117,19 @@ def read_span(
         try:
             with soundfile.SoundFile(file, closefd=False) as opened:
                 _check_kind(opened.samplerate, opened.channels, channel, str(path))
-                rate, around = opened.samplerate, round(_AROUND_S * opened.samplerate)
-                first = min(round(start_s * rate), opened.frames)
-                last = opened.frames if seconds is None else min(round((start_s + seconds) * rate), opened.frames)
+                own_rate, around = opened.samplerate, round(_AROUND_S * opened.samplerate)
+                first = min(round(start_s * own_rate), opened.frames)
+                last = opened.frames if seconds is None else min(round((start_s + seconds) * own_rate), opened.frames)
                 before = min(first, around)
                 opened.seek(first - before)
-                last = max(first, min(last, first + round(longest_s * rate)))
+                last = max(first, min(last, first + round(longest_s * own_rate)))
                 block = opened.read(last - first + before + around, "float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             what = f"Cannot decode a part of {path}: {error.error_string}"
             raise DataError(what, where=str(path), fix="Repair the recording, or leave it out.") from error
     mono = block[:, channel] if channel is not None else block.mean(axis=1, dtype=np.float32)
-    begin = round(before * SAMPLE_RATE / rate)
-    return resample(np.ascontiguousarray(mono), rate)[begin : begin + round((last - first) * SAMPLE_RATE / rate)]
+    begin, samples = round(before * rate / own_rate), round((last - first) * rate / own_rate)
+    return resample(np.ascontiguousarray(mono), own_rate, rate)[begin : begin + samples]
 
 
 def _check_kind(rate: int, channels: int, channel: int | None, name: str) -> None:
@@ -137,6 +149,15 @@ def header_seconds(content: bytes | memoryview) -> float | None:
     """
     seconds = sum(float(soundfile.info(io.BytesIO(piece)).duration) for piece in pieces(bytes(content)))
     return seconds if seconds <= LONGEST_S else None
+
+
+def header_rate(content: bytes) -> int:
+    """Samples a second of an encoded clip, by its header.
+
+    Raises:
+        soundfile.LibsndfileError: it is no audio.
+    """
+    return int(soundfile.info(io.BytesIO(content)).samplerate)
 
 
 def sayable(seconds: float) -> int:
@@ -225,10 +246,10 @@ def write_audio(path: str | Path, samples: Waveform, rate: int = SAMPLE_RATE) ->
     soundfile.write(path, _pcm16(samples), rate, subtype="PCM_16")
 
 
-def encode_flac(samples: Waveform) -> bytes:
-    """FLAC bytes, 16 kHz mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
+def encode_flac(samples: Waveform, rate: int = SAMPLE_RATE) -> bytes:
+    """FLAC bytes, mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, _pcm16(samples), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, _pcm16(samples), rate, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
 
 

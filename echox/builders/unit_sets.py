@@ -56,7 +56,7 @@ def check_units(
     if annotated:
         sources = [source for source in sources if source.task == "sqa"]
     if recipe.stage == "t2c" or annotated:
-        parts = [UnitPart(f"dataset {source.path}", _of_dataset(source)) for source in sources]
+        parts = [UnitPart(f"dataset {source.path}", units_of_dataset(source)) for source in sources]
         if language is not None:
             parts.append(UnitPart(f"the unit language {_place(recipe)}", language.unit_set))
         check_same_unit_set(
@@ -131,7 +131,7 @@ def _entry(checkpoint: Path) -> RunFileEntry | None:
     return files.get(LANGUAGE)
 
 
-def _of_dataset(source: Source) -> UnitSetIdentity | None:
+def units_of_dataset(source: Source) -> UnitSetIdentity | None:
     """Which units a dataset holds, by the record beside its `dataset.json`, here or beside its remote shards."""
     if not is_remote(source.path):
         found = read_unit_set(resolve_data(source.path))

@@ -51,17 +51,17 @@ def add_parser(subparsers: Any) -> None:
 
 def run_sweep(args: argparse.Namespace) -> int:
     """Train, compare, print; 1 where a trial failed."""
-    from echox.config.load import load_recipe
     from echox.config.paths import storage_folder
+    from launch.recipe import load_job
     from launch.sweep.runner import Sweep, problem
     from launch.sweep.stopping import MedianRule
     from launch.sweep.trials import space
 
     tried = space(args.values)
-    base = load_recipe(args.recipe, tried.fixed)
+    base = load_job(args.recipe, tried.fixed)
     found = tried.trials(base.name, args.samples, args.seed)
     for trial in found:
-        load_recipe(args.recipe, trial.overrides)
+        load_job(args.recipe, trial.overrides)
     rule = MedianRule(args.stop_early or 1, maximize=args.maximize)
     storage = storage_folder(base.storage)
     sweep = Sweep(

@@ -58,12 +58,14 @@ class Job:
         root: where the corpus lies.
         longest_s: longest audio in seconds.
         keyed: key and utterance of each sample to be.
+        answer_rate: samples a second of spoken answers.
     """
 
     number: int
     root: Path
     longest_s: float
     keyed: Sequence[tuple[str, Utterance]]
+    answer_rate: int = SAMPLE_RATE
 
     def digest(self) -> str:
         """Hash over all that decides the shard's bytes, save the audio files' own: where the corpus lies does not."""
@@ -72,7 +74,9 @@ class Job:
             return os.path.relpath(path, self.root)
 
         described = json.dumps([[key, _described(utterance)] for key, utterance in self.keyed], default=relative)
-        return digest([_VERSION, self.number, self.longest_s, described])
+        # The usual rate is left out, so that finished shards from before there was another are still known.
+        rate = [self.answer_rate] if self.answer_rate != SAMPLE_RATE else []
+        return digest([_VERSION, self.number, self.longest_s, described, *rate])
 
 
 def _described(utterance: Utterance) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
         with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, utterance in job.keyed:
                 try:
-                    members = sample_members(utterance, job.longest_s)
+                    members = sample_members(utterance, job.longest_s, job.answer_rate)
                 except Rejected as rejected:
                     files = [stamp(path) for path in _files(utterance)]
                     record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
@@ -196,7 +200,7 @@ def write_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, Any]) -> 
         tar.addfile(info, io.BytesIO(data))
 
 
-def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
+def sample_members(utterance: Utterance, longest_s: float, answer_rate: int = SAMPLE_RATE) -> dict[str, Any]:
     """Members of the data contract.
 
     Raises:
@@ -217,7 +221,7 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
     if utterance.question is not None:
         members["question.flac"], question_s = _flac(utterance.question, "question", longest_s, noted)
     if utterance.answer is not None:
-        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted)
+        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted, answer_rate)
     if utterance.units is not None:
         members["answer.units"] = np.asarray(utterance.units, dtype="<u2").tobytes()
     for what, text, seconds in (
@@ -259,15 +263,17 @@ def _check_length(what: str, text: str, seconds: float | None) -> None:
         raise Rejected(f"{what}: {len(text):,} characters{during}, more than {most:,}")
 
 
-def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) -> tuple[bytes, float]:
-    """16 kHz mono FLAC and its seconds; bytes that are that already stay as they are, once decoded to the end.
+def _flac(
+    audio: Audio, what: str, longest_s: float, noted: dict[str, float], rate: int = SAMPLE_RATE
+) -> tuple[bytes, float]:
+    """Mono FLAC of a rate and its seconds; bytes that are that already stay as they are, once decoded to the end.
 
     Where it is clipped, `noted` gets the share of its samples that are.
     """
-    sound = _checked(audio, what, longest_s)
+    sound = _checked(audio, what, longest_s, rate)
     if share := _clipped(sound.samples, what, sound.channels):
         noted[what] = share
-    return sound.flac or encode_flac(sound.samples), round(len(sound.samples) / SAMPLE_RATE, 3)
+    return sound.flac or encode_flac(sound.samples, rate), round(len(sound.samples) / rate, 3)
 
 
 def waveform(audio: Audio) -> NDArray[np.float32]:
@@ -280,10 +286,13 @@ def waveform(audio: Audio) -> NDArray[np.float32]:
     return _checked(audio, "sound", LONGEST_S).samples
 
 
-def _checked(audio: Audio, what: str, longest_s: float) -> _Sound:
+def _checked(audio: Audio, what: str, longest_s: float, rate: int = SAMPLE_RATE) -> _Sound:
     """A sound, decoded, that is neither cut nor too short or too long."""
     try:
-        sound = _part(audio, longest_s) if isinstance(audio, FileAudio) and audio.is_part else _read(audio, longest_s)
+        if isinstance(audio, FileAudio) and audio.is_part:
+            sound = _part(audio, longest_s, rate)
+        else:
+            sound = _read(audio, longest_s, rate)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
     except (DataError, ValueError) as error:
@@ -297,7 +306,7 @@ def _checked(audio: Audio, what: str, longest_s: float) -> _Sound:
             where=str(audio.stands_in()),
             fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
-    seconds = len(sound.samples) / SAMPLE_RATE
+    seconds = len(sound.samples) / rate
     if sound.is_cut or sound.promised is not None and 0 < seconds < 0.98 * sound.promised <= longest_s:
         raise Rejected(f"{what}: the file is cut short")
     if sound.promised is not None and sound.promised > longest_s:
@@ -326,7 +335,7 @@ class _Sound:
     flac: bytes | None = None
 
 
-def _read(audio: Audio, longest_s: float) -> _Sound:
+def _read(audio: Audio, longest_s: float, rate: int) -> _Sound:
     data = audio.read()
     try:
         info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
@@ -336,34 +345,35 @@ def _read(audio: Audio, longest_s: float) -> _Sound:
     if cut or promised is not None and promised > longest_s:
         return _Sound(np.zeros(0, np.float32), info.channels, promised, cut)
     channel = audio.channel if isinstance(audio, FileAudio) else None
-    samples = read_audio(data, min(longest_s + 1, LONGEST_S), channel)
-    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
+    samples = read_audio(data, min(longest_s + 1, LONGEST_S), channel, rate)
+    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", rate, 1)
     # One of unknown length is encoded again: other programs believe the header. So is one with tags and pictures.
     kept = fits and promised is not None and is_bare_flac(data)
     return _Sound(samples, info.channels, promised, cut, data if kept else None)
 
 
-def _part(audio: FileAudio, longest_s: float) -> _Sound:
+def _part(audio: FileAudio, longest_s: float, rate: int) -> _Sound:
     """A part of a recording, which may be a long one."""
     start_s = audio.start_s or 0.0
-    samples = read_span(audio.inside(), start_s, audio.seconds, audio.channel, longest_s + 1)
+    samples = read_span(audio.inside(), start_s, audio.seconds, audio.channel, longest_s + 1, rate)
     if samples is not None:
         return _Sound(samples, 1, promised=audio.seconds)
-    whole = _whole(replace(audio, start_s=None, seconds=None), *stamp(audio.path))
-    first = round(start_s * SAMPLE_RATE)
-    last = None if audio.seconds is None else first + round(audio.seconds * SAMPLE_RATE)
+    whole = _whole(replace(audio, start_s=None, seconds=None), rate, *stamp(audio.path))
+    first = round(start_s * rate)
+    last = None if audio.seconds is None else first + round(audio.seconds * rate)
     return replace(whole, samples=whole.samples[first:last], promised=audio.seconds, flac=None)
 
 
 @lru_cache(maxsize=1)
-def _whole(audio: FileAudio, *state: Any) -> _Sound:
+def _whole(audio: FileAudio, rate: int, *state: Any) -> _Sound:
     """A recording that has to be decoded for its parts: once, where they follow one another.
 
     Args:
         audio: all of it.
+        rate: samples a second.
         state: of its file, for one that was replaced to be read again.
     """
-    return _read(audio, LONGEST_S)
+    return _read(audio, LONGEST_S, rate)
 
 
 def _outside(what: str, seconds: float, longest_s: float) -> Rejected:

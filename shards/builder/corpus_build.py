@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from echox.audio.io import SAMPLE_RATE
 from echox.errors import DataError, EchoXError
 from echox.stream.format.catalogue import DATASET_NAME
 from shards.builder.convert import Job, convert, is_kept, keys, may_be_kept, record_path
@@ -39,6 +40,7 @@ class Settings:
         per_shard: utterances a shard.
         workers: processes; 1 works in this one.
         longest_s: longest audio, seconds.
+        answer_rate: samples a second of spoken answers.
         max_rejected: share of utterances that may be bad.
         replace: whether shards built differently may be replaced.
     """
@@ -47,6 +49,7 @@ class Settings:
     per_shard: int = 256
     workers: int = 1
     longest_s: float = 120.0
+    answer_rate: int = SAMPLE_RATE
     max_rejected: float = 0.02
     replace: bool = False
 
@@ -134,7 +137,7 @@ def _jobs(utterances: Iterator[Utterance], source: Path, settings: Settings) -> 
         batch = tuple(itertools.islice(keyed, settings.per_shard))
         if not batch:
             return
-        yield Job(number, source, settings.longest_s, batch)
+        yield Job(number, source, settings.longest_s, batch, settings.answer_rate)
 
 
 class _Run:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -797,6 +798,49 @@ def vocoder_configs(good: dict[str, Any]) -> dict[str, str]:
         "hifi-text": json.dumps({**hifi, "unit_hifi_gan_vocab_size": "x"}),
         "hifi-negative": json.dumps({**hifi, "unit_hifi_gan_vocab_size": -4}),
         "hifi-code": json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+    }
+
+
+def vocoder_checkpoints(folder: Path, world: World) -> list[Path]:
+    """Files in the place of a fairseq checkpoint."""
+    import torch
+
+    folder.mkdir()
+    torch.save({"generator": {"dict.weight": _Runs(world.command)}}, folder / "code")
+    torch.save(_Runs(world.command), folder / "whole")
+    (folder / "pickle").write_bytes(world.pickled())
+    torch.save(
+        {"generator": {"dict.weight": _Runs(world.command)}}, folder / "old", _use_new_zipfile_serialization=False
+    )
+    torch.save({"generator": {"dict.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}}, folder / "expanded")
+    torch.save({"generator": {ESCAPE: torch.zeros(1), 7: [[]]}}, folder / "names")
+    torch.save({"generator": []}, folder / "list")
+    with zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("bomb/data.pkl", bytes(64 << 20))
+    with zipfile.ZipFile(folder / "zip", "w") as odd:
+        odd.writestr("../../outside/data.pkl", world.pickled())
+    (folder / "empty").write_bytes(b"")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
+    (folder / "device").symlink_to("/dev/zero")
+    (folder / "secret").symlink_to(world.outside / "secret.txt")
+    return sorted(folder.iterdir())
+
+
+def fairseq_configs(good: dict[str, Any]) -> dict[str, str]:
+    """`config.json` of fairseq's code HiFi-GAN by what is wrong with it."""
+    return {
+        "deep": deep(),
+        "list": "[]",
+        "huge": json.dumps({**good, "num_embeddings": 1 << 62}),
+        "wide": json.dumps({**good, "upsample_initial_channel": 1 << 15}),
+        "long": json.dumps({**good, "upsample_rates": [1] * 100_000}),
+        "layers": json.dumps({**good, "upsample_rates": [1] * 16, "upsample_kernel_sizes": [1] * 16}),
+        "text": json.dumps({**good, "embedding_dim": ESCAPE}),
+        "nested": json.dumps({**good, "resblock_dilation_sizes": [[[]]]}),
+        "speakers": json.dumps({**good, "multispkr": True, "num_speakers": 1 << 62}),
+        "duration": json.dumps({**good, "dur_predictor_params": [ESCAPE]}),
+        "infinite": json.dumps({**good, "dur_predictor_params": {"var_pred_dropout": float("inf")}}),
     }
 
 

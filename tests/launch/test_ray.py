@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -20,6 +21,7 @@ from mlflow.tracking import MlflowClient
 
 from echox.cli import main
 from echox.errors import LaunchError, RecipeError
+from echox.speak.vocoder import load_vocoder
 from launch.client import local_head
 from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
@@ -27,6 +29,7 @@ from launch.client.status import error_report, run_status
 from launch.events import read_events
 from launch.sweep.runner import Sweep
 from launch.sweep.trials import space
+from tests.vocoder import toy
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -93,6 +96,24 @@ def submit(jobs: Jobs, storage: Path, train: str, *overrides: str) -> str:
 def run_of(storage: Path, name: str) -> Any:
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     return client.get_run(json.loads((storage / name / "mlflow.json").read_text())["run_id"])
+
+
+def test_a_vocoder_is_trained_by_two_workers(jobs: Jobs, tmp_path: Path) -> None:
+    voice = toy.write_voice(tmp_path / "voice")
+    changes = [f"storage={tmp_path / 'runs'}", "name=voice", f"data.train=[{voice}]", f"data.valid={voice}"]
+    changes += ["data.micro_batch=2", "data.segment_frames=8", "generator.channels=32", "discriminators.channels=16"]
+    changes += ["scaling.workers=2", "optim.steps=2", "sample_every=1", "samples=1", "checkpoint_every=0"]
+    job = jobs.submit("launch/vocoders/demo.yaml", changes, stop_wait_s=30)
+    assert job == "voice-a1" and jobs.wait(job) == "SUCCEEDED", jobs.logs(job)
+    run = tmp_path / "runs" / "voice"
+    assert progress(run) == {**progress(run), "stage": "vocoder", "step": 2, "state": "finished"}
+    assert load_vocoder(run / "vocoder")([np.array([1, 2, 3], np.uint16)])[0].size >= 3 * 320
+    starts = [event for event in read_events(run) if event["event"] == "start" and "world_size" in event]
+    assert [event["world_size"] for event in starts] == [2, 2]
+    found = run_of(tmp_path / "runs", "voice")
+    assert found.info.status == "FINISHED" and found.data.metrics["valid/loss/mel_l1"] > 0
+    kept = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").list_artifacts(found.info.run_id, "samples")
+    assert [Path(each.path).name for each in kept] == ["real-00.wav", "samples.html", "step-00000001", "step-00000002"]
 
 
 def names(processes: list[psutil.Process]) -> str:
