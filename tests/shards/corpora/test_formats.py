@@ -134,7 +134,7 @@ def test_lhotse_cuts_and_dialogues(folder: Path) -> None:
         "a MixedCut, which is computed from others; save it with its audio first",
         "its recording is to be changed (transforms); save it with its audio first",
         "sound of the type 'command' is not fetched; save it to a file first",
-        "a cut without 'id'",
+        "it has no 'id'",
     ]
 
 
