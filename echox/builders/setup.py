@@ -41,6 +41,7 @@ from echox.errors import CheckpointError, DataError, RecipeError
 from echox.files import read_record
 from echox.models.causal_lm import check_parts
 from echox.models.compiled import compile_pointwise
+from echox.release.exported import TEACHER, earlier_tensors
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
 from echox.responses.attach import AnsweredBatches, AnsweredLoader, Lookup
 from echox.responses.refresh import Refresher
@@ -226,7 +227,7 @@ def build_stage(
 
     assert model.speech_encoder is not None
     encoder = load_whisper_encoder(model.speech_encoder.path, dtype, random_init=model.random_init)
-    earlier = _load(recipe.init.s2t)
+    earlier = earlier_tensors(recipe.init.s2t, "s2t", recipe.stage)
     tokens = earlier.get(_CTC_TOKENS) if earlier else None
     if tokens is None:
         tokens = ctc_tokens(len(table.weight), transcripts if model.ctc.vocabulary == "corpus" else None)
@@ -252,9 +253,9 @@ def build_stage(
             end_token=text.prompt.end,
             t2c_text=build_t2c_text(model.t2c, table, text.characters(model.t2c)),
         )
-        t2c = _load(recipe.init.t2c)
+        t2c = earlier_tensors(recipe.init.t2c, "t2c", recipe.stage)
         if t2c:
-            for target in ("teacher.decoder.", "echo."):
+            for target in (TEACHER, "echo."):
                 load_tensors(stage, {target + name.removeprefix("t2c."): value for name, value in t2c.items()})
     if earlier:
         load_tensors(stage, earlier)
@@ -416,14 +417,6 @@ def _newest(ref: str) -> Path | None:
 def _inits(recipe: Recipe) -> list[tuple[str, str]]:
     given = {"s2t": recipe.init.s2t, "t2c": recipe.init.t2c}
     return [(part, ref) for part, ref in given.items() if ref]
-
-
-def _load(ref: str | None) -> dict[str, Tensor]:
-    if ref is None:
-        return {}
-    from safetensors.torch import load_file
-
-    return load_file(find_weights(ref))
 
 
 def _check_encoded(recipe: Recipe, sources: Iterable[Source]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
-from echox.engine.checkpoint.manifest import WEIGHTS, read_manifest
+from echox.engine.checkpoint.manifest import read_manifest, weights_name
 from echox.stream.collate import PromptTokens
 from echox.stream.sampling.source import Source
 
@@ -73,4 +73,4 @@ def _weights(recipe: Recipe) -> str:
     if recipe.init.s2t is None:
         return f"random, seed {recipe.seed}"
     checkpoint = find_weights(recipe.init.s2t).parent
-    return read_manifest(checkpoint)["files"][WEIGHTS]["sha256"]
+    return read_manifest(checkpoint)["files"][weights_name(checkpoint)]["sha256"]
