@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher.decoder."
 """Under which names Stage III has its T2C teacher."""
+OWN_TABLE = "t2c_text.own_Vh"
+"""Its name of a text table that is none of the LLM's."""
 
 
 def earlier_tensors(ref: str | None, part: Literal["s2t", "t2c"], stage: str) -> dict[str, Tensor]:
@@ -37,15 +39,17 @@ def earlier_tensors(ref: str | None, part: Literal["s2t", "t2c"], stage: str) ->
         return tensors
     if part == "s2t":
         return {name: value for name, value in tensors.items() if _starts_from(name, stage)}
-    teacher = {f"t2c.{name.removeprefix(TEACHER)}": value for name, value in tensors.items() if name.startswith(TEACHER)}
+    teacher = {
+        f"t2c.{name.removeprefix(TEACHER)}": value for name, value in tensors.items() if name.startswith(TEACHER)
+    }
     if not teacher:
         fix = "name a Stage II run as init.t2c"
         raise CheckpointError("the exported folder is of Stage I, which has no T2C", where=str(ref), fix=fix)
-    return teacher
+    return teacher | {name: tensors[name] for name in (OWN_TABLE,) if name in tensors}
 
 
 def _starts_from(name: str, stage: str) -> bool:
-    return name.startswith("s2t.") or (stage == "echo" and not name.startswith(TEACHER))
+    return name.startswith("s2t.") or (stage == "echo" and not name.startswith((TEACHER, OWN_TABLE)))
 
 
 def read_tensors(weights: Path) -> dict[str, Tensor]:

@@ -33,7 +33,11 @@ def model_identity(recipe: Recipe, prompt: PromptTokens) -> dict[str, Any]:
     sampled = {"temperature": respond.temperature, "top_p": respond.top_p, "seed": respond.seed}
     return {
         "weights": _weights(recipe),
-        "prompt": {**asdict(prompt), "history": recipe.data.history, "history_tokens": recipe.data.history_tokens},
+        "prompt": {
+            **_without_none(asdict(prompt)),
+            "history": recipe.data.history,
+            "history_tokens": recipe.data.history_tokens,
+        },
         "speech": {
             "encoder": speech.model_dump(exclude={"path", "precomputed"}),
             "alignment": model.alignment.model_dump(exclude={"dropout"}),
@@ -44,6 +48,11 @@ def model_identity(recipe: Recipe, prompt: PromptTokens) -> dict[str, Any]:
             **(sampled if respond.temperature > 0 else {"temperature": 0.0}),
         },
     }
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """So that an option that is not used leaves the identity as it was before there was such an option."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_questions(model: Identity, source: Source) -> dict[str, Any]:
