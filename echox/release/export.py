@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def export(
-    run: Path, out: Path, form: str, *, dtype: str | None = None, with_encoder: bool = False
-) -> dict[str, int]:
+def export(run: Path, out: Path, form: str, *, dtype: str | None = None, with_encoder: bool = False) -> dict[str, int]:
     """Export a run.
 
     Args:
@@ -46,14 +44,15 @@ def export(
     return {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def _write(
-    trained: Trained, folder: Path, out: Path, form: str, dtype: torch.dtype, *, with_encoder: bool
-) -> None:
+def _write(trained: Trained, folder: Path, out: Path, form: str, dtype: torch.dtype, *, with_encoder: bool) -> None:
+    from echox.release.echox_format.exporting import write_release
     from echox.release.llm import write_merged, write_peft
     from echox.release.speech_folder import kept_of, seal, write_parts
 
     if form == "peft":
         write_peft(trained, folder)
+    elif form == "echox":
+        write_release(trained, folder)
     else:
         write_merged(trained, folder, dtype)
     if form == "hf":
@@ -70,4 +69,5 @@ def _dtype(trained: Trained, asked: str | None) -> torch.dtype:
     if asked is not None:
         named: torch.dtype = getattr(torch, asked)
         return named
-    return torch_dtype(resolve_precision(trained.manifest.get("precision", trained.recipe.engine.precision)))
+    computed = trained.manifest.get("precision")
+    return torch_dtype("bf16" if computed == "bf16" else resolve_precision(trained.recipe.engine.precision))

@@ -27,14 +27,17 @@ tokenizer = AutoTokenizer.from_pretrained("this folder")
 ```
 
 The speech side is not here: in `peft` and `merged` exports the language model reads and writes text.""",
+    "echox": """The folder is in the layout of the published EchoX weights, for their released inference code;
+`echox import` reads it back. Its `config.audio_tower` names the speech encoder, `{encoder}`; a vocoder is a folder of
+its own.""",
     "hf": """```bash
 echox speak --run FOLDER --question question.wav --out answer.wav --vocoder VOCODER
 echox serve FOLDER --vocoder VOCODER
 echox train RECIPE model.llm.path=FOLDER init.s2t=FOLDER init.t2c=FOLDER
 ```
 
-The language model alone is what `transformers` loads from this folder. `speech.safetensors` holds the adapters, and of a
-Stage III run the Denoising Adapter, the Echo decoder and the T2C teacher. The speech encoder is `{encoder}`{where}; a
+The language model alone is what `transformers` loads from this folder. `speech.safetensors` holds the adapters, and of
+a Stage III run the Denoising Adapter, the Echo decoder and the T2C teacher. The speech encoder is `{encoder}`{where}; a
 vocoder for the units is a folder of its own.""",
 }
 """How a folder of each format is used."""

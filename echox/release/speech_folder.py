@@ -7,7 +7,6 @@ To Hugging Face it is the folder of the LLM. To `echox` it is a checkpoint, seal
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from echox.config.schema import InitConfig, Recipe, TrackingConfig
 from echox.engine.checkpoint.checkpointer import library_versions
 from echox.engine.checkpoint.manifest import CREATED, EXPORTED, describe_file, write_manifest
 from echox.engine.checkpoint.recorded import ENCODER, LANGUAGE
+from echox.release.folders import copy_own
+from echox.units.language import UnitLanguage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +35,10 @@ def write_parts(trained: Trained, folder: Path, *, with_encoder: bool = False) -
     write_speech(trained.speech, folder)
     t2c, speech = trained.recipe.model.t2c, trained.recipe.model.speech_encoder
     if trained.recipe.stage == "echo" and t2c is not None:
-        shutil.copyfile(resolve_data_file(t2c.unit_language), folder / LANGUAGE)
+        UnitLanguage.load(resolve_data_file(t2c.unit_language)).save(folder / LANGUAGE)
     if with_encoder and speech is not None:
-        shutil.copytree(resolve_model(speech.path), folder / ENCODER)
+        place = resolve_model(speech.path)
+        copy_own(place, [path.relative_to(place).as_posix() for path in sorted(place.rglob("*"))], folder / ENCODER)
 
 
 def write_speech(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -49,19 +51,21 @@ def write_speech(tensors: Mapping[str, Tensor], folder: Path) -> None:
 def seal(folder: Path, recipe: Recipe, contents: Mapping[str, Any]) -> None:
     """Say in `config.json` what the folder holds beside the LLM, and write the manifest over all of its files.
 
+    What people edit, the model card and a recipe to go on with, comes after it.
+
     Args:
-        folder: with everything in it but the model card.
+        folder: with everything else in it.
         recipe: of the run, in the places of this machine.
         contents: what the manifest says beside recipe and versions, as that of a run does.
     """
     _describe(folder, recipe)
     files = {
-        path.relative_to(folder).as_posix(): describe_file(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "README.md"
+        path.relative_to(folder).as_posix(): describe_file(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
+    frozen = {name: {**model, "path": Path(model["path"]).name} for name, model in contents.get("frozen", {}).items()}
     whole: Any = {
         **contents,
+        "frozen": frozen,
         "run": recipe.name,
         "stage": recipe.stage,
         "recipe": travelling(recipe, folder).model_dump(mode="json"),
@@ -95,9 +99,7 @@ def travelling(recipe: Recipe, folder: Path) -> Recipe:
     llm = model.llm.model_copy(update={"path": HERE})
     data = recipe.data.model_copy(
         update={
-            group: tuple(
-                each.model_copy(update={"path": Path(each.path).name}) for each in getattr(recipe.data, group)
-            )
+            group: tuple(each.model_copy(update={"path": Path(each.path).name}) for each in getattr(recipe.data, group))
             for group in ("train", "valid")
         }
     )

@@ -12,7 +12,7 @@ from echox.engine.checkpoint.contents import Manifest
 from echox.engine.checkpoint.manifest import read_manifest
 from echox.engine.checkpoint.recorded import is_exported, recipe_of
 from echox.errors import CheckpointError
-from echox.release.exported import TEACHER, check_frozen, earlier_tensors, read_tensors
+from echox.release.exported import OWN_TABLE, TEACHER, check_frozen, earlier_tensors, read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,5 +85,6 @@ def _with_earlier(recipe: Recipe, own: dict[str, Tensor]) -> dict[str, Tensor]:
     if recipe.stage == "s2t":
         return own
     t2c = earlier_tensors(recipe.init.t2c, "t2c", recipe.stage)
+    table = {name: t2c.pop(name) for name in (OWN_TABLE,) if name in t2c}
     teacher = {TEACHER + name.removeprefix("t2c."): value for name, value in t2c.items()}
-    return {**teacher, **earlier_tensors(recipe.init.s2t, "s2t", recipe.stage), **own}
+    return {**table, **teacher, **earlier_tensors(recipe.init.s2t, "s2t", recipe.stage), **own}

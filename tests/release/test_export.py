@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
 from torch import Tensor
 
 from echox import cli
@@ -24,6 +23,7 @@ from echox.release.export import export
 from echox.speak.pipeline import SpeechToSpeech
 from tests import tiny
 from tests.builders import tiny_run
+from tests.speak import voices
 from tests.speak.echo_run import clips, write_echo_run
 
 TOKENS = torch.arange(2 * 9).view(2, 9) * 5 % tiny.VOCABULARY
@@ -145,8 +145,10 @@ def test_stage_iii_starts_from_a_whole_folder_where_the_run_stood(runs: Path, ta
     same = [name for name, value in fresh.named_parameters() if name in expected and torch.equal(value, expected[name])]
     for part in ("s2t.front_end.shrink.", "teacher.decoder.head", "echo.head", "denoising.inner", "echo.unit_emb"):
         assert any(name.startswith(part) for name in same), part
-    assert any(name.startswith("echo.") and not torch.equal(value, expected[name.replace("echo.", "teacher.decoder.", 1)])
-               for name, value in fresh.named_parameters() if name.startswith("echo.")), "a trained Echo is not its teacher"  # fmt: skip
+    echo = [name for name, _ in fresh.named_parameters() if name.startswith("echo.")]
+    taught = {name: expected[name.replace("echo.", "teacher.decoder.", 1)] for name in echo}
+    assert not any(torch.equal(expected[name], taught[name]) for name in echo), "a trained Echo is not its teacher"
+    assert set(echo) <= set(same)
     lora = [value for name, value in fresh.named_parameters() if ".lora_B" in name]
     assert len(lora) == 14 and all(bool((value == 0).all()) for value in lora), "what was merged does not count twice"
     with torch.no_grad():
@@ -175,6 +177,24 @@ def test_the_card_names_base_stages_and_data(runs: Path, taken_away: Path) -> No
         assert said in card, said
     config = json.loads((taken_away / "config.json").read_text())
     assert config["model_type"] == "llama" and config["echox"]["weights"] == EXPORTED
+
+
+def test_the_commands_take_a_whole_folder_as_a_run(
+    runs: Path, taken_away: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from echox.audio.io import write_audio
+
+    voices.unit_mel(tiny_run.N_UNITS).model.save(tmp_path / "voice")
+    write_audio(tmp_path / "question.wav", clips()[0])
+    spoken = []
+    for number, run in enumerate((taken_away, runs / "echo")):
+        out = tmp_path / f"{number}.wav"
+        words = ["--question", str(tmp_path / "question.wav"), "--out", str(out), "--vocoder", str(tmp_path / "voice")]
+        assert cli.main(["speak", "--run", str(run), *words]) == 0
+        spoken.append((capsys.readouterr().out.splitlines()[0], out.read_bytes()))
+    assert spoken[0] == spoken[1] and len(spoken[0][1]) > 4000
+    assert cli.main(["checkpoint", "verify", str(taken_away)]) == 0
+    assert "ok" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

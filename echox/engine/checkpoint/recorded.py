@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from echox.config.schema import InitConfig, Recipe
-from echox.engine.checkpoint.manifest import read_manifest, weights_name, EXPORTED
+from echox.engine.checkpoint.manifest import EXPORTED, read_manifest, weights_name
 from echox.errors import CheckpointError
 
 LANGUAGE = "unit_language.json"
