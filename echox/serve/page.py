@@ -31,10 +31,11 @@ const token = new URLSearchParams(location.search).get("token");
 const headers = token ? {Authorization: "Bearer " + token} : {};
 let context, recording, running, history = [], playAt = 0, sources = [];
 const say = text => { $("state").textContent = text; };
+const told = ({error, fix}) => `${error}. ${fix[0].toUpperCase()}${fix.slice(1)}.`;
 
 fetch("about", {headers}).then(async r => {
   const about = await r.json();
-  if (!r.ok) { say(about.error + ". " + about.fix); return; }
+  if (!r.ok) { say(told(about)); return; }
   $("about").textContent += ` Run: ${about.name}. Questions of up to ${about.question_s} s.`;
 });
 
@@ -136,7 +137,7 @@ async function ask(blob) {
     const body = JSON.stringify({audio: await base64(blob), history, transcript: true});
     const response = await fetch("answer", {method: "POST", signal: running.signal, body,
       headers: {...headers, "Content-Type": "application/json"}});
-    if (!response.ok) { const error = await response.json(); throw new Error(error.error + ". " + error.fix); }
+    if (!response.ok) { const error = await response.json(); throw new Error(told(error)); }
     const reader = response.body.getReader(), decoder = new TextDecoder();
     let rest = "";
     for (;;) {
@@ -153,7 +154,7 @@ async function ask(blob) {
         if (event.event === "cut") { cuts.push(event); answer.box.append(canvas); draw(canvas, cuts); }
         if (event.event === "failed") note(answer.box, `segment ${event.segment + 1}: ${event.why}`);
         if (event.event === "transcript") question.line.textContent = said = event.text;
-        if (event.event === "error") throw new Error(event.error + ". " + event.fix);
+        if (event.event === "error") throw new Error(told(event));
         if (event.event === "done") { done = true; text = event.text; answer.line.textContent = text || "(nothing)"; }
       }
     }

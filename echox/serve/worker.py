@@ -127,9 +127,7 @@ class Worker:
             if self._stopping.is_set():
                 raise BusyError("the server stops", fix="ask again in some seconds")
             if len(self._waiting) >= self._limits.waiting:
-                raise BusyError(
-                    f"{self._limits.waiting} questions are waiting already", fix="ask again in some seconds"
-                )
+                raise BusyError(f"the queue is full ({self._limits.waiting} waiting)", fix="ask again in some seconds")
             self._waiting.append(session)
             self._changed.notify()
         return session

@@ -189,7 +189,7 @@ def test_one_who_waits_leaves_the_queue_at_once(
                 time.sleep(0.01)
             with open_at(served) as third:
                 say(third, clips()[1])
-                assert refused(third) == ("1 questions are waiting already", 4503)
+                assert refused(third) == ("the queue is full (1 waiting)", 4503)
             second.send('{"type": "cancel"}')
             assert take(second)[0][-1]["why"] == "cancelled"
             say(second, clips()[0], max_tokens=2)

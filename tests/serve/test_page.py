@@ -190,7 +190,7 @@ def test_a_server_that_is_full_says_so(page: Page, served: Served) -> None:
         time.sleep(0.02)
     speak(page)
     done(page)
-    sentence = "1 questions are waiting already. ask again in some seconds"
+    sentence = "the queue is full (1 waiting). Ask again in some seconds."
     assert page.locator("#state").text_content() == sentence
     assert page.locator(".failed").text_content() == sentence
     shoot(page, "failing")
