@@ -92,13 +92,15 @@ def test_an_attempt_begins_with_the_check(monkeypatch: pytest.MonkeyPatch, wante
 
 
 def test_the_start_says_how_many_parts_run_compiled() -> None:
-    said: list[dict[str, Any]] = []
+    said: list[tuple[str, dict[str, Any]]] = []
     attempt: Any = SimpleNamespace(
         recipe=load_recipe("demo/t2c"),
         world=World(1, 2, CPU),
         startup=StartupTimer(),
-        reporter=SimpleNamespace(event=lambda name, **fields: said.append(fields)),
+        reporter=SimpleNamespace(event=lambda name, **fields: said.append((name, fields))),
     )
     for compiled in ({"rotary": 4, "gated": 0}, {}):
-        trainer._Attempt._announce(attempt, "fp32", "replicate", {}, {}, compiled)
-    assert said[0]["compiled"] == '{"rotary": 4, "gated": 0}' and "compiled" not in said[1]
+        setup: Any = SimpleNamespace(compiled=compiled, notes={"word_limit": "4 words"} if compiled else {})
+        trainer._Attempt._announce(attempt, "fp32", "replicate", {}, {}, setup)
+    assert [name for name, _ in said] == ["start", "word_limit", "start"] and said[1][1] == {"what": "4 words"}
+    assert said[0][1]["compiled"] == '{"rotary": 4, "gated": 0}' and "compiled" not in said[2][1]

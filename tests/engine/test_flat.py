@@ -116,10 +116,10 @@ def test_the_ranks_hold_every_element_once(ranks: int) -> None:
 def test_zero_sees_few_tensors_at_every_shipped_recipe(scale: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(f"{scale}/{stage}", ["model.random_init=true"])
     text: Any = SimpleNamespace(
-        words=100, word_units=[1] * 100, prefix=[1], header=[2], stop=3, prompt=SimpleNamespace(end=4)
+        words=100, word_units=[1] * 100, prefix=[1], header=[2], stop=3, prompt=SimpleNamespace(end=4, unseen=None)
     )
     text.characters = lambda t2c: None
-    monkeypatch.setattr("echox.builders.setup._load", lambda ref: {})
+    monkeypatch.setattr("echox.builders.setup.earlier_tensors", lambda *which: {})
     with torch.device("meta"):
         built = build_stage(recipe, text)
     before = sum(p.requires_grad for p in built.parameters())
