@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "shards": "shards.cli",
     "units": "echox.units.cli",
     "unit-language": "echox.units.cli",
+    "vocoder": "echox.vocoder.cli",
     "speak": "echox.speak.cli",
     "serve": "echox.serve.cli",
     "evaluate": "echox.evaluate.cli",
@@ -37,6 +38,7 @@ COMMANDS: dict[str, str] = {
     "bench": "launch.recovery",
     "plan": "echox.bench.plan.cli",
     "ablate": "launch.ablation.cli",
+    "sweep": "launch.sweep.cli",
     "doctor": "launch.client.cluster_doctor",
 }
 INTERRUPTED = 130

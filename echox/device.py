@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from echox.errors import LaunchError
 
 if TYPE_CHECKING:
-    from echox.config.schema import Recipe
+    from echox.config.run_recipe import RunRecipe
 
 DEVICE = "ECHOX_DEVICE"
 """Environment variable: `cpu` leaves GPUs alone; `cuda` insists on one; not set, a GPU is used where there is one."""
@@ -48,7 +48,7 @@ def best_device() -> str:
     return "cuda" if usable_gpus() else "cpu"
 
 
-def follow_recipe(recipe: Recipe, environment: MutableMapping[str, str] = os.environ) -> None:
+def follow_recipe(recipe: RunRecipe, environment: MutableMapping[str, str] = os.environ) -> None:
     """Leave GPUs alone where a recipe's workers have none; a device that the environment names stands."""
     if recipe.scaling.gpus_per_worker == 0:
         environment.setdefault(DEVICE, "cpu")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from echox.config.run_recipe import RunRecipe
     from echox.config.schema import Recipe
     from echox.engine.interfaces import TrainResult
     from echox.tracking.client import MlflowTracker
@@ -85,10 +86,10 @@ def _tracked(recipe: Recipe, args: argparse.Namespace, context: Any) -> TrainRes
         if mirror is not None:
             mirror.store.remove(STOP_FILE)
         tracker = open_run(recipe, recipe.model_dump(mode="json"), storage=context.storage, recipe_name=args.recipe)
-        return _owned(recipe, tracker, lambda: train(recipe, context, build_setup, tracker, **options))
+        return owned(recipe, tracker, lambda: train(recipe, context, build_setup, tracker, **options))
 
 
-def _owned(recipe: Recipe, tracker: MlflowTracker, train: Callable[[], TrainResult]) -> TrainResult:
+def owned(recipe: RunRecipe, tracker: MlflowTracker, train: Callable[[], TrainResult]) -> TrainResult:
     """Train, and end the MLflow run, of which this process is the owner, in any case."""
     from echox.tracking.system import SystemMetrics
 

@@ -235,15 +235,15 @@ def _environment(args: argparse.Namespace) -> JobEnvironment:
 
 
 def _submit(args: argparse.Namespace, recipe: str) -> int:
-    from echox.config.load import load_recipe
     from launch.client.resubmit import submit_and_follow
+    from launch.recipe import load_job
 
     extra = [ACCEPT_NEW_DATA] if args.accept_new_data else []
     extra += [ALLOW, ",".join(args.allow)] if args.allow else []
     overrides = args.overrides
     if getattr(args, "respond", False):
         # A run of its own: its folder and its MLflow run are not those of the training.
-        overrides = [*overrides, f"name={load_recipe(recipe, overrides).name}{RESPOND_SUFFIX}"]
+        overrides = [*overrides, f"name={load_job(recipe, overrides).name}{RESPOND_SUFFIX}"]
         extra += ["--train", RESPOND]
 
     if args.cluster != "ray" or args.dry_run:
@@ -267,12 +267,12 @@ def _elsewhere(
     args: argparse.Namespace, recipe: str, overrides: Sequence[str], extra: Sequence[str]
 ) -> tuple[Any, str]:
     """What a scheduler says of a run that it was given, or what it would get."""
-    from echox.config.load import load_recipe
     from launch.deploy.options import submit
+    from launch.recipe import load_job
 
     if args.cluster == "ray":
         raise LaunchError("--dry-run prints what a scheduler would get", fix="name it: --cluster kuberay or slurm")
-    said = submit(args, load_recipe(recipe, overrides), [recipe, *overrides, *extra])
+    said = submit(args, load_job(recipe, overrides), [recipe, *overrides, *extra])
     return {"cluster": args.cluster, "said": said}, said.rstrip("\n")
 
 

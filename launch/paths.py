@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
 
 from echox.config.paths import is_url
-from echox.config.schema import Recipe
+from echox.config.schema import InitConfig, Recipe
+from echox.vocoder.recipe import VoiceRecipe
+from launch.recipe import JobRecipe
 
+JobT = TypeVar("JobT", Recipe, VoiceRecipe, JobRecipe)
 HOME = "ECHOX_HOME"
 """Environment variable: the folder that relative storage, run and SQLite paths of a job start from."""
 
@@ -28,15 +32,18 @@ def home() -> Path:
     return Path.home() / "echox" if in_ray_copy(here) else here
 
 
-def make_absolute(recipe: Recipe, start: Path) -> Recipe:
+def make_absolute(recipe: JobT, start: Path) -> JobT:
     """The recipe with folders in `storage` and `init.*` and a relative SQLite URI made absolute, from `start`."""
 
     def absolute(path: str | None) -> str | None:
         return path if path is None or is_url(path) else str((start / Path(path).expanduser()).absolute())
 
-    init = recipe.init.model_copy(update={part: absolute(getattr(recipe.init, part)) for part in ("s2t", "t2c")})
     uri = recipe.tracking.uri
     if uri and uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         uri = f"sqlite:///{start / uri.removeprefix('sqlite:///')}"
     tracking = recipe.tracking.model_copy(update={"uri": uri})
-    return recipe.model_copy(update={"storage": absolute(recipe.storage), "init": init, "tracking": tracking})
+    places: dict[str, object] = {"storage": absolute(recipe.storage), "tracking": tracking}
+    init: InitConfig | None = getattr(recipe, "init", None)  # a vocoder starts from no other run
+    if init is not None:
+        places["init"] = init.model_copy(update={part: absolute(getattr(init, part)) for part in ("s2t", "t2c")})
+    return recipe.model_copy(update=places)

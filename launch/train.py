@@ -14,9 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from echox.config.load import load_recipe
 from echox.config.paths import run_dir
-from echox.config.schema import Recipe
 from echox.engine.object_store.run_store import RunStore
 from echox.errors import EchoXError
 from launch import paths
@@ -25,6 +23,7 @@ from launch.job.command_line import arguments, said
 from launch.job.ending import Ending
 from launch.job.supervisor import Supervisor
 from launch.job.webhook import Webhook
+from launch.recipe import JobRecipe, load_job
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments("python -m launch.train").parse_intermixed_args(words)
     webhook = Webhook.take()
     try:
-        recipe = paths.make_absolute(load_recipe(args.recipe, args.overrides), paths.home())
+        recipe = paths.make_absolute(load_job(args.recipe, args.overrides), paths.home())
     except EchoXError as error:
         code = said(error, debug=args.debug)
         if webhook is not None:
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _send_log(recipe: Recipe, run_folder: Path) -> None:
+def _send_log(recipe: JobRecipe, run_folder: Path) -> None:
     """The driver, which is gone, has sent all but its last lines to an object store."""
     store = RunStore.of(recipe.storage, recipe.name)
     if store is not None:

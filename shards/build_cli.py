@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from echox.audio.io import SAMPLE_RATE
 from shards.corpora.registry import CORPORA
 from shards.corpus import Corpus
+
+ANSWER_RATES = (SAMPLE_RATE, 24_000)
 
 
 def add_builders(corpora: Any) -> None:
@@ -40,6 +43,13 @@ def _add(corpora: Any, corpus: Corpus) -> None:
     if corpus.tasks != ("asr",):
         parser.add_argument("--units", type=Path, help="folder of kmeans.npz: turn spoken answers into units of it")
         parser.add_argument("--keep-answer-audio", action="store_true", help="keep answer.flac beside the units")
+        parser.add_argument(
+            "--answer-rate",
+            type=int,
+            choices=ANSWER_RATES,
+            default=SAMPLE_RATE,
+            help="samples a second of answer.flac, for a vocoder that speaks at that rate (default: %(default)s)",
+        )
     if "sqa" in corpus.tasks:
         parser.add_argument(
             "--history-audio",
@@ -49,6 +59,13 @@ def _add(corpora: Any, corpus: Corpus) -> None:
     if corpus.name == "manifest":
         parser.add_argument(
             "--audio-root", type=Path, help="folder that the audio has to lie in (default: the manifest's own)"
+        )
+        parser.add_argument(
+            "--transcribe", metavar="MODEL", help="Whisper that writes down what has no text: a folder, or its name"
+        )
+        parser.add_argument("--language", help="spoken in it, for --transcribe, as 'de'; default: the model decides")
+        parser.add_argument(
+            "--speak", type=Path, metavar="VOICE.onnx", help="Piper voice that speaks what has no sound"
         )
     parser.add_argument("--per-shard", type=positive, default=256, help="utterances a shard (default: %(default)s)")
     parser.add_argument(
@@ -86,11 +103,14 @@ def run_build(args: argparse.Namespace) -> int:
         per_shard=args.per_shard,
         workers=workers,
         longest_s=args.max_seconds,
+        answer_rate=getattr(args, "answer_rate", SAMPLE_RATE),
         max_rejected=args.max_rejected,
         replace=args.replace,
     )
     finish_interrupted(args.out)
-    described = build_corpus(corpus, args.source, args.out, request, settings, _say)
+    if corpus.kind is not None and (kind := corpus.kind(args.source)):
+        _say(f"{args.source}: {kind}")
+    described = build_corpus(_completed(corpus, args), args.source, args.out, request, settings, _say)
     if corpus.unit_set is not None:
         record_published(args.out, corpus.unit_set)
     if args.units is not None:
@@ -101,6 +121,28 @@ def run_build(args: argparse.Namespace) -> int:
     else:
         print(f"corpus {corpus.name}: {args.out}")
     return 0
+
+
+def _completed(corpus: Corpus, args: argparse.Namespace) -> Corpus:
+    """The corpus with what a model is to make of it."""
+    from shards.builder.missing import Maker, Missing
+
+    transcribe, speak = getattr(args, "transcribe", None), getattr(args, "speak", None)
+    recogniser = synthesiser = None
+    if transcribe is not None:
+        from echox.evaluate.judges import NamedJudge
+
+        judge = NamedJudge.find(transcribe)
+        recogniser = Maker(judge.name, json.dumps([judge.identity(), args.language]), lambda: judge.open(args.language))
+    if speak is not None:
+        from echox.files import sha256_file
+        from shards.builder.piper import PiperSpeech, check_voice
+
+        check_voice(speak)
+        synthesiser = Maker(speak.stem, sha256_file(speak), lambda: PiperSpeech(speak))
+    if recogniser is None and synthesiser is None:
+        return corpus
+    return Missing(args.out.with_name(f"{args.out.name}.made"), recogniser, synthesiser).completes(corpus)
 
 
 def positive(text: str) -> int:

@@ -26,12 +26,19 @@ class FileAudio:
         path: the file.
         root: the folder that it has to lie in, links followed; None where the corpus itself has listed it.
         start_s, seconds: the part that is meant; None is from the start, and to the end.
+        channel: the channel that is meant, from 0; None is the mean of all.
     """
 
     path: Path
     root: Path | None = None
     start_s: float | None = None
     seconds: float | None = None
+    channel: int | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it is less than the file."""
+        return bool(self.start_s or self.seconds) or self.channel is not None
 
     def read(self) -> bytes:
         """Its bytes, whatever libsndfile decodes.
@@ -40,11 +47,19 @@ class FileAudio:
             OSError: it cannot be read, or is no regular file.
             ValueError: no file can have that name, or it lies elsewhere.
         """
+        return read_regular(self.inside(), LARGEST)
+
+    def inside(self) -> Path:
+        """The file, once it is sure that it lies where it has to.
+
+        Raises:
+            ValueError: no file can have that name, or it lies elsewhere.
+        """
         # Not `resolve`, which raises an error of its own where links lead in a circle.
         real, root = (Path(os.path.realpath(path)) for path in (self.path, self.root or "/"))
         if not real.is_relative_to(root):
             raise ValueError(f"{self.path} lies outside {self.root}; a manifest's --audio-root names its folder")
-        return read_regular(self.path, LARGEST)
+        return self.path
 
     def stands_in(self) -> Path:
         """The file whose change means that the audio may have changed."""
@@ -221,6 +236,7 @@ class Corpus:
         has_splits: whether `--split` chooses among its parts.
         example: a command line.
         unit_set: which units its samples have where they have units instead of sound.
+        kind: says in which of several formats a source is.
     """
 
     name: str
@@ -233,6 +249,7 @@ class Corpus:
     has_splits: bool = False
     example: str = ""
     unit_set: UnitSetIdentity | None = None
+    kind: Callable[[Path], str] | None = None
 
 
 def wrong_source(corpus: str, source: Path, looked_for: str) -> DataError:

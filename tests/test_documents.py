@@ -36,6 +36,7 @@ from echox.stream.sampling.plan import Plan, StepAddress
 from echox.stream.storage.retry import Retry
 from echox.tracking.client import FINISH_S
 from echox.tracking.run import CREATE_S
+from echox.vocoder.recipe import load_voice
 from launch.client.jobs import STOP_WAIT_S
 from launch.client.resubmit import FINAL_CODES
 from launch.client.status import report
@@ -44,6 +45,7 @@ from launch.job.driver import RAY_STOP_WAIT_S, grace_s
 from launch.job.ending import Ending
 from launch.job.environment import NCCL_RECORDS, OF_THE_NODE, worker_environment
 from launch.job.webhook import LIMIT_S, TRIES
+from launch.recipe import load_job
 from shards.builder.convert import SHORTEST_S
 from shards.corpora.registry import CORPORA
 from tests.shards.layouts import clip, encoded, put, put_lines
@@ -93,9 +95,11 @@ def commands(document: str) -> list[str]:
 def check_echox(words: Sequence[str]) -> None:
     """The program accepts the words, and a recipe among them is right with its overrides."""
     args = cli.build_parser(words).parse_args(words)
-    recipe = getattr(args, "recipe", None)
+    recipe, voice = getattr(args, "recipe", None), getattr(args, "voice", None)
     if isinstance(recipe, str):
-        load_recipe(recipe, getattr(args, "overrides", ()))
+        load_job(recipe, getattr(args, "overrides", ()))
+    if isinstance(voice, str):
+        load_voice(voice, args.overrides)
 
 
 def check_job(module: str, recipe: str, overrides: Sequence[str]) -> None:
@@ -116,6 +120,8 @@ def test_a_command_exists_and_is_accepted(document: str, command: str) -> None:
             assert len(options) % 2 == 0 and set(options[::2]) <= {"--nproc-per-node", "--max-restarts"}
             assert all(count.isdigit() for count in options[1::2])
             check_echox([name, recipe])
+        case ["torchrun", *_, "-m", "echox", "vocoder", "train", _] as words:
+            check_echox(words[-3:])
         case ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", module, recipe, *overrides]:
             check_job(module, recipe, overrides)
         case ["ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", environment, "--", *rest]:

@@ -19,7 +19,10 @@ FORBIDDEN = re.compile(
         ["pypi" + r"\.org", "python" + "hosted", "npm" + r"js\.org", r"deb\.deb" + "ian", "/" + "work/", "/tmp/" + "w/"]
     )
 )
-ABOVE_THE_ENGINE = ("echox.stages", "echox.release", "echox.units", "echox.audio", "echox.tracking", "echox.builders")
+ABOVE_THE_ENGINE = (
+    *("echox.stages", "echox.release", "echox.units", "echox.audio", "echox.tracking", "echox.builders"),
+    "echox.vocoder",
+)
 LIBRARIES_OF_A_RUN = ("ray", "deepspeed", "mlflow")
 NEVER = {
     "echox": ("ray", "launch", "shards"),
@@ -40,9 +43,10 @@ NEVER = {
     "echox/stream": (
         *("echox.release", "echox.models", "echox.stages", "echox.engine", "echox.builders", "echox.responses"),
     ),
-    "echox/builders": ("echox.tracking", "echox.speak", "echox.evaluate"),
+    "echox/builders": ("echox.tracking", "echox.speak", "echox.evaluate", "echox.vocoder"),
     "echox/tracking": ("echox.evaluate", "echox.engine", "echox.stages", "echox.builders"),
     "echox/speak": ("echox.evaluate", "echox.tracking", "echox.serve"),
+    "echox/vocoder": ("echox.evaluate", "echox.serve", "echox.stages", "echox.responses", "echox.speak"),
     "echox/serve": ("echox.evaluate", "echox.tracking", "echox.stages", "echox.train"),
     "echox/evaluate": ("echox.serve",),
     "shards": ("launch", "ray"),

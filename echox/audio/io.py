@@ -34,25 +34,35 @@ _FULL_RATE = 48_000
 _LARGEST = 1 << 30
 """Bytes of a compressed file that are read."""
 _WHOLE = (b"RIFF", b"RF64", b"fLaC", b"FORM")
+_AROUND_S = 0.1
+"""Decoded before and after a part, for the filter that changes its rate."""
 _BLOCK = 1 << 21
 """Values decoded at a time, of all channels together."""
 
 
-def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S) -> Waveform:
+def read_audio(
+    source: str | Path | bytes,
+    longest_s: float = LONGEST_S,
+    channel: int | None = None,
+    rate: int = SAMPLE_RATE,
+) -> Waveform:
     """Decode, downmix and resample.
 
     Args:
         source: a file, or the bytes of one (WAV, FLAC, OGG, MP3: whatever libsndfile reads).
         longest_s: what is longer is refused, and decoded no further, seconds.
+        channel: the one that is wanted, from 0; None is the mean of all.
+        rate: samples a second to resample to.
 
     Returns:
-        float32 [samples], 16 kHz mono, nominally within -1 and 1.
+        float32 [samples] at `rate`, mono, nominally within -1 and 1.
 
     A length that the header does not know, as of a stream that was written into a pipe, is found by decoding; a file
     that was joined of several (see `pieces`) is read to its end.
 
     Raises:
-        DataError: no such file, not audio, no samples in it, more than `longest_s`, or some that are not finite.
+        DataError: no such file, not audio, no samples in it, more than `longest_s`, some that are not finite, or no
+            such channel.
     """
     name = f"{len(source)} bytes of audio" if isinstance(source, bytes) else str(source)
     fix = "Give a file that libsndfile can decode, such as WAV or FLAC."
@@ -61,9 +71,9 @@ def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S) -> Wave
     try:
         for part in pieces(source) if isinstance(source, bytes) else _parts(Path(source)):
             with _in_memory(part) if isinstance(part, bytes) else open_regular(part) as file:
-                mono, rate = _decode(file, name, left, longest_s)
-            found.append(resample(mono, rate))
-            left -= len(mono) / rate
+                mono, own_rate = _decode(file, name, left, longest_s, channel)
+            found.append(resample(mono, own_rate, rate))
+            left -= len(mono) / own_rate
     except (soundfile.LibsndfileError, OSError) as error:
         # The whole message of libsndfile names bytes by their address in memory.
         known = error.error_string if isinstance(error, soundfile.LibsndfileError) else error.strerror or str(error)
@@ -77,6 +87,60 @@ def read_audio(source: str | Path | bytes, longest_s: float = LONGEST_S) -> Wave
     return samples
 
 
+def read_span(
+    path: Path,
+    start_s: float,
+    seconds: float | None,
+    channel: int | None = None,
+    longest_s: float = LONGEST_S,
+    rate: int = SAMPLE_RATE,
+) -> Waveform | None:
+    """Decode a part of a long recording, of any length itself, and nothing else of it.
+
+    Args:
+        path: a WAV or FLAC file; of others the parts cannot be found without decoding them.
+        start_s, seconds: the part; None is to the end, and what is beyond the end is not there.
+        channel: the one that is wanted, from 0; None is the mean of all.
+        longest_s: no more of it is decoded, seconds.
+        rate: samples a second to resample to.
+
+    Returns:
+        float32 [samples] at `rate`, mono; None for a file of another format.
+
+    Raises:
+        DataError: the file is damaged, or has no such channel.
+        OSError: it cannot be opened.
+    """
+    with open_regular(path) as file:
+        if os.pread(file, 4, 0) not in (b"RIFF", b"RF64", b"fLaC"):
+            return None
+        try:
+            with soundfile.SoundFile(file, closefd=False) as opened:
+                _check_kind(opened.samplerate, opened.channels, channel, str(path))
+                own_rate, around = opened.samplerate, round(_AROUND_S * opened.samplerate)
+                first = min(round(start_s * own_rate), opened.frames)
+                last = opened.frames if seconds is None else min(round((start_s + seconds) * own_rate), opened.frames)
+                before = min(first, around)
+                opened.seek(first - before)
+                last = max(first, min(last, first + round(longest_s * own_rate)))
+                block = opened.read(last - first + before + around, "float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            what = f"Cannot decode a part of {path}: {error.error_string}"
+            raise DataError(what, where=str(path), fix="Repair the recording, or leave it out.") from error
+    mono = block[:, channel] if channel is not None else block.mean(axis=1, dtype=np.float32)
+    begin, samples = round(before * rate / own_rate), round((last - first) * rate / own_rate)
+    return resample(np.ascontiguousarray(mono), own_rate, rate)[begin : begin + samples]
+
+
+def _check_kind(rate: int, channels: int, channel: int | None, name: str) -> None:
+    if not (_RATES[0] <= rate <= _RATES[1] and channels <= _MOST_CHANNELS):
+        fix = f"Give audio of {_RATES[0]:,} to {_RATES[1]:,} Hz and at most {_MOST_CHANNELS} channels."
+        raise DataError(f"The audio of {name} has {channels} channels at {rate} Hz", where=name, fix=fix)
+    if channel is not None and channel >= channels:
+        fix = "Channels count from 0."
+        raise DataError(f"The audio of {name} has no channel {channel}, but {channels}", where=name, fix=fix)
+
+
 def header_seconds(content: bytes | memoryview) -> float | None:
     """Length of an encoded clip by its header; None where the header does not know, or knows nothing sensible.
 
@@ -85,6 +149,15 @@ def header_seconds(content: bytes | memoryview) -> float | None:
     """
     seconds = sum(float(soundfile.info(io.BytesIO(piece)).duration) for piece in pieces(bytes(content)))
     return seconds if seconds <= LONGEST_S else None
+
+
+def header_rate(content: bytes) -> int:
+    """Samples a second of an encoded clip, by its header.
+
+    Raises:
+        soundfile.LibsndfileError: it is no audio.
+    """
+    return int(soundfile.info(io.BytesIO(content)).samplerate)
 
 
 def sayable(seconds: float) -> int:
@@ -99,13 +172,11 @@ def _parts(path: Path) -> Sequence[bytes | Path]:
         return [path] if whole else pieces(os.pread(file, _LARGEST, 0))
 
 
-def _decode(file: int, name: str, left_s: float, longest_s: float) -> tuple[Waveform, int]:
+def _decode(file: int, name: str, left_s: float, longest_s: float, channel: int | None) -> tuple[Waveform, int]:
     """Mono samples at the file's own rate, decoded in blocks, of `longest_s` the last `left_s`; and the rate."""
     with soundfile.SoundFile(file, closefd=False) as opened:
         rate, channels, claimed = opened.samplerate, opened.channels, opened.frames
-        if not (_RATES[0] <= rate <= _RATES[1] and channels <= _MOST_CHANNELS):
-            fix = f"Give audio of {_RATES[0]:,} to {_RATES[1]:,} Hz and at most {_MOST_CHANNELS} channels."
-            raise DataError(f"The audio of {name} has {channels} channels at {rate} Hz", where=name, fix=fix)
+        _check_kind(rate, channels, channel, name)
         most = int(left_s * min(rate, _FULL_RATE))
         known = claimed <= int(LONGEST_S * min(rate, _FULL_RATE))
         size = max(1, min(claimed, _BLOCK // channels))
@@ -129,7 +200,9 @@ def _decode(file: int, name: str, left_s: float, longest_s: float) -> tuple[Wave
                 pieces_of = f"{longest / 60:.0f} minutes" if longest >= 120 else f"{longest:.0f} s"
                 fix = f"Cut it into pieces of at most {pieces_of}."
                 raise DataError(f"The audio of {name} is longer than {longest:.0f} s", where=name, fix=fix)
-            blocks.append(block[:got, 0] if channels == 1 else block[:got].mean(axis=1, dtype=np.float32))
+            one = 0 if channels == 1 else channel
+            mono = block[:got].mean(axis=1, dtype=np.float32) if one is None else block[:got, one]
+            blocks.append(np.ascontiguousarray(mono))
     return blocks[0] if len(blocks) == 1 else np.concatenate([*blocks, np.zeros(0, np.float32)]), rate
 
 
@@ -173,8 +246,15 @@ def write_audio(path: str | Path, samples: Waveform, rate: int = SAMPLE_RATE) ->
     soundfile.write(path, _pcm16(samples), rate, subtype="PCM_16")
 
 
-def encode_flac(samples: Waveform) -> bytes:
-    """FLAC bytes, 16 kHz mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
+def encode_flac(samples: Waveform, rate: int = SAMPLE_RATE) -> bytes:
+    """FLAC bytes, mono 16-bit: the `question.flac` and `answer.flac` members of the data contract."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, _pcm16(samples), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    soundfile.write(buffer, _pcm16(samples), rate, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def encode_wav(samples: Waveform) -> bytes:
+    """WAV bytes, 16 kHz mono 16-bit, for players."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, SAMPLE_RATE, format="WAV", subtype="PCM_16")
     return buffer.getvalue()

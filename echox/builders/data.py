@@ -93,18 +93,18 @@ def _found(source: Source) -> str:
     return "; ".join([*named[:3], *(["others"] if len(named) > 3 else [])])
 
 
-def listings(configs: Iterable[SourceConfig]) -> dict[str, Path]:
+def listings(places: Iterable[str]) -> dict[str, Path]:
     """`dataset.json` of each dataset that lies in a folder here, by the recipe's name of it."""
     found: dict[str, Path] = {}
-    for config in configs:
-        if is_remote(config.path):
+    for place in places:
+        if is_remote(place):
             continue
         try:
-            listing = resolve_data(config.path) / DATASET_NAME
+            listing = resolve_data(place) / DATASET_NAME
         except EchoXError:
             continue  # the error is raised where the dataset is opened
         if listing.is_file():
-            found[config.path] = listing
+            found[place] = listing
     return found
 
 

@@ -1,4 +1,4 @@
-"""Keeps the units that the frozen teacher made of each segment in the run's folder (`model.echo.labels: cached`).
+"""Keeps the units that the frozen teacher made of each segment for all runs of a storage: `model.echo.labels: cached`.
 
 With `labels: drafted` they are what the teacher will probably say of another text that begins alike.
 """
@@ -7,43 +7,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from echox.config.paths import run_dir
+from echox.config.paths import storage_folder
 from echox.config.schema import Recipe
 from echox.errors import EchoXError
-from echox.files import append_line
+from echox.files import append_line, open_regular
 from echox.stages.echo import EchoStage
 from echox.stages.labels import Label
 
 FOLDER = "labels"
-"""In the folder of a run: `labels/<identity of the teacher>/rank-00000.jsonl`, one segment a line."""
+"""In the storage of runs: `labels/<identity of the teacher>/<run>/rank-00000.jsonl`, one segment a line."""
 _ALIKE = (16, 8, 4)
 """Text tokens that two segments have in common at their beginning, for the label of one to be a draft of the other's;
 the longest are asked first."""
 
 
 class LabelFile:
-    """Labels of one rank in memory and in its own file; it begins with what all ranks wrote for the same teacher.
+    """Labels of one rank in memory and in its own file; it begins with what every run wrote for the same teacher.
 
-    A line that a crash cut short is passed over, and its segment decoded again.
+    No two processes write to one file, so that runs may go on beside each other. A line that a crash cut short, or that
+    another run is writing, is passed over, and its segment decoded again.
 
     Args:
         folder: of the teacher's labels, made when the first one is kept.
+        run: name of the run.
         rank: of this process.
     """
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._path = folder / f"rank-{rank:05d}.jsonl"
+    def __init__(self, folder: Path, run: str, rank: int) -> None:
+        self._path = folder / run / f"rank-{rank:05d}.jsonl"
         self._known: dict[bytes, tuple[bytes, bool]] = {}
         self._newest: dict[bytes, bytes] = {}
-        for path in sorted(folder.glob("rank-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+        for path in sorted(folder.glob("*/rank-*.jsonl")):
+            for line in _lines(path):
                 self._take(line)
 
     def __len__(self) -> int:
@@ -86,7 +88,7 @@ class LabelFile:
                 fix="make room, or set model.echo.labels to teacher",
             ) from error
 
-    def _take(self, line: str) -> None:
+    def _take(self, line: bytes) -> None:
         try:
             tokens, words, ended = json.loads(line)
             self._keep(tokens, words, bool(ended))
@@ -101,15 +103,24 @@ class LabelFile:
                 self._newest[_packed(tokens[:length])] = packed
 
 
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file of any size; none of one that may not be read, or is no file: others keep theirs here."""
+    try:
+        with open_regular(path) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            yield from file
+    except OSError:
+        return
+
+
 def _packed(numbers: Any) -> bytes:
     return np.asarray(numbers, dtype="<u4").tobytes()
 
 
 def keep_labels(recipe: Recipe, stage: EchoStage, rank: int) -> None:
-    """Give a stage the labels that its run has kept, where the recipe wants them used."""
+    """Give a stage the labels that runs of its storage have kept of its teacher, where the recipe wants them used."""
     if recipe.model.echo.labels in ("cached", "drafted"):
-        folder = run_dir(recipe.storage, recipe.name) / FOLDER / teacher_identity(stage)
-        stage.label_store = LabelFile(folder, rank)
+        folder = storage_folder(recipe.storage) / FOLDER / teacher_identity(stage)
+        stage.label_store = LabelFile(folder, recipe.name, rank)
 
 
 def teacher_identity(stage: EchoStage) -> str:
@@ -129,5 +140,5 @@ def teacher_identity(stage: EchoStage) -> str:
         digest.update(flat.numpy().tobytes())
     options = {name: value for name, value in vars(teacher).items() if isinstance(value, int | float | str)}
     del options["training"]
-    digest.update(repr((len(stage.prefix_P), stage.config.units_per_token, sorted(options.items()))).encode())
+    digest.update(repr((len(stage.prefix_P), stage.words_per_token, sorted(options.items()))).encode())
     return digest.hexdigest()[:12]

@@ -29,6 +29,7 @@ from echox.builders.stages import (
     build_t2c_text,
 )
 from echox.builders.unit_sets import check_units, run_files
+from echox.builders.word_limit import settle
 from echox.config.model_schema import T2cConfig
 from echox.config.paths import is_url, resolve_data_file
 from echox.config.schema import Recipe
@@ -76,13 +77,14 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
     check_inits(recipe)
     check_units(recipe, [*train, *valid], text.language, quiet=rank > 0)
     answers = find_answers(recipe, text.prompt, train, valid)
+    collate = build_collate(recipe, text)
+    recipe, words, limit = settle(recipe, train, collate)
     # Tokenising every transcript takes minutes on a large corpus, and only this vocabulary is made of them.
     from_corpus = recipe.stage == "s2t" and recipe.model.ctc.vocabulary == "corpus"
     spoken = (token for line in transcripts(train) for token in text.tokenize(line)) if from_corpus else None
     module = build_stage(recipe, text, transcripts=spoken)
     if isinstance(module, EchoStage):
         keep_labels(recipe, module, rank)
-    collate = build_collate(recipe, text)
     reader = train_reader(recipe, train, collate, rank, world_size)
     train_loader: TrainLoader = reader
     valid_loaders: Mapping[str, Iterable[Any]] = valid_readers(recipe, valid, collate, rank, world_size)
@@ -97,8 +99,9 @@ def build_setup(recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         train_loader=train_loader,
         valid_loaders=valid_loaders,
         frozen_models=frozen_models(recipe),
-        files=run_files(recipe, text.language) | answers.files,
+        files=run_files(recipe, text.language, words_per_token=words) | answers.files,
         refresh=refresh,
+        notes={"word_limit": limit} if limit else {},
         compiled=compile_pointwise(module)._asdict() if recipe.engine.compile else {},
     )
 

@@ -56,7 +56,7 @@ def check_units(
     if annotated:
         sources = [source for source in sources if source.task == "sqa"]
     if recipe.stage == "t2c" or annotated:
-        parts = [UnitPart(f"dataset {source.path}", _of_dataset(source)) for source in sources]
+        parts = [UnitPart(f"dataset {source.path}", units_of_dataset(source)) for source in sources]
         if language is not None:
             parts.append(UnitPart(f"the unit language {_place(recipe)}", language.unit_set))
         check_same_unit_set(
@@ -97,11 +97,12 @@ def check_language(language: UnitLanguage, place: str, checkpoint: Path, *, say:
     )
 
 
-def run_files(recipe: Recipe, language: UnitLanguage | None) -> dict[str, RunFile]:
-    """The unit language of a stage that speaks, to be kept with its run."""
+def run_files(recipe: Recipe, language: UnitLanguage | None, **learned: float | None) -> dict[str, RunFile]:
+    """The unit language of a stage that speaks, to be kept with its run, and what was `learned` of texts in it."""
     if recipe.stage == "s2t" or language is None:
         return {}
-    about = {_UNIT_SET: None if language.unit_set is None else asdict(language.unit_set)}
+    known = {name: value for name, value in learned.items() if value is not None}
+    about = {_UNIT_SET: None if language.unit_set is None else asdict(language.unit_set), **known}
     return {LANGUAGE: RunFile(path=_place(recipe), sha256=language.sha256, about=about)}
 
 
@@ -130,7 +131,7 @@ def _entry(checkpoint: Path) -> RunFileEntry | None:
     return files.get(LANGUAGE)
 
 
-def _of_dataset(source: Source) -> UnitSetIdentity | None:
+def units_of_dataset(source: Source) -> UnitSetIdentity | None:
     """Which units a dataset holds, by the record beside its `dataset.json`, here or beside its remote shards."""
     if not is_remote(source.path):
         found = read_unit_set(resolve_data(source.path))

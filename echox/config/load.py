@@ -11,10 +11,10 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -23,12 +23,15 @@ from pydantic_core import ErrorDetails
 from echox.config import deepspeed
 from echox.config.mistakes import Mistake, did_you_mean, nearest, raise_all, shown
 from echox.config.paths import project_root, resolve_file
-from echox.config.schema import Recipe, change_of, cross_checks
-from echox.config.section import Change
+from echox.config.schema import Breach, Recipe, change_of, cross_checks
+from echox.config.section import Change, Section
 from echox.errors import RecipeError
 from echox.files import read_text
 
 Loc = tuple[int | str, ...]
+Schema = type[BaseModel]
+SectionT = TypeVar("SectionT", bound=Section)
+RECIPES = "recipes"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -41,39 +44,60 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: one sentence per mistake, all of them.
     """
-    file = find_recipe(path)
+    return load_checked(Recipe, find_recipe(path), overrides, cross_checks, _check_deepspeed_file)
+
+
+def load_checked(
+    schema: type[SectionT],
+    file: Path,
+    overrides: Sequence[str],
+    rules: Callable[[SectionT], list[Breach]],
+    files: Callable[[dict[str, Any]], list[Mistake]] = lambda tree: [],
+) -> SectionT:
+    """Read, override and check one file of a schema.
+
+    Args:
+        schema: what the file is to hold.
+        file: YAML.
+        overrides: as of `load_recipe`.
+        rules: every rule that spans sections and that a valid tree breaks.
+        files: mistakes in further files that the tree names.
+
+    Raises:
+        RecipeError: one sentence per mistake, all of them.
+    """
     tree = read_yaml(file)
     mistakes: list[Mistake] = []
     for override in overrides:
         mistakes += _apply_override(tree, override)
-    recipe, more = _validate(tree)
+    found, more = _validate(schema, tree, rules)
     mistakes += more
-    mistakes += _check_deepspeed_file(tree)
+    mistakes += files(tree)
     raise_all(mistakes, _for_people(file))
-    assert recipe is not None
-    return recipe
+    assert found is not None
+    return found
 
 
-def find_recipe(path: str | Path) -> Path:
+def find_recipe(path: str | Path, kind: str = RECIPES) -> Path:
     """The file of a recipe given by path or by short name; RecipeError lists the short names otherwise."""
     given = resolve_file(str(path))
     if given.is_file():
         return given
-    folder = project_root() / "launch" / "recipes"
+    folder = project_root() / "launch" / kind
     for name in (f"{path}.yaml", str(path)):
         if (folder / name).is_file():
             return folder / name
-    names = recipe_names()
+    names = recipe_names(kind)
     raise RecipeError(f"recipe {path} was not found", fix=did_you_mean(str(path), names, noun="recipes"))
 
 
-def recipe_names() -> list[str]:
-    """Short names of the recipes that come with the project."""
-    folder = project_root() / "launch" / "recipes"
-    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.glob("*/*.yaml"))
+def recipe_names(kind: str = RECIPES) -> list[str]:
+    """Short names of the recipes that come with the project, below `launch/recipes` or another folder of `launch`."""
+    folder = project_root() / "launch" / kind
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved(recipe: Section) -> dict[str, Any]:
     """The recipe with every default filled in, as plain JSON types: what the manifest and the tracker keep."""
     return recipe.model_dump(mode="json")
 
@@ -215,7 +239,9 @@ def _no_such_item(path: Sequence[str], part: str, node: list[Any]) -> Mistake:
     return Mistake(".".join(path), rule, f"the list has items 0 to {len(node) - 1}" if node else "the list is empty")
 
 
-def _validate(tree: dict[str, Any]) -> tuple[Recipe | None, list[Mistake]]:
+def _validate(
+    schema: type[SectionT], tree: dict[str, Any], rules: Callable[[SectionT], list[Breach]]
+) -> tuple[SectionT | None, list[Mistake]]:
     """The recipe where it is right, and every mistake where it is not."""
     tree = copy.deepcopy(tree)
     mistakes: list[Mistake] = []
@@ -223,35 +249,52 @@ def _validate(tree: dict[str, Any]) -> tuple[Recipe | None, list[Mistake]]:
     while True:
         try:
             text = json.dumps(tree, default=str)
-            recipe = Recipe.model_validate_json(text, strict=True, context={"cross_checks": False})
+            recipe = schema.model_validate_json(text, strict=True, context={"cross_checks": False})
         except ValidationError as error:
-            details = error.errors(include_url=False)
+            details = _by_field(schema, error.errors(include_url=False))
         else:
-            breaches = [b for b in cross_checks(recipe) if not any(_related(k, w) for k in b.keys for w in wrong)]
+            breaches = [b for b in rules(recipe) if not any(_related(k, w) for k in b.keys for w in wrong)]
             mistakes += [Mistake("", breach.rule, breach.fix) for breach in breaches]
             return (None if mistakes else recipe), mistakes
         # A misspelt required key is one mistake, not an unknown key plus a missing one; a list counts as empty
         # for pydantic when all its items are wrong.
-        meant = {_meant(detail["loc"]) for detail in details if _unknown(detail)}
+        meant = {_meant(schema, detail["loc"]) for detail in details if _unknown(detail)}
         owners = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
         for detail in details:
             if detail["loc"] in owners:
                 continue
             if not (detail["type"] == "missing" and detail["loc"] in meant):
-                mistakes.append(_mistake(detail))
+                mistakes.append(_mistake(schema, detail))
             wrong.add(_dotted(detail["loc"]))
-            _take_out(tree, detail["loc"])
+            _take_out(schema, tree, detail["loc"])
 
 
-def _meant(loc: Loc) -> Loc:
-    return (*loc[:-1], nearest(str(loc[-1]), _fields(loc[:-1])) or "")
+def _by_field(schema: Schema, details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """The mistakes, with one for a value that may be a number or a word: pydantic has one for each of both."""
+    found: dict[Loc, ErrorDetails] = {}
+    for detail in details:
+        words = _words(_annotation(schema, detail["loc"][:-1]))
+        if words:
+            detail = {**detail, "loc": detail["loc"][:-1], "msg": f"{detail['msg']}, or {' or '.join(words)}"}
+        found.setdefault(detail["loc"], detail)
+    return list(found.values())
+
+
+def _words(annotation: Any) -> list[str]:
+    """Words that a value of a schema type may be in place of a number; none for other types."""
+    arms = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [str(word) for arm in arms if get_origin(arm) is Literal for word in get_args(arm)]
+
+
+def _meant(schema: Schema, loc: Loc) -> Loc:
+    return (*loc[:-1], nearest(str(loc[-1]), _fields(schema, loc[:-1])) or "")
 
 
 def _related(key: str, bad: str) -> bool:
     return key == bad or key.startswith(bad + ".") or bad.startswith(key + ".")
 
 
-def _take_out(tree: dict[str, Any], loc: Loc) -> None:
+def _take_out(schema: Schema, tree: dict[str, Any], loc: Loc) -> None:
     """Remove a wrong leaf; where it is required, put in a value that is right by its type alone."""
     node: Any = tree
     for part in loc[:-1]:
@@ -259,9 +302,9 @@ def _take_out(tree: dict[str, Any], loc: Loc) -> None:
             return  # its section or list is already out
         node = node[part]
     if isinstance(node, list):
-        _take_out(tree, loc[:-1])
+        _take_out(schema, tree, loc[:-1])
         return
-    field = _field(loc)
+    field = _field(schema, loc)
     if field is not None and field.is_required():
         node[loc[-1]] = _placeholder(field.annotation)
     else:
@@ -280,19 +323,19 @@ def _placeholder(annotation: Any) -> Any:
     return {int: 1, float: 1.0, bool: False}.get(annotation, "x")
 
 
-def _mistake(detail: ErrorDetails) -> Mistake:
+def _mistake(schema: Schema, detail: ErrorDetails) -> Mistake:
     loc, kind, value = detail["loc"], detail["type"], detail["input"]
     key = _dotted(loc)
     if _unknown(detail):
-        siblings = _fields(loc[:-1])
+        siblings = _fields(schema, loc[:-1])
         fix = did_you_mean(str(loc[-1]), siblings)
         if nearest(str(loc[-1]), siblings) is None:
-            homes = [home for home in _homes(Recipe, str(loc[-1])) if home != key]
+            homes = [home for home in _homes(schema, str(loc[-1])) if home != key]
             fix = f'did you mean "{homes[0]}"?' if homes else fix
         return Mistake(key, "unknown key", fix)
-    field = _field(loc)
+    field = _field(schema, loc)
     about = f" ({field.description})" if field is not None and field.description else ""
-    annotation = _bare(_annotation(loc))
+    annotation = _bare(_annotation(schema, loc))
     if kind == "missing":
         return Mistake(key, f"required, but missing{about}", f"add it as {_example(annotation)}")
     if kind == "literal_error":
@@ -337,13 +380,13 @@ def _dotted(loc: Iterable[int | str]) -> str:
 def _bare(annotation: Any) -> Any:
     """The type behind `X | None`."""
     if get_origin(annotation) in (Union, UnionType):
-        return next(arm for arm in get_args(annotation) if arm is not type(None))
-    return annotation
+        annotation = next(arm for arm in get_args(annotation) if arm is not type(None))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def _annotation(loc: Loc) -> Any:
+def _annotation(schema: Schema, loc: Loc) -> Any:
     """The schema type at a path; None where the path leaves the schema."""
-    node: Any = Recipe
+    node: Any = schema
     for part in loc:
         node = _bare(node)
         if isinstance(node, type) and issubclass(node, BaseModel):
@@ -356,16 +399,16 @@ def _annotation(loc: Loc) -> Any:
     return node
 
 
-def _field(loc: Loc) -> Any:
+def _field(schema: Schema, loc: Loc) -> Any:
     """The schema field at a path, or None for list items and unknown keys."""
-    owner = _bare(_annotation(loc[:-1]))
+    owner = _bare(_annotation(schema, loc[:-1]))
     if isinstance(owner, type) and issubclass(owner, BaseModel):
         return owner.model_fields.get(str(loc[-1]))
     return None
 
 
-def _fields(loc: Loc) -> list[str]:
-    owner = _bare(_annotation(loc))
+def _fields(schema: Schema, loc: Loc) -> list[str]:
+    owner = _bare(_annotation(schema, loc))
     return list(owner.model_fields) if isinstance(owner, type) and issubclass(owner, BaseModel) else []
 
 

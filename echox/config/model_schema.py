@@ -294,10 +294,11 @@ class EchoConfig(Section):
     segmentation: SegmentationConfig = SegmentationConfig()
     denoising: DenoisingConfig = DenoisingConfig()
     s2t_weight: float = Field(1.0, ge=0, description="U4: weight of the text loss in Eq. 4, which has it at 1")
-    units_per_token: PositiveInt = Field(
-        12,
+    units_per_token: PositiveFloat | Literal["auto"] = Field(
+        "auto",
         description="U20: unit-language words a text token; the teacher stops a segment of T tokens after "
-        "units_per_token * T + 32 words",
+        "units_per_token * T + 32 words. auto: what nearly all texts of the T2C run's data need, which that run "
+        "measured, and 12 where it did not; a run that has begun keeps its own",
     )
     free_run_tokens: PositiveInt = Field(64, description="pseudo_text=free_run: tokens generated for every sample")
     train_speech_adapters: bool = Field(
@@ -321,8 +322,9 @@ class EchoConfig(Section):
     labels: Literal["teacher", "cached", "drafted", "annotated"] = Field(
         "teacher",
         description="Y' that the Echo decoder learns. teacher: units that the frozen T2C decodes in the step, the "
-        "paper's pseudo labels; cached: the same, each segment decoded once and kept in the run's folder, as labels "
-        "made before training are: it pays off where segments come again, so where text and cuts do not change. "
+        "paper's pseudo labels; cached: the same, each segment decoded once and kept below storage for every run with "
+        "this teacher, as labels made before training are: it pays off where segments come again, so where text and "
+        "cuts do not change. "
         "drafted: for texts that do change: what the teacher said of a segment that begins alike is verified in one "
         "pass, and decoded on from the first word that it would not say; the labels are those of teacher. "
         "annotated: the ablation with the units of the recorded answers (`answer.units`), which needs "

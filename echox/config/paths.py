@@ -50,6 +50,7 @@ DEMO_MODELS = (
     "HuggingFaceTB/SmolLM2-135M-Instruct",
     "rhasspy/en_US-joe-medium",
     "Xenova/whisper-small",
+    "microsoft/dnsmos",
 )
 
 

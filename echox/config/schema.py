@@ -367,9 +367,9 @@ class Recipe(Section):
         return self
 
 
-def change_of(key: str) -> Change:
+def change_of(key: str, schema: type[Section] = Recipe) -> Change:
     """What a change of a dotted key means; a key that the schema does not know has the mark of its section."""
-    mark, section = Change.REFUSED, section_in(Recipe)
+    mark, section = Change.REFUSED, section_in(schema)
     for part in key.split("."):
         field = section.model_fields.get(part) if section else None
         if field is None:
@@ -474,14 +474,7 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
                 f"set data.global_batch to a multiple of {per_step}, {_smaller(data, least)}",
             )
         )
-    if scaling.gpus_per_worker not in (0, 1):
-        found.append(
-            Breach(
-                ("scaling.gpus_per_worker",),
-                f"scaling.gpus_per_worker={scaling.gpus_per_worker:g}, but a worker is one rank with one GPU or none",
-                "set it to 1, and scaling.workers to the number of GPUs",
-            )
-        )
+    found += worker_rules(scaling)
     weighted = [source.weight is not None for source in data.train]
     if any(weighted) and (not all(weighted) or any(source.repeat > 1 for source in data.train)):
         found.append(
@@ -504,6 +497,14 @@ def _batch_rules(recipe: Recipe) -> list[Breach]:
                     )
                 )
     return found
+
+
+def worker_rules(scaling: ScalingConfig) -> list[Breach]:
+    """What no worker can have."""
+    if scaling.gpus_per_worker in (0, 1):
+        return []
+    rule = f"scaling.gpus_per_worker={scaling.gpus_per_worker:g}, but a worker is one rank with one GPU or none"
+    return [Breach(("scaling.gpus_per_worker",), rule, "set it to 1, and scaling.workers to the number of GPUs")]
 
 
 def _smaller(data: DataConfig, ranks: int) -> str:

@@ -170,6 +170,7 @@ class StageSetup:
         frozen_models: name to folder of every pretrained model whose weights are frozen.
         files: name in the run's folder to a file that the weights mean nothing without; it is copied there.
         refresh: what is made again between steps; None for nothing.
+        notes: event to one line about the setup that the run's log is to have.
         compiled: kind of part to how many of the module's run compiled; empty where the recipe does not ask for it.
     """
 
@@ -179,6 +180,7 @@ class StageSetup:
     frozen_models: Mapping[str, Path] = field(default_factory=dict)
     files: Mapping[str, RunFile] = field(default_factory=dict)
     refresh: Refresh | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
     compiled: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from echox.config.paths import model_place
 from echox.config.schema import batch_sentence
 from echox.engine import rng_state, run_files
+from echox.engine.attempt import start_data, tell_the_end, unwritable
 from echox.engine.checkpoint.checkpointer import Checkpointer, check_fits, find_checkpoint
 from echox.engine.checkpoint.manifest import Checkpoint, Choice, set_aside, sweep
 from echox.engine.checkpoint.recipe_diff import changes
@@ -21,7 +22,7 @@ from echox.engine.context import RunContext, device_of
 from echox.engine.deepspeed_engine import Engine, prepare_deepspeed
 from echox.engine.determinism import compute_deterministically
 from echox.engine.frozen import FrozenModel, compare_identities, identify, replicate_as_buffers
-from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainLoader, TrainResult
+from echox.engine.interfaces import BuildSetup, NullTracker, StageSetup, Tracker, TrainResult
 from echox.engine.loop import Loop
 from echox.engine.loss_guard import LossGuard
 from echox.engine.monitor.event_log import EventLog
@@ -153,14 +154,14 @@ class _Attempt:
             except EchoXError as error:
                 found = (attempt, None, None, error)
             except OSError as error:
-                found = (attempt, None, None, _unwritable(folder.path, error))
+                found = (attempt, None, None, unwritable(folder.path, error))
         attempt, chosen, entry, problem = world.broadcast(found)
         if published is not None and chosen is not None:
             chosen = published.on_every_node(chosen, entry, folder.path, world, brings=context.local_rank == 0)
         try:
             log = EventLog(folder.path, rank=world.rank, attempt=attempt)
         except OSError as error:
-            raise problem or _unwritable(folder.path, error) from error
+            raise problem or unwritable(folder.path, error) from error
         reporter = Reporter(recipe, folder, log, tracker, world.is_main, attempt)
         reporter.event("start_check", **asdict(proof))
         if batch is not None:
@@ -186,20 +187,11 @@ class _Attempt:
         tags = {"host": socket.gethostname(), "world_size": str(self.world.size)}
         if self.choice.checkpoint is not None:
             tags["resumed_from"] = str(self.choice.checkpoint.path)
-        reporter.tracker.begin_attempt(reporter.attempt, reporter.state.step, tags)
-        try:
-            result = self.already_done() or self.train(build, listener, accept_new_data=accept_new_data)
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-            reporter.event("failed", error=said)
-            reporter.progress("failed")
-            reporter.tracker.end_attempt(
-                "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED", {"ended": said[:500]}
-            )
-            raise
-        ended = f"stopped: {result.stopped}" if result.stopped else "finished"
-        reporter.tracker.end_attempt("KILLED" if result.stopped else "FINISHED", {"ended": ended})
-        return result
+        return tell_the_end(
+            reporter,
+            tags,
+            lambda: self.already_done() or self.train(build, listener, accept_new_data=accept_new_data),
+        )
 
     def already_done(self) -> TrainResult | None:
         """The result of a run that has reached its last step, or None."""
@@ -229,7 +221,7 @@ class _Attempt:
         self.startup.lap("models")
         frozen = self._identify(setup)
         files = self._keep_files(setup)
-        self._start_data(setup.train_loader, accept_new_data=accept_new_data)
+        start_data(setup.train_loader, self.choice.checkpoint, world, reporter, accept_new_data=accept_new_data)
         self.startup.lap("data")
         buffers = frozenset[str]()
         placement = place_frozen(recipe.engine.frozen_placement, setup.module, torch_dtype(precision), world, ds_config)
@@ -256,7 +248,7 @@ class _Attempt:
             },
             published=self.published,
         )
-        self._announce(precision, placement, census, ds_config, setup.compiled)
+        self._announce(precision, placement, census, ds_config, setup)
         health = LossGuard(recipe.health, world.device)
         if self.choice.checkpoint is not None:
             self._resume(self.choice.checkpoint, checkpointer, health)
@@ -403,27 +395,8 @@ class _Attempt:
             try:
                 run_files.store(setup.files, folder)
             except OSError as error:
-                raise _unwritable(folder, error) from error
+                raise unwritable(folder, error) from error
         return mine
-
-    def _start_data(self, loader: TrainLoader, *, accept_new_data: bool) -> None:
-        """Bring the data to where the checkpoint stood, after all ranks were found to see the same."""
-        identities = self.world.all_gather(json.dumps(loader.identity(), sort_keys=True))
-        for rank, identity in enumerate(identities):
-            if identity != identities[0]:
-                raise DataError(
-                    f"rank {rank} sees other training data than rank 0",
-                    where=str(self.reporter.folder.path),
-                    fix="give every node the same datasets, best in a folder that all of them share",
-                )
-        checkpoint = self.choice.checkpoint
-        for clause in loader.start(
-            step=0 if checkpoint is None else checkpoint.manifest["step"],
-            run_folder=self.reporter.folder.path,
-            saved=None if checkpoint is None else checkpoint.manifest["cursor"]["stream"],
-            accept_new_data=accept_new_data,
-        ):
-            self.reporter.event("new_data", what=clause)
 
     def _announce(
         self,
@@ -431,7 +404,7 @@ class _Attempt:
         placement: str,
         census: Mapping[str, Any],
         ds_config: Mapping[str, Any],
-        compiled: Mapping[str, int],
+        setup: StageSetup,
     ) -> None:
         self.reporter.event(
             "start",
@@ -444,10 +417,12 @@ class _Attempt:
             precision=precision,
             frozen_placement=placement,
             dtypes=json.dumps(census),
-            **({"compiled": json.dumps(dict(compiled))} if compiled else {}),
+            **({"compiled": json.dumps(dict(setup.compiled))} if setup.compiled else {}),
             start_s=self.startup.seconds,
             peak_gib=peak_gib(self.world.device),
         )
+        for event, note in setup.notes.items():
+            self.reporter.event(event, what=note)
         if self.world.is_main:
             self.reporter.tracker.log_params(self.recipe.model_dump(mode="json"))
             for name, contents in (("recipe.json", self.recipe.model_dump(mode="json")), ("deepspeed.json", ds_config)):
@@ -462,14 +437,6 @@ def _models(recipe: Recipe) -> dict[str, Path]:
     if recipe.stage != "t2c" and recipe.model.speech_encoder is not None:
         refs.append(recipe.model.speech_encoder.path)
     return {} if recipe.model.random_init else {ref: model_place(ref) for ref in refs}
-
-
-def _unwritable(folder: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"the run's folder cannot be written: {error}",
-        where=str(folder),
-        fix="make room, or give storage= a folder that every node may write to",
-    )
 
 
 def _checked(identity: dict[str, FrozenModel] | EchoXError) -> dict[str, FrozenModel]:

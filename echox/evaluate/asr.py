@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.errors import MissingModelError
+from echox.evaluate.onnx import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -61,7 +62,7 @@ class Judge:
         self._folder = folder
         self._threads = threads or os.cpu_count() or 1
         self._encoder_path = _one(folder, "encoder_model")
-        self._decoder = _session(_one(folder, "decoder_model_merged"), self._threads, {})
+        self._decoder = open_session(_one(folder, "decoder_model_merged"), self._threads)
         self._past = [item for item in self._decoder.get_inputs() if item.name.startswith("past_key_values.")]
         # Attention maps, where the export has them, are not asked for: they cost more than the rest.
         names = [item.name for item in self._decoder.get_outputs()]
@@ -154,7 +155,7 @@ class Judge:
                 table_TD = _position_table(self._encoder_path)[: round(window * _FRAMES_PER_S)]
                 replaced[_POSITIONS] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(table_TD))
                 self._tables += replaced.values()
-            self._encoders[window] = _session(self._encoder_path, self._threads, replaced)
+            self._encoders[window] = open_session(self._encoder_path, self._threads, replaced)
         return self._encoders[window]
 
     def _greedy(self, hidden_BTD: Floats, limit: int) -> tuple[list[list[int]], NDArray[np.bool_]]:
@@ -233,19 +234,6 @@ def _position_table(path: Path) -> Floats:
             break
     table = np.frombuffer(content, dtype="<f4", count=size // 4, offset=at)
     return table.reshape(round(_FULL_S * _FRAMES_PER_S), -1)
-
-
-def _session(path: Path, threads: int, replaced: dict[str, onnxruntime.OrtValue]) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Threads that wait by spinning starve the others of a busy machine.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    for name, value in replaced.items():
-        options.add_initializer(name, value)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _feature_extractor(folder: Path) -> Callable[[list[Floats]], Floats]:

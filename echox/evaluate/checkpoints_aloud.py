@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from echox.audio.io import SAMPLE_RATE, read_audio, resample, write_audio
+from echox.audio.io import SAMPLE_RATE, read_audio, write_audio
 from echox.engine.checkpoint.manifest import MANIFEST, list_checkpoints, step_of
 from echox.errors import CheckpointError, DataError
+from echox.evaluate.listening import speak
 from echox.evaluate.spoken import take
 from echox.files import read_record, write_atomically
 from echox.html import player, write_page
@@ -193,7 +194,7 @@ class CheckpointsAloud:
         for number, answer in enumerate(model.answer([question.audio for question in self.questions])):
             wave = np.zeros(0, np.float32)
             if len(answer.units):
-                wave = resample(self._vocoder([answer.units])[0], self._vocoder.sample_rate)
+                (wave,) = speak(self._vocoder, [answer.units])
                 self._answer(step, number).parent.mkdir(exist_ok=True)
                 write_audio(self._answer(step, number), wave)
             seconds = round(len(wave) / SAMPLE_RATE, 3)

@@ -27,17 +27,25 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for scores and samples; default: evaluation/ in the run's parent"
     )
+    parser.add_argument(
+        "--rated",
+        metavar="N",
+        type=_from_zero,
+        help="answers of a set whose sound DNSMOS rates, at even distances; 0 for none; default: 12, 50 of a benchmark",
+    )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     _add_benchmark_options(parser)
     parser.set_defaults(run=evaluate)
     page = subparsers.add_parser(
         "report",
-        help="write report.html from an evaluation",
-        description="Curves of the stages, scores and players in one HTML file that needs nothing beside it.",
-        epilog="example: echox report runs/demo",
+        help="write report.html and MODEL_CARD.md from an evaluation",
+        description="Scores, players and the stages' curves in one HTML file that needs nothing beside it, and a model "
+        "card in Hugging Face's format.",
+        epilog="examples: echox report runs/demo; echox report runs/demo --track",
     )
     page.add_argument("storage", type=Path, help="folder of runs with evaluation/ in it")
-    page.add_argument("--out", type=Path, help="HTML file; default: report.html in the folder")
+    page.add_argument("--out", type=Path, help="HTML file; default: report.html in the folder. The card is beside it")
+    page.add_argument("--track", action="store_true", help="add scores, report and card to the echo run in MLflow")
     page.set_defaults(run=report)
 
 
@@ -80,6 +88,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _from_zero(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
+    return int(text)
+
+
 def _shard(text: str) -> tuple[int, int]:
     index, sign, count = text.partition("/")
     if not (sign and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -106,19 +120,21 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
     from echox.evaluate.benchmarks.records import Part
     from echox.evaluate.benchmarks.table import lines
     from echox.evaluate.benchmarks.tracked import track
+    from echox.speak.vocoder import default_vocoder
 
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit {args.limit} leaves no question", fix="give a number from 1 on, or leave it out")
     names, places = parse_names(args.benchmark, args.data or ())
     run = local_run(args.trained)
-    chosen = {name: getattr(args, name) for name in ("judge", "sampling", "repeats", "max_new", "batch")}
+    chosen = {name: getattr(args, name) for name in ("judge", "sampling", "repeats", "max_new", "batch", "rated")}
     request = Request(
         trained=str(args.trained),
         run=run,
         names=names,
         places=places,
         out=args.out,
-        vocoder=args.vocoder or _vocoder_of(args.corpus),
+        # What is not named is left out of the commands beside the scores.
+        vocoder=args.vocoder or (None if args.corpus == "demo" else default_vocoder(args.corpus)),
         limit=args.limit,
         part=Part(*(args.shard or (0, 1))),
         **{name: value for name, value in chosen.items() if value is not None},
@@ -138,12 +154,6 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
     return 0
 
 
-def _vocoder_of(corpus: str) -> Path | None:
-    from echox.config.paths import cache_dir
-
-    return None if corpus == "demo" else cache_dir() / "data" / corpus / "vocoder"
-
-
 def _watch(name: str, done: int, total: int) -> None:
     print(f"{name} {done}/{total}", file=sys.stderr)
 
@@ -154,7 +164,8 @@ def _evaluate_demo(args: argparse.Namespace) -> int:
     from echox.evaluate.store import save_evaluation
 
     run = local_run(args.trained)
-    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus)
+    chosen = {} if args.rated is None else {"rated": args.rated}
+    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus, **chosen)
     scores = found.to_json()
     save_evaluation(args.out or run.parent / "evaluation", scores, found.samples())
     if args.json:
@@ -166,38 +177,42 @@ def _evaluate_demo(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write the page."""
+    """Write the pages."""
     from echox.errors import DataError
-    from echox.evaluate.report import STAGES, write_report
-    from echox.evaluate.store import check_scores, load_evaluation, read_metrics
-    from echox.files import read_record
+    from echox.evaluate.published import publish, write_pages
+    from echox.evaluate.report import STAGES
+    from echox.evaluate.store import check_scores, load_evaluation
+    from echox.files import is_within, read_record
 
-    scores, samples = load_evaluation(args.storage / "evaluation")
+    evaluation = args.storage / "evaluation"
+    scores, samples = load_evaluation(evaluation)
     try:
         result = check_scores({**read_record(args.storage, "result.json"), **scores})
     except (TypeError, AttributeError) as error:
         where = str(args.storage / "result.json")
         raise DataError(f"this is no result: {error}", where=where, fix="remove it") from error
-    runs = {stage: sorted(args.storage.glob(f"*-{stage}")) for stage in STAGES}
-    curves = {stage: read_metrics(folders[-1]) for stage, folders in runs.items() if folders}
-    print(write_report(args.out or args.storage / "report.html", result, curves, samples))
+    folders = {stage: sorted(args.storage.glob(f"*-{stage}")) for stage in STAGES}
+    runs = {stage: found[-1] for stage, found in folders.items() if found and is_within(args.storage, found[-1])}
+    if args.track and "echo" not in runs:
+        raise DataError("there is no echo run to add to", where=str(args.storage), fix="leave out --track")
+    pages = write_pages(args.storage, runs, result, samples, args.out)
+    if args.track:
+        publish(runs["echo"], scores, pages, evaluation)
+    for page in (pages.report, pages.card):
+        print(page)
     return 0
 
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores as a table, a line a score with what it means."""
-    from echox.evaluate.columns import COLUMNS, cell, note, percent
+    from echox.evaluate.columns import COLUMNS, aligned, cell, note, percent
     from echox.evaluate.report import streaming_rows
 
     sets = scores["sets"]
     table = [["", *sets], ["", *(note(row) for row in sets.values())]]
     table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in COLUMNS]
-    widths = [max(len(row[place]) for row in table) for place in range(len(sets) + 1)]
     meanings = ["", "", *(column.meaning for column in COLUMNS)]
-    lines = [
-        "  ".join([*(f"{word:{width}}" for word, width in zip(row, widths, strict=True)), meaning]).rstrip()
-        for row, meaning in zip(table, meanings, strict=True)
-    ]
+    lines = [f"{row}  {meaning}".rstrip() for row, meaning in zip(aligned(table), meanings, strict=True)]
     taught, exact = (percent(scores[f"t2c_heldout_{name}"]) for name in ("wer", "exact"))
     again, original = (percent(scores[name]) for name in ("resynthesis_wer", "original_wer"))
     lines.append(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from echox.evaluate.quality import PARTS
 from echox.evaluate.scores import ENTITY_AND_ANSWER
 
 
@@ -52,6 +53,11 @@ COLUMNS = (
         "WER",
         "Word error rate of what is heard against the model's text; of recordings, of its transcript. Lower is better.",
     ),
+    Column(
+        "dnsmos",
+        "DNSMOS",
+        "How the speech sounds, whatever it says: the opinion of listeners, 1 to 5, that DNSMOS P.835 predicts (ovrl).",
+    ),
 )
 RELATION_COLUMNS = (
     Column("n", "n", "Number of questions."),
@@ -60,17 +66,42 @@ RELATION_COLUMNS = (
     Column("cascade", "cascade", ""),
     Column("copy", "copy", ""),
 )
-METRICS = (*(column.key for column in COLUMNS), "retention", "retention_cascade", "copy_n", "entity_n")
+QUALITY_COLUMNS = (
+    Column("n", "n", "Clips that were rated."),
+    Column("ovrl", "ovrl", "The whole (P.835)."),
+    Column("sig", "sig", "The speech alone (P.835)."),
+    Column("bak", "bak", "What is behind it (P.835); 5 is silence."),
+    Column("p808", "p808", "The whole, by a network trained on P.808 listening tests."),
+)
+METRICS = (
+    *(column.key for column in COLUMNS if column.key != "dnsmos"),
+    "retention",
+    "retention_cascade",
+    "copy_n",
+    "entity_n",
+)
 """Scores of a set that are numbers."""
+
+
+def metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a set's row by name; those of its own speech's quality are `dnsmos_ovrl` and so on."""
+    own = (row.get("quality") or {}).get("echo") or {}
+    found = {key: row.get(key) for key in METRICS} | {f"dnsmos_{part}": own.get(part) for part in (*PARTS, "n")}
+    return {key: float(value) for key, value in found.items() if value is not None}
 
 
 def cell(key: str, row: Mapping[str, Any]) -> str:
     """One score as people read it."""
+    if key == "dnsmos":
+        own = (row.get("quality") or {}).get("echo")
+        return f"{own['ovrl']:.2f} of {own['n']}" if own else "–"
     value = row.get(key)
     if value is None:
         return "–"
     if key == "n":
         return str(value)
+    if key in PARTS:
+        return f"{value:.2f}"
     shown = f"{value:.2f}" if key.startswith("retention") else percent(value)
     if key == "s2s_strict_acc" and row.get("interval_95"):
         low, high = (100 * end for end in row["interval_95"])
@@ -90,3 +121,9 @@ def note(row: Mapping[str, Any]) -> str:
 def percent(value: float) -> str:
     """A share between 0 and 1."""
     return f"{100 * float(value):.1f} %"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of a table as lines whose columns stand below each other, filled up with spaces."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)) for row in rows]

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from echox.audio.io import read_audio
+from echox.audio.io import encode_wav, read_audio
 from echox.config.paths import cache_dir, resolve_data, resolve_model
 from echox.evaluate.listening import Listener
+from echox.evaluate.quality import Dnsmos, spread_over
 from echox.evaluate.scores import SetScore, SpokenItem
 from echox.evaluate.spoken import (
+    RATED,
     TeacherScore,
     resynthesis_wer,
     score_questions,
@@ -28,6 +28,7 @@ from echox.evaluate.streaming import score_streaming
 from echox.stream.format.catalogue import DATASET_NAME
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from echox.stream.storage.store import Sample
@@ -88,6 +89,9 @@ class Evaluation:
         teacher: the frozen T2C teacher on the texts of the same sentences.
         spoken: questions with players' WAV bytes, some of every set, wrong answers included.
         streaming: see `score_streaming`; empty where nothing was asked.
+        command: the command that makes these numbers.
+        judge: the model that listened.
+        corpus: whose sets these are.
     """
 
     sets: dict[HeldOutSet, SetScore]
@@ -96,6 +100,9 @@ class Evaluation:
     teacher: TeacherScore
     spoken: list[dict[str, Any]]
     streaming: dict[str, float] = field(default_factory=dict)
+    command: str = ""
+    judge: str = JUDGE
+    corpus: str = "demo"
 
     def to_json(self) -> dict[str, Any]:
         """Scores without audio."""
@@ -108,6 +115,9 @@ class Evaluation:
             "original_wer": self.original_wer,
             **{f"t2c_heldout_{name}": value for name, value in asdict(self.teacher).items()},
             "streaming": self.streaming,
+            "command": self.command,
+            "judge": self.judge,
+            "corpus": self.corpus,
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -123,6 +133,7 @@ def evaluate_demo(
     limit: int | None = None,
     progress: Progress | None = None,
     corpus: str = "demo",
+    rated: int = RATED,
 ) -> Evaluation:
     """Score an echo run of the demo on its held-out sets.
 
@@ -133,6 +144,7 @@ def evaluate_demo(
         limit: most items of each set.
         progress: called with phase, items done and items in all.
         corpus: folder of the sets below `data/` of the cache: `demo`, or `small`, whose questions are the same.
+        rated: questions of each set whose speech is rated by DNSMOS, where that was fetched; 0 for none.
 
     Raises:
         DataError: the vocoder is of other units than the run or the held-out set.
@@ -145,6 +157,7 @@ def evaluate_demo(
     root = cache_dir() / "data" / corpus
     folder = vocoder or root / "vocoder"
     listener = Listener(load_vocoder(folder), Judge.load(resolve_model(JUDGE)))
+    rater = Dnsmos.find() if rated else None
     model = SpeechToSpeech.load(run)
     sentences = resolve_data(f"{corpus}/{RESYNTHESIS_SET}")
     check_vocoder(folder, [model.units, UnitPart(f"{corpus}/{RESYNTHESIS_SET}", read_unit_set(sentences))])
@@ -165,6 +178,8 @@ def evaluate_demo(
             listener,
             text_llm_acc=ceilings.get(each.name),
             copies=copies,
+            rater=rater,
+            rated=rated,
             progress=watch_phases(each.name),
         )
         for each, samples in asked.items()
@@ -178,7 +193,20 @@ def evaluate_demo(
     spoken = [row for each, score in sets.items() for row in _samples(each.name, score.items, listener)]
     streamed = _streamed_questions(asked)
     streaming = score_streaming(model, listener.vocoder, streamed)
-    return Evaluation(sets, again, original, teacher, spoken, streaming)
+    command = _command(run, vocoder, limit, corpus, rated)
+    return Evaluation(sets, again, original, teacher, spoken, streaming, command, corpus=corpus)
+
+
+def _command(run: Path, vocoder: Path | None, limit: int | None, corpus: str, rated: int) -> str:
+    """The command that makes the same numbers."""
+    options = {
+        "--corpus": corpus if corpus != "demo" else None,
+        "--vocoder": vocoder,
+        "--limit": limit,
+        "--rated": rated if rated != RATED else None,
+    }
+    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    return shlex.join(["echox", "evaluate", str(run), *given])
 
 
 def _streamed_questions(asked: dict[HeldOutSet, list[Sample]]) -> list[NDArray[np.float32]]:
@@ -198,19 +226,20 @@ def _reference_texts(asked: dict[HeldOutSet, list[Sample]]) -> set[str]:
 
 def _samples(name: str, items: Sequence[SpokenItem], listener: Listener) -> list[dict[str, Any]]:
     """Some items of a set, with the waveforms of what was said and of the reference."""
-    indices = np.linspace(0, len(items) - 1, min(PER_SET, len(items))).round().astype(int)
-    chosen = [items[index] for index in dict.fromkeys(indices.tolist())]
+    chosen = [items[index] for index in spread_over(len(items), PER_SET)]
     return [
         {
             "set": name,
             "question_text": item.question,
-            "question_wav": _wav(item.question_audio),
+            "question_wav": encode_wav(item.question_audio),
             "answer_text": item.text,
             "answer_wav": _spoken(item.units, listener),
             "reference_text": item.reference,
             "reference_wav": _spoken(item.copy_units, listener),
             "judged_text": item.heard,
+            "cascade_wav": _spoken(item.cascade_units, listener),
             "cascade_text": item.cascade_heard,
+            "copy_text": item.copy_heard,
             "ok": item.text_right if item.units is None else item.speech_strict,
         }
         for item in chosen
@@ -218,12 +247,4 @@ def _samples(name: str, items: Sequence[SpokenItem], listener: Listener) -> list
 
 
 def _spoken(units: Any, listener: Listener) -> bytes | None:
-    return None if units is None else _wav(listener.speak([units])[0])
-
-
-def _wav(samples: Any) -> bytes:
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, 16000, format="WAV", subtype="PCM_16")
-    return buffer.getvalue()
+    return encode_wav(listener.speak([units])[0]) if units is not None and len(units) else None

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echox.audio.io import SAMPLE_RATE
 from echox.config.paths import resolve_model
 from echox.errors import MissingModelError
-from echox.files import sha256_file
+from echox.files import sha256_files
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from echox.evaluate.listening import Transcriber
 
 _READ = ("*.json", "*.txt", "*.safetensors", "onnx/*.onnx")
-_RATE = 16_000
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class NamedJudge:
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of every file that decides what it hears."""
-        files = sorted(path for pattern in _READ for path in self.folder.glob(pattern))
-        return {path.relative_to(self.folder).as_posix(): sha256_file(path) for path in files}
+        return sha256_files(self.folder, _READ)
 
     def open(self, language: str | None) -> Transcriber:
         """Load it.
@@ -112,6 +111,6 @@ class TransformersWhisper:
         return [self._heard(clip) if len(clip) else "" for clip in audio]
 
     def _heard(self, clip: NDArray[np.float32]) -> str:
-        given = {"raw": clip, "sampling_rate": _RATE}
+        given = {"raw": clip, "sampling_rate": SAMPLE_RATE}
         found: Any = self._pipe(given, return_timestamps=True, generate_kwargs=dict(self._options))
         return str(found["text"]).strip()

@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 
 def listen(args: argparse.Namespace) -> int:
     """Ask, write, record, until there is nothing more to hear."""
-    from echox.config.paths import cache_dir, resolve_data
+    from echox.config.paths import resolve_data
     from echox.engine.checkpoint.checkpointer import find_weights
     from echox.engine.object_store.reading import local_run
     from echox.errors import CheckpointError, DataError
@@ -49,7 +49,7 @@ def listen(args: argparse.Namespace) -> int:
     from echox.files import is_within
     from echox.run_records import read_progress
     from echox.speak.pipeline import SpeechToSpeech, recipe_of
-    from echox.speak.vocoder import check_vocoder, load_vocoder
+    from echox.speak.vocoder import check_vocoder, default_vocoder, load_vocoder
     from echox.tracking.run import record
 
     if args.number < 1:
@@ -61,7 +61,7 @@ def listen(args: argparse.Namespace) -> int:
     out = args.out or run / "listen"
     if args.out is None and not is_within(run, out):
         raise DataError("it leads out of the run's folder", where=str(out), fix="name a folder with --out")
-    vocoder_folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
+    vocoder_folder = args.vocoder or default_vocoder()
     if not args.question and not recipe.data.valid:
         raise DataError("the run has no validation set to ask from", where=str(run), fix="give --question FILE")
     questions = (

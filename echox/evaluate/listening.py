@@ -46,6 +46,15 @@ class Speaker(Protocol):
         ...
 
 
+def speak(vocoder: Speaker, units: Sequence[Units]) -> list[Clip]:
+    """Waveforms of unit sequences, 16 kHz mono."""
+    waves: list[Clip] = []
+    for start in range(0, len(units), SPOKEN_AT_ONCE):
+        spoken = vocoder(units[start : start + SPOKEN_AT_ONCE])
+        waves += [resample(wave, vocoder.sample_rate) for wave in spoken]
+    return waves
+
+
 class Listener:
     """A vocoder and a judge, and what they made of each unit sequence: judging is most of the work of an evaluation.
 
@@ -66,11 +75,7 @@ class Listener:
 
     def speak(self, units: Sequence[Units]) -> list[Clip]:
         """Waveforms of unit sequences, 16 kHz mono."""
-        waves: list[Clip] = []
-        for start in range(0, len(units), SPOKEN_AT_ONCE):
-            spoken = self.vocoder(units[start : start + SPOKEN_AT_ONCE])
-            waves += [resample(wave, self.vocoder.sample_rate) for wave in spoken]
-        return waves
+        return speak(self.vocoder, units)
 
     def hear(self, units: Sequence[Units], progress: Progress | None = None) -> list[str]:
         """The judge's transcript of each unit sequence; equal ones are judged once, by length; silence is empty.

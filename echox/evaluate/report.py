@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echox.evaluate.columns import COLUMNS, RELATION_COLUMNS, Column, cell, note, percent
-from echox.html import as_png, player, write_page
+from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, RELATION_COLUMNS, Column, cell, note, percent
+from echox.evaluate.players import listening
+from echox.evaluate.quality import VOICES
+from echox.html import as_svg, write_page
 
 STAGES = {
     "s2t": (
@@ -38,6 +40,7 @@ def write_report(
     result: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, float]]],
     samples: Sequence[Mapping[str, Any]],
+    commands: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the report; the file needs nothing beside it.
 
@@ -45,37 +48,70 @@ def write_report(
         path: the HTML file.
         result: what `result.json` holds: `sets` (name to the rows of `SetScore`, with `role` and `about` where known),
             and where known `phases`, `reused`, `peak_memory_gib`, `resynthesis_wer`, `original_wer` and
-            `t2c_heldout_wer`, and `streaming` of `score_streaming`. Shares are between 0 and 1.
+            `t2c_heldout_wer`, `streaming` of `score_streaming`, `judge`, and `command`, which made all these. Shares
+            are between 0 and 1.
         curves: stage to rows of `step` and metrics; names that start with `loss/` or `valid/loss/` are drawn.
         samples: `question_text`, `question_wav`, `answer_text`, `answer_wav`, `reference_text`, `reference_wav`,
-            `judged_text`, `ok`, and where known `set` and `cascade_text`; WAV entries are bytes or None.
+            `judged_text`, `ok`, and where known `set`, `cascade_wav`, and `cascade_text` and `copy_text`, which were
+            heard of the two; WAV entries are bytes or None.
+        commands: what makes the curves of each stage, `text_llm_acc` and `phases`, where known.
 
     Returns:
         The path.
     """
+    known = {**(commands or {}), **({"evaluation": result["command"]} if result.get("command") else {})}
     parts = [
         "<h1>EchoX: speech in, speech out</h1>",
         "<p>A text language model was taught to hear questions and to answer them aloud, in three training stages. "
         "This page shows how the training went, how well the result does on questions it has never heard, and what it "
         "sounds like.</p>",
-        _results(result),
-        _curves(curves),
-        _samples(samples),
-        _streaming(result),
-        _costs(result),
+        _results(result, known),
+        listening(samples),
+        _curves(curves, known),
+        _streaming(result, known),
+        _costs(result, known),
     ]
     return write_page(path, "EchoX report", parts)
 
 
-def _results(result: Mapping[str, Any]) -> str:
+def _results(result: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     sets: Mapping[str, Mapping[str, Any]] = result.get("sets", {})
     if not sets:
         return ""
     about = {name: "; ".join(filter(None, (note(row), row.get("about")))) for name, row in sets.items()}
     meanings = "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in COLUMNS)
+    judge = f"<p>Judge, who hears the speech: <b>{html.escape(result['judge'])}</b>.</p>" if result.get("judge") else ""
+    made = _made_by(commands, "evaluation") + (
+        _made_by(commands, "text_llm_acc", "The text model's column")
+        if any(row.get("text_llm_acc") is not None for row in sets.values())
+        else ""
+    )
     return (
-        f"<h2>Results on held-out sets</h2>{_score_table('set', COLUMNS, sets, about)}{_ceiling(result)}"
-        f"<h3>What the columns mean</h3><dl>{meanings}</dl>{_relations(sets)}"
+        f"<h2>Results on held-out sets</h2>{judge}{_score_table('set', COLUMNS, sets, about)}{_ceiling(result)}{made}"
+        f"<h3>What the columns mean</h3><dl>{meanings}</dl>{_quality(sets)}{_relations(sets)}"
+    )
+
+
+def _made_by(commands: Mapping[str, str], name: str, what: str = "These numbers") -> str:
+    """The command that makes some numbers, where it is known."""
+    command = commands.get(name)
+    return f'<p class="soft">{what}: <code>{html.escape(command)}</code></p>' if command else ""
+
+
+def _quality(sets: Mapping[str, Mapping[str, Any]]) -> str:
+    """The opinions of DNSMOS on the three voices."""
+    rated = {name: row["quality"] for name, row in sets.items() if row.get("quality")}
+    if not rated:
+        return ""
+    tables = "".join(
+        _score_table(name, QUALITY_COLUMNS, {VOICES[voice]: row for voice, row in voices.items()}, {})
+        for name, voices in rated.items()
+    )
+    meanings = "; ".join(f"<b>{column.label}</b>: {column.meaning.rstrip('.')}" for column in QUALITY_COLUMNS)
+    return (
+        "<h3>How the speech sounds</h3><p>Opinions of listeners from 1 (bad) to 5 (excellent) that DNSMOS predicts, "
+        "whatever is said, on items at even distances; the same for each voice. It was trained on calls, not on "
+        f"synthetic speech: compare the voices of a table with each other. {meanings}.</p>{tables}"
     )
 
 
@@ -120,35 +156,36 @@ def _ceiling(result: Mapping[str, Any]) -> str:
     )
 
 
-def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def _curves(curves: Mapping[str, Sequence[Mapping[str, float]]], commands: Mapping[str, str]) -> str:
     parts = []
     for stage, rows in curves.items():
         title, about = STAGES.get(stage, (stage, ""))
         names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(_SHOWN_CURVES)))
-        picture = _plot(rows, names) if names else ""
+        picture = _plot(rows, names, f"loss curves of {stage}") if names else ""
         table = "".join(
             f"<tr><td>{html.escape(name)}</td><td>{_number(first)}</td><td>{_number(last)}</td></tr>"
             for name in names
             for first, last in [_ends(rows, name)]
         )
         shown = (
-            f'<img class="curve" alt="loss curves of {html.escape(stage)}" src="data:image/png;base64,{picture}">'
-            f"<table><tr><th>loss</th><th>first</th><th>last</th></tr>{table}</table>"
+            f"{picture}<table><tr><th>loss</th><th>first</th><th>last</th></tr>{table}</table>"
             if picture
             else '<p class="soft">No metrics were recorded.</p>'
         )
-        parts.append(f"<h3>{html.escape(title)}</h3><p>{about}</p>{shown}")
-    return f"<h2>The three stages of training</h2>{''.join(parts)}" if parts else ""
+        made = _made_by(commands, stage, "This training, or what is left of it")
+        parts.append(f"<h3>{html.escape(title)}</h3><p>{about}</p>{shown}{made}")
+    about = "<p>Losses on a logarithmic axis; a value that is not above 0 is not drawn.</p>"
+    return f"<h2>The three stages of training</h2>{about}{''.join(parts)}" if parts else ""
 
 
-def _plot(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
-    """The curves as a PNG in base64; training thin, validation marked."""
+def _plot(rows: Sequence[Mapping[str, float]], names: Sequence[str], label: str) -> str:
+    """The curves as SVG, losses on a logarithmic axis; training thin, validation marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), dpi=110, layout="constrained")
     axes = figure.subplots()
     for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+        points = [(row["step"], row[name]) for row in rows if name in row and 0 < row[name] < math.inf]
         if not points:
             continue
         valid = name.startswith("valid/")
@@ -157,45 +194,14 @@ def _plot(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
-    return as_png(figure)
+    return as_svg(figure, label)
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    if not samples:
-        return ""
-    parts = []
-    for sample in samples:
-        right = bool(sample["ok"])
-        where = f'<span class="soft">{html.escape(str(sample["set"]))}</span> ' if sample.get("set") else ""
-        columns = [
-            ("Question", sample["question_text"], sample.get("question_wav")),
-            ("The model's answer", sample["answer_text"], sample.get("answer_wav")),
-            ("Reference", sample["reference_text"], sample.get("reference_wav")),
-        ]
-        cells = "".join(
-            f"<div><h4>{title}</h4><p>{html.escape(str(text or ''))}</p>{player(wav)}</div>"
-            for title, text, wav in columns
-        )
-        heard, taught = sample.get("judged_text"), sample.get("cascade_text")
-        judged = f"<p>The recogniser heard: <i>{html.escape(heard)}</i></p>" if heard else ""
-        if taught is not None:
-            judged += f"<p>and, when the teacher spoke the same text: <i>{html.escape(taught or '(nothing)')}</i></p>"
-        verdict = "right" if right else "wrong"
-        parts.append(
-            f'<div class="sample {"ok" if right else "wrong"}"><span class="mark">{verdict}</span>'
-            f'{where}<div class="three">{cells}</div>{judged}</div>'
-        )
-    return (
-        "<h2>Listen</h2><p>Held-out items, spread over each set, mistakes included. Right and wrong are the strict "
-        f"verdict on the speech.</p>{''.join(parts)}"
-    )
-
-
-def _streaming(result: Mapping[str, Any]) -> str:
+def _streaming(result: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     rows = streaming_rows(result.get("streaming") or {})
     if not rows:
         return ""
@@ -204,7 +210,7 @@ def _streaming(result: Mapping[str, Any]) -> str:
         "<h2>How soon it answers</h2><p>Answers streamed one at a time, from the end of the question on, on the "
         "machine of the evaluation. The first words are spoken while the rest is still being written. Processor "
         "seconds are those of all its cores, and do not depend on what else the machine did.</p>"
-        f"<table><tr><th>streamed answers</th><th></th></tr>{cells}</table>"
+        f"<table><tr><th>streamed answers</th><th></th></tr>{cells}</table>{_made_by(commands, 'evaluation')}"
     )
 
 
@@ -226,7 +232,7 @@ def streaming_rows(streaming: Mapping[str, float]) -> list[tuple[str, str]]:
     return [("answers", f"{streaming['n']:.0f}"), *measured]
 
 
-def _costs(result: Mapping[str, Any]) -> str:
+def _costs(result: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     phases: Mapping[str, float] = result.get("phases", {})
     if not phases:
         return ""
@@ -238,7 +244,8 @@ def _costs(result: Mapping[str, Any]) -> str:
     peak = result.get("peak_memory_gib")
     memory = f"<p>Most memory held at once by all processes: <b>{peak:.1f} GiB</b>.</p>" if peak else ""
     total = f"<tr><td><b>in all</b></td><td><b>{sum(phases.values()):.1f} s</b></td></tr>"
-    return f"<h2>What it took</h2><table><tr><th>phase</th><th>time</th></tr>{rows}{total}</table>{memory}"
+    table = f"<table><tr><th>phase</th><th>time</th></tr>{rows}{total}</table>"
+    return f"<h2>What it took</h2>{table}{memory}{_made_by(commands, 'phases')}"
 
 
 def _ends(rows: Sequence[Mapping[str, float]], name: str) -> tuple[float | None, float | None]:

@@ -108,6 +108,7 @@ class SetScore:
         entity_n: items whose entity is known.
         strict_rule: what strict means here.
         relations: relation to `n`, `s2t_strict`, `s2s_strict`, `cascade`, `copy`, `copy_n` of its items.
+        quality: voice to the mean predicted opinions of some of its clips, see `rate_voices`; empty where not rated.
         items: the single results.
     """
 
@@ -129,6 +130,7 @@ class SetScore:
     entity_n: int = 0
     strict_rule: str | None = None
     relations: Mapping[str, Mapping[str, float | int | None]] = field(default_factory=dict)
+    quality: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     items: list[SpokenItem] = field(repr=False, default_factory=list)
 
     def row(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from echox.audio.io import read_audio
 from echox.evaluate.listening import Listener
+from echox.evaluate.quality import Dnsmos, rate_voices
 from echox.evaluate.scores import SetScore, SpokenItem, question_score, transcription_score
 from echox.evaluate.text import normalize, wer
 from echox.stream.dialogue import heard_turns
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 UNITS = "answer.units"
 BATCH = 16
+RATED = 12
+"""Questions of a set whose three voices are rated for quality: 0.7 processor seconds a clip."""
 
 Progress = Callable[[int, int], None]
 PhaseProgress = Callable[[str, int, int], None]
-"""Called with `answered` or `heard`, items done and items in all."""
+"""Called with `answered`, `heard` or `rated`, items done and items in all."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ def score_questions(
     *,
     text_llm_acc: float | None = None,
     copies: Mapping[str, Units] | None = None,
+    rater: Dnsmos | None = None,
+    rated: int = RATED,
     batch: int = BATCH,
     progress: PhaseProgress | None = None,
 ) -> SetScore:
@@ -69,6 +74,8 @@ def score_questions(
         listener: vocoder and judge.
         text_llm_acc: the text LLM's score on the same questions.
         copies: units of reference answers by their text, for samples that have no `answer.units`.
+        rater: rates how it sounds; None leaves that out.
+        rated: most questions whose speech is rated.
         batch: questions answered at once.
         progress: see `PhaseProgress`.
     """
@@ -81,7 +88,11 @@ def score_questions(
             items.append(replace(item, units=answer.units, cascade_units=answer.cascade, copy_units=copy))
         if progress:
             progress("answered", len(items), len(samples))
-    return question_score(_heard(items, listener, progress), text_llm_acc)
+    score = question_score(_heard(items, listener, progress), text_llm_acc)
+    if rater is None or not rated:
+        return score
+    watch = (lambda done, total: progress("rated", done, total)) if progress else None
+    return replace(score, quality=rate_voices(score.items, listener, rater, rated, watch))
 
 
 def score_transcription(

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from echox.errors import DataError
-from echox.evaluate.columns import METRICS, RELATION_COLUMNS
+from echox.evaluate.columns import METRICS, QUALITY_COLUMNS, RELATION_COLUMNS
+from echox.evaluate.quality import VOICES
 from echox.files import read_json
 from echox.run_records import metric_rows
 
 SCORES, SAMPLES = "scores.json", "samples.json"
-_WAVS = ("question_wav", "answer_wav", "reference_wav")
+_WAVS = ("question_wav", "answer_wav", "reference_wav", "cascade_wav")
 _WAV_NAME = re.compile(r"[0-9A-Za-z_-]+\.wav")
 _TEXTS = ("question_text", "answer_text", "reference_text")
-_MORE_TEXTS = ("set", "judged_text", "cascade_text")
+_MORE_TEXTS = ("set", "judged_text", "cascade_text", "copy_text")
+_OF_ALL = ("command", "judge", "corpus", "phases_command")
 _SHARES = ("resynthesis_wer", "original_wer", "t2c_heldout_wer", "t2c_heldout_exact", "peak_memory_gib")
 _LARGEST_WAV = 64 << 20
 
@@ -80,6 +82,8 @@ def check_scores(scores: dict[str, Any]) -> dict[str, Any]:
     _check_numbers({name: scores.get(name) for name in _SHARES})
     _check_numbers(scores.get("phases", {}))
     _check_numbers(scores.get("streaming", {}))
+    if not all(isinstance(scores.get(name), str | None) for name in _OF_ALL):
+        raise TypeError("the command or the judge is none")
     if not all(isinstance(name, str) for name in scores.get("reused", ())):
         raise TypeError("reused names no phases")
     return scores
@@ -87,6 +91,9 @@ def check_scores(scores: dict[str, Any]) -> dict[str, Any]:
 
 def _check_row(row: dict[str, Any]) -> None:
     _check_numbers({name: row.get(name) for name in (*METRICS, *(column.key for column in RELATION_COLUMNS))})
+    for voice, opinions in (row.get("quality") or {}).items():
+        if voice not in VOICES or not all(isinstance(opinions[each.key], int | float) for each in QUALITY_COLUMNS):
+            raise TypeError("the quality of a set is none")
     if row.get("interval_95"):
         _check_numbers(dict(zip(("low", "high"), row["interval_95"], strict=True)))
     if not all(isinstance(row.get(name), str | None) for name in ("role", "about", "strict_rule")):

@@ -52,6 +52,26 @@ def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
     return (output.substitutions + output.deletions + output.insertions + insertions) / words
 
 
+def word_edits(wanted: str, heard: str) -> list[tuple[str, str]]:
+    """Two texts side by side as word error rates count them: both normalised, by the least number of edits.
+
+    Returns:
+        Words of the first and of the second, run by run: the same words, others in their place, or an empty text on
+        the side that has none.
+    """
+    import jiwer
+
+    first, second = normalize(wanted), normalize(heard)
+    if not first or not second:  # jiwer refuses an empty reference
+        return [(first, second)] if first or second else []
+    compared = jiwer.process_words([first], [second])
+    words, others = compared.references[0], compared.hypotheses[0]
+    return [
+        (" ".join(words[run.ref_start_idx : run.ref_end_idx]), " ".join(others[run.hyp_start_idx : run.hyp_end_idx]))
+        for run in compared.alignments[0]
+    ]
+
+
 def _tokens(text: str) -> list[str]:
     """Lower-case runs of letters, digits and marks; any other visible character is a token of its own."""
     tokens: list[str] = []

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from echox.models.s2t import Choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +59,15 @@ class Sampling:
         rank_B1 = (reached_BV <= wanted_B1).sum(-1, keepdim=True)
         chosen_B1: Tensor = tokens_BV.gather(-1, rank_B1.minimum(kept_BV.sum(-1, keepdim=True) - 1))
         return chosen_B1[:, 0]
+
+    def choosing(self, uniform_BR: Tensor) -> Choose:
+        """Picks the tokens of answers by their places.
+
+        Args:
+            uniform_BR: a random number a token for each row; one row of them is for all rows alike.
+        """
+
+        def choose(logits_BV: Tensor, place: int) -> Tensor:
+            return self.pick(logits_BV, uniform_BR[:, place].expand(len(logits_BV)))
+
+        return choose

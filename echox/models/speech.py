@@ -179,6 +179,9 @@ class CtcHead(nn.Module):
         width: LLM width h.
         tokens: LLM token id of each class; the first is the audio placeholder that serves as blank.
         vocabulary: size of the LLM's vocabulary.
+
+    Attributes:
+        complete: whether every token has a class.
     """
 
     tokens: Tensor
@@ -187,6 +190,7 @@ class CtcHead(nn.Module):
         super().__init__()
         self.linear = Head(width, len(tokens), bias=False)
         self.vocabulary = vocabulary
+        self.complete = len(tokens) > vocabulary
         self.register_buffer("tokens", tokens)
 
     @torch.no_grad()
@@ -201,7 +205,7 @@ class CtcHead(nn.Module):
         self.linear.weight.copy_(rows)
 
     def classes(self, tokens_BC: Tensor) -> Tensor:
-        """CTC class of each LLM token; a token without a class becomes the blank, which CTC never asks for."""
+        """CTC class of each LLM token; a token without a class gets that of the blank."""
         table = torch.zeros(self.vocabulary + 1, dtype=torch.long, device=tokens_BC.device)
         table[self.tokens] = torch.arange(len(self.tokens), device=tokens_BC.device)
         return table[tokens_BC]
@@ -223,7 +227,7 @@ class CtcHead(nn.Module):
         classes_BTS = frames.broadcast(classes_NS).expand(*aligned_BTh.shape[:2], -1)
         found = class_scores(self.linear, flat_Th, classes_BTS.flatten(0, 1))
         normaliser_BT, best_BT = (part.view(aligned_BTh.shape[:2]) for part in (found.normaliser, found.best))
-        return CtcScores(best_BT, classes_BC, normaliser_BT, found.chosen.view(classes_BTS.shape))
+        return CtcScores(best_BT, classes_BC, normaliser_BT, found.chosen.view(classes_BTS.shape), self.complete)
 
     def expected(self, aligned_BVh: Tensor, table_Ch: Tensor) -> Tensor:
         """The mean of the words' rows of a table under the classes' probabilities; the blank stands for no word."""
@@ -238,12 +242,14 @@ class CtcScores(NamedTuple):
         classes_BC: class of each transcript token.
         normaliser: logarithm of the sum of exponentials over all classes.
         chosen: logits of the blank and of the row's `classes_BC`, `[..., C + 1]`.
+        complete: whether every token has a class.
     """
 
     labels: Tensor
     classes_BC: Tensor | None = None
     normaliser: Tensor | None = None
     chosen: Tensor | None = None
+    complete: bool = False
 
 
 class Shrunk(NamedTuple):

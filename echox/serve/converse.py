@@ -14,7 +14,7 @@ from echox.audio.io import SAMPLE_RATE
 from echox.errors import DataError, EchoXError
 from echox.serve.messages import event_message, parse_object, parse_options
 from echox.serve.refusals import RefusedError, bearer, check_token, status_of
-from echox.serve.worker import BusyError
+from echox.serve.worker import CANCELLED, BusyError
 from echox.speak.events import Done, Event
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Conversation:
             return
         turn.cancelled = True
         if turn.session is None:
-            self._events.put_nowait((turn, Done("", "cancelled", 0, 0, 0)))
+            self._events.put_nowait((turn, CANCELLED))
         else:
             self._worker.cancel(turn.session)
 

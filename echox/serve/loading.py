@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from echox.config.paths import cache_dir
 from echox.engine.object_store.reading import local_run
 from echox.speak.pipeline import SpeechToSpeech
-from echox.speak.vocoder import check_vocoder, load_vocoder
+from echox.speak.vocoder import check_vocoder, default_vocoder, load_vocoder
 
 if TYPE_CHECKING:
     from echox.speak.vocoder import Vocoder
@@ -25,7 +24,7 @@ def load(run: str | Path, vocoder: str | Path | None) -> tuple[SpeechToSpeech, V
         CheckpointError: there is no such run, or it does not speak.
         EchoXError: the vocoder cannot be read, or speaks other units.
     """
-    folder = cache_dir() / "data" / "demo" / "vocoder" if vocoder is None else Path(vocoder)
+    folder = default_vocoder() if vocoder is None else Path(vocoder)
     voice = load_vocoder(folder)
     model = SpeechToSpeech.load(local_run(run))
     model.engine()  # an S2T run does not speak, and says so here

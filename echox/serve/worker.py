@@ -33,7 +33,8 @@ _STUCK_S = 120.0
 """A step that takes longer will not end."""
 
 
-_CANCELLED = Done("", "cancelled", 0, 0, 0)
+CANCELLED = Done("", "cancelled", 0, 0, 0)
+"""The end of a question that was not begun to be answered."""
 
 
 class BusyError(EchoXError):
@@ -140,7 +141,7 @@ class Worker:
             if session not in self._waiting:
                 return
             self._waiting.remove(session)
-        session.notify(_CANCELLED)
+        session.notify(CANCELLED)
 
     def _run(self) -> None:
         try:
@@ -197,7 +198,7 @@ class Worker:
             if session is None:
                 return
             if session.cancelled:
-                session.notify(_CANCELLED)
+                session.notify(CANCELLED)
                 continue
             asked = session.question
             try:

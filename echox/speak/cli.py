@@ -54,15 +54,14 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, answer, write."""
-    from echox.audio.io import SAMPLE_RATE, read_audio, resample, write_audio
-    from echox.config.paths import cache_dir
+    from echox.audio.io import SAMPLE_RATE, read_audio, write_audio
     from echox.engine.object_store.reading import local_run
     from echox.speak.pipeline import SpeechToSpeech
-    from echox.speak.vocoder import check_vocoder, load_vocoder
+    from echox.speak.vocoder import check_vocoder, default_vocoder, load_vocoder
 
     question = read_audio(args.question)
     turns = [*(read_history(args.history) if args.history else []), *map(_typed_turn, args.turn)]
-    folder = args.vocoder or cache_dir() / "data" / "demo" / "vocoder"
+    folder = args.vocoder or default_vocoder()
     vocoder = load_vocoder(folder)
     model = SpeechToSpeech.load(local_run(args.trained))
     check_vocoder(folder, [model.units])
@@ -74,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
     answer = (model.answer([question], turns=[turns]) if turns else model.answer([question]))[0]
     for failed in answer.failed:
         print(f"segment {failed.segment + 1} of the answer failed: {failed.why}", file=sys.stderr)
-    wave = resample(vocoder([answer.units])[0], vocoder.sample_rate)
-    write_audio(args.out, wave)
-    result = {"text": answer.text, "out": str(args.out), "seconds": round(len(wave) / SAMPLE_RATE, 2)}
+    (wave,) = vocoder([answer.units])
+    write_audio(args.out, wave, vocoder.sample_rate)
+    result = {"text": answer.text, "out": str(args.out), "seconds": round(len(wave) / vocoder.sample_rate, 2)}
     print(json.dumps(result) if args.json else f"{answer.text}\n{args.out} ({result['seconds']} s)")
     return 0
 

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from echox.audio.io import SAMPLE_RATE
 from echox.builders.setup import TextTools, build_speech_collate, build_stage, load_tensors
 from echox.builders.unit_sets import check_language, with_own_language
+from echox.builders.word_limit import with_own_limit
 from echox.config.schema import InitConfig, Recipe
 from echox.device import best_device
 from echox.engine.checkpoint.checkpointer import find_weights
@@ -98,7 +99,7 @@ class SpeechToSpeech:
         recipe = recipe_of(weights.parent)
         if recipe.stage == "t2c":
             raise CheckpointError("a t2c run hears no speech", where=str(weights), fix="name an s2t or echo run")
-        recipe = with_own_language(recipe, weights.parent)
+        recipe = with_own_limit(with_own_language(recipe, weights.parent), weights.parent)
         text = TextTools.load(recipe)
         if recipe.stage == "echo" and recipe.model.t2c is not None and text.language is not None:
             check_language(text.language, recipe.model.t2c.unit_language, weights.parent)

@@ -11,8 +11,6 @@ from echox.models.sampling import Sampling
 from echox.stream.sampling.keyed_rng import uniform
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from echox.models.s2t import Choose
 
 
@@ -28,12 +26,7 @@ class SeededSampling(Sampling):
 
     def choose(self, most: int) -> Choose:
         """Picks each of up to `most` tokens, of any number of rows alike."""
-        numbers_R = torch.from_numpy(uniform(most, "speak", self.seed))
-
-        def pick(logits_BV: Tensor, place: int) -> Tensor:
-            return self.pick(logits_BV, numbers_R[place].expand(len(logits_BV)))
-
-        return pick
+        return self.choosing(torch.from_numpy(uniform(most, "speak", self.seed))[None])
 
 
 GREEDY = SeededSampling()

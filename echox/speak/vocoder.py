@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from echox.config.paths import cache_dir
 from echox.errors import DataError, MissingModelError
 from echox.files import read_json
 from echox.speak.blocks import Block, Blocks, joined
@@ -275,6 +276,11 @@ def check_vocoder(folder: str | Path, parts: Sequence[UnitPart]) -> None:
         [UnitPart(f"the vocoder {folder}", read_unit_set(folder)), *parts],
         fix=f"name the vocoder of these units by --vocoder; for a published one, copy their {RECORD} into its folder",
     )
+
+
+def default_vocoder(corpus: str = "demo") -> Path:
+    """Folder of the vocoder that the demo's corpus, or another one in the cache, comes with."""
+    return cache_dir() / "data" / corpus / "vocoder"
 
 
 def load_vocoder(folder: str | Path) -> Vocoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,7 @@ from echox.stages.s2t import (
     transcript_loss,
 )
 from echox.stream.batch import SpeechBatch
+from echox.units.word_limit import SPARE_WORDS, UNKNOWN
 
 if TYPE_CHECKING:
     from echox.config.model_schema import EchoConfig
@@ -72,6 +74,7 @@ class EchoStage(nn.Module):
         t2c_text: how the decoders are given their text; None gives them the embeddings as they are.
 
     Attributes:
+        words_per_token: unit-language words that the teacher may say for a text token, beside a few for any segment.
         label_store: keeps the teacher's labels where the recipe has them cached or drafted; set after construction.
     """
 
@@ -104,6 +107,8 @@ class EchoStage(nn.Module):
         self.register_buffer("header_Q", header_Q, persistent=False)
         self.register_buffer("stop_row_h", stop_row_h.float(), persistent=False)
         self.end_token = end_token
+        self.words_per_token = float(UNKNOWN if config.units_per_token == "auto" else config.units_per_token)
+        self._hundredths = math.ceil(round(100 * self.words_per_token, 6))
         adapters = (s2t.front_end.alignment, s2t.front_end.shrink)
         self._adapters_train = any(p.requires_grad for adapter in adapters for p in adapter.parameters())
         self.label_store: LabelStore | None = None
@@ -369,7 +374,8 @@ class EchoStage(nn.Module):
 
     def most_words(self, tokens_N: Tensor) -> Tensor:
         """Unit-language words after which decoding a segment of `tokens_N` text tokens stops (U20)."""
-        return tokens_N * self.config.units_per_token + 32
+        # In whole numbers, so that every device rounds up to the same word.
+        return (tokens_N * self._hundredths + (100 * SPARE_WORDS + 99)) // 100
 
     def _embeddings(self, text_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Prefix, header and text from the frozen table in one look-up: under ZeRO-3 each call gathers the table."""

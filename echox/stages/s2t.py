@@ -137,7 +137,7 @@ def transcript_loss(scores: CtcScores, frames: Rows, batch: SpeechBatch) -> Loss
         frames.lengths_N[:rows],
         batch.transcript_lengths_B,
         batch.weight_B,
-        None if frames_N is None or lengths_B is None else (frames_N[:rows], lengths_B),
+        (frames_N[:rows], lengths_B) if scores.complete and frames_N is not None and lengths_B is not None else None,
     )
 
 

@@ -31,7 +31,7 @@ from echox.tracking.state import (
 from echox.tracking.watcher import start_watcher
 
 if TYPE_CHECKING:
-    from echox.config.schema import Recipe
+    from echox.config.run_recipe import RunRecipe
 
 log = logging.getLogger("echox.tracking")
 
@@ -41,7 +41,7 @@ SILENT_S = 900.0
 """A run of another machine without a change to its files for so long has lost its owner."""
 
 
-def open_run(recipe: Recipe, params: Mapping[str, Any], *, storage: Path, recipe_name: str = "") -> MlflowTracker:
+def open_run(recipe: RunRecipe, params: Mapping[str, Any], *, storage: Path, recipe_name: str = "") -> MlflowTracker:
     """Create the run of a recipe, or continue it if its folder has one; the returned tracker owns it.
 
     The stage runs of one `tracking.parent_run` are children of one parent run, and each has its attempts as children.

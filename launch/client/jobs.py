@@ -18,18 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 from urllib.parse import urlsplit
 
-from echox.config.load import find_recipe, load_recipe
+from echox.config.load import find_recipe
 from echox.config.paths import cache_dir, is_url, project_root
 from echox.errors import LaunchError
 from launch.client.address import LOOPBACK, api_address, on_this_machine, without_variables
 from launch.client.job_environment import JobEnvironment, parse_table
 from launch.job.environment import passed_on
 from launch.paths import HOME, RESOLVED
+from launch.recipe import load_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from echox.config.schema import Recipe
+    from echox.config.run_recipe import RunRecipe
 
 STOP_WAIT_S = 120
 TERMINAL = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -121,7 +122,7 @@ class Jobs:
             RecipeError: the recipe is wrong; nothing was submitted.
             LaunchError: the run already has a job, or the cluster refuses it.
         """
-        checked = load_recipe(recipe, overrides)
+        checked = load_job(recipe, overrides)
         root, environment = project_root(), environment or JobEnvironment()
         busy = [job for job in self.list(checked.name) if job["status"] not in TERMINAL]
         if busy:
@@ -355,7 +356,7 @@ class Jobs:
         lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
         return LaunchError(f"Ray's job API at {self.address} failed: {lines[0][:400]}")
 
-    def _run_folder(self, recipe: Recipe) -> str:
+    def _run_folder(self, recipe: RunRecipe) -> str:
         """The run's folder as the job will see it; empty where only the cluster knows."""
         if is_url(recipe.storage):
             return f"{recipe.storage.rstrip('/')}/{recipe.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import traceback
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         repeat=tuple(args.repeat),
         vocoder_steps=QUICK_VOCODER_STEPS if args.quick else None,
         scale=args.scale,
+        command=shlex.join(["python", "-m", "launch.demo", *(sys.argv[1:] if argv is None else argv)]),
     )
     try:
         demo.run()

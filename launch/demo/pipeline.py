@@ -26,7 +26,7 @@ from echox.config.load import load_recipe
 from echox.config.paths import cache_dir
 from echox.engine.checkpoint.manifest import newest_manifest
 from echox.errors import EchoXError
-from echox.evaluate.columns import COLUMNS, METRICS, cell, note, percent
+from echox.evaluate.columns import COLUMNS, cell, note, percent
 from launch import paths
 from launch.client import local_head
 from launch.client.follow import follow
@@ -63,6 +63,7 @@ class Demo:
         repeat: stages to train again.
         vocoder_steps: optimizer steps of the vocoder; None takes its default.
         scale: recipes, corpus and names of the runs.
+        command: by which it was started, for the report.
     """
 
     storage: Path
@@ -73,6 +74,7 @@ class Demo:
     repeat: tuple[str, ...] = ()
     vocoder_steps: int | None = None
     scale: Scale = "demo"
+    command: str = "python -m launch.demo"
     phases: Phases = field(init=False)
     result: dict[str, Any] = field(init=False)
     _open: dict[str, tuple[Jobs, str]] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Demo:
     def __post_init__(self) -> None:
         self.phases = Phases(self.console)
         self.result = {"phases": self.phases.seconds, "reused": self.phases.reused, "peak_memory_gib": 0.0}
+        self.result["phases_command"] = self.command
 
     def run(self) -> None:
         """All phases; `result.json` is written in every case.
@@ -295,10 +298,9 @@ class Demo:
         return [root, *root.children(recursive=True)]
 
     def _evaluate(self) -> None:
-        from echox.evaluate.report import write_report
+        from echox.evaluate.published import publish, write_pages
         from echox.evaluate.store import SCORES as SAVED_SCORES
         from echox.evaluate.store import read_metrics, save_evaluation
-        from echox.tracking.run import record
 
         run = self.run_folder("echo")
         scores_path, report_path = self.storage / "evaluation" / SAVED_SCORES, self.storage / "report.html"
@@ -324,15 +326,12 @@ class Demo:
             if samples is None:
                 self.phases.reuse("report", f"{report_path} shows these scores")
             else:
-                write_report(report_path, self.result, curves, samples)
-                metrics = {
-                    f"eval/{name}/{key}": value
-                    for name, row in scores["sets"].items()
-                    for key, value in row.items()
-                    if key in METRICS and isinstance(value, int | float)
-                }
-                last = int(max((row["step"] for row in curves["echo"]), default=0))
-                record(run, metrics=metrics, artifacts={report_path: None, scores_path: "evaluation"}, step=last)
+                runs = {stage: self.run_folder(stage) for stage in STAGES}
+                pages = write_pages(self.storage, runs, {**scores, **self.result}, samples, report_path)
+                try:
+                    publish(run, scores, pages, scores_path.parent, own=True)
+                except EchoXError as error:  # the demo is done without a tracking server
+                    self.phases.line(str(error))
 
     def _earlier_scores(self, scores: Path, report: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
         """The scores of an earlier run, if everything they judge is older and they judged as much."""

@@ -40,7 +40,7 @@ def run_state(recipe: Recipe) -> tuple[State, str]:
         upstream = newest_manifest(Path(source)) if source else None
         if upstream is not None and upstream.stat().st_mtime > made:
             return "stale", f"{Path(source or '').name} was trained again"
-    for name, listing in listings(recipe.data.train).items():
+    for name, listing in listings(source.path for source in recipe.data.train).items():
         if listing.stat().st_mtime > made:
             return "stale", f"{name} was built again"
     if int(manifest.get("step", 0)) < recipe.optim.steps:

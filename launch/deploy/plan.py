@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from echox.errors import LaunchError
 
 if TYPE_CHECKING:
-    from echox.config.schema import Recipe
+    from echox.config.run_recipe import RunRecipe
 
 GPU_WORKERS_A_NODE = 8
 
@@ -40,7 +40,7 @@ class Plan:
         return re.sub(r"[^a-z0-9-]+", "-", self.run.lower()).strip("-")[:40] or "run"
 
 
-def plan_of(recipe: Recipe, words: Sequence[str], workers_a_node: int | None = None) -> Plan:
+def plan_of(recipe: RunRecipe, words: Sequence[str], workers_a_node: int | None = None) -> Plan:
     """Nodes for the workers of a recipe.
 
     Args:

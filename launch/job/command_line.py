@@ -14,7 +14,6 @@ CRASHED = 70
 """Exit code of a driver that met something unforeseen; the job's is 1."""
 AGAIN = 75
 """Exit code of a driver that saved and ended because of its nodes, to be started again."""
-DEFAULT_TRAIN = "echox.engine.trainer:train"
 DEFAULT_SETUP = "echox.builders.setup:build_setup"
 
 
@@ -22,7 +21,7 @@ def arguments(prog: str) -> argparse.ArgumentParser:
     """What the job takes; the driver takes the same."""
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Train one stage on the Ray cluster this job runs in.",
+        description="Train one stage, or a vocoder, on the Ray cluster this job runs in.",
         epilog="Example: ray job submit --working-dir . -- python -m launch.train demo/s2t optim.steps=20",
     )
     parser.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
@@ -31,7 +30,7 @@ def arguments(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(ALLOW, type=comma_list, default=[], metavar="KEY,...", help=ALLOW_HELP)
     parser.add_argument("--debug", action="store_true", help="print tracebacks of user errors too")
     # Other parts may stand in for the engine and the stages, as the tests do.
-    parser.add_argument("--train", default=DEFAULT_TRAIN, help=argparse.SUPPRESS)
+    parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--setup", default=DEFAULT_SETUP, help=argparse.SUPPRESS)
     # From the supervisor to its driver.
     parser.add_argument("--restart", type=int, default=0, help=argparse.SUPPRESS)

@@ -15,9 +15,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from echox.config.load import find_recipe, load_recipe, resolved
+from echox.config.load import find_recipe, resolved
 from echox.config.paths import run_dir
-from echox.config.schema import Recipe, worker_counts
 from echox.device import cpu_is_wanted
 from echox.engine.object_store.mirror import Mirror, mirrored
 from echox.engine.object_store.run_store import RunStore
@@ -31,6 +30,7 @@ from launch.job.failure_cause import find_cause, first_line
 from launch.job.ray_context import DRAINED
 from launch.job.signals import StopSignals, die_with
 from launch.job.worker import WorkerConfig, WorkerResult, run_worker
+from launch.recipe import JobRecipe, config_files, datasets, load_job, train_function, worker_counts
 
 if TYPE_CHECKING:
     from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     signals.listen()
     try:
-        recipe = paths.make_absolute(load_recipe(args.recipe, args.overrides), paths.home())
+        recipe = paths.make_absolute(load_job(args.recipe, args.overrides), paths.home())
         return Driver(recipe, args, signals).run()
     except EchoXError as error:
         return said(error, debug=args.debug)
@@ -82,7 +82,7 @@ class Driver:
         signals: listening.
     """
 
-    def __init__(self, recipe: Recipe, args: Any, signals: StopSignals) -> None:
+    def __init__(self, recipe: JobRecipe, args: Any, signals: StopSignals) -> None:
         self.recipe = recipe
         self.args = args
         self.signals = signals
@@ -219,7 +219,7 @@ class Driver:
         options: WorkerConfig = {
             "recipe": resolved(recipe),
             "handle": handle,
-            "train": self.args.train,
+            "train": self.args.train or train_function(recipe),
             "setup": self.args.setup,
             "accept_new_data": self.args.accept_new_data,
             "allow": self.args.allow,
@@ -262,18 +262,17 @@ class Driver:
         return cast(WorkerResult, result.return_value)
 
     def _artifacts(self, tracker: MlflowTracker) -> None:
-        """The resolved recipe, the DeepSpeed JSON and the fingerprints of the data, as files of the run."""
+        """The resolved recipe, the files that it names and the fingerprints of the data, as files of the run."""
         import yaml
 
         from echox.builders.data import listings
-        from echox.config.paths import resolve_file
 
         recipe = self.recipe
         resolved_file = self.run_folder / paths.RESOLVED
         resolved_file.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
-        tracker.artifact(resolved_file, "config")
-        tracker.artifact(resolve_file(recipe.engine.deepspeed), "config")
-        for name, index in listings((*recipe.data.train, *recipe.data.valid)).items():
+        for file in (resolved_file, *config_files(recipe)):
+            tracker.artifact(file, "config")
+        for name, index in listings(datasets(recipe)).items():
             tracker.artifact(index, f"data/{name.strip('/').replace('/', '-')}")
 
 
@@ -310,7 +309,7 @@ def grace_s() -> float:
     return wait - min(15.0, wait / 4)
 
 
-def ray_storage(recipe: Recipe) -> dict[str, Any]:
+def ray_storage(recipe: JobRecipe) -> dict[str, Any]:
     """Where Ray Train keeps its own small files: beside the run, in whatever that lies in."""
     store = RunStore.of(recipe.storage, recipe.name)
     if store is None:
@@ -340,7 +339,7 @@ def connect() -> None:
         ) from error
 
 
-def check_room(recipe: Recipe, resources: dict[str, float]) -> None:
+def check_room(recipe: JobRecipe, resources: dict[str, float]) -> None:
     """Fail at once where the cluster could never hold the workers; Ray would wait without a message."""
     import ray
 

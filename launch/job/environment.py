@@ -8,7 +8,7 @@ from pathlib import Path
 
 from echox.config.locations import without_secret_variables
 from echox.config.paths import run_dir
-from echox.config.schema import Recipe
+from echox.config.run_recipe import RunRecipe
 from echox.device import DEVICE
 
 PASSED_ON = ("ECHOX_", "MLFLOW_", "HF_", "PYTORCH_", "TORCH_", "CUDA_")
@@ -24,7 +24,7 @@ NCCL_RECORDS = "nccl-rank-"
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 
 
-def worker_environment(recipe: Recipe) -> dict[str, str]:
+def worker_environment(recipe: RunRecipe) -> dict[str, str]:
     """Variables that every worker has: those of the driver, thread counts and library switches.
 
     A secret stays on its node, for Ray's dashboard shows them. What the job was given by `--env` is not among them:

@@ -11,7 +11,6 @@ import traceback
 from typing import Any, TypedDict
 
 from echox.config.paths import storage_folder
-from echox.config.schema import Recipe
 from echox.engine.object_store.mirror import mirrored
 from echox.errors import EchoXError
 from echox.tracking.client import MlflowTracker, RunHandle
@@ -21,6 +20,7 @@ from launch.job.failure_cause import error_file
 from launch.job.gauges import Gauges
 from launch.job.notices import watch_for_notices
 from launch.job.ray_context import RayContext
+from launch.recipe import JobRecipe, validated
 
 
 class WorkerConfig(TypedDict):
@@ -57,14 +57,14 @@ def run_worker(config: WorkerConfig) -> WorkerResult:
         EchoXError: what the user can act on, for the driver to print.
         Exception: anything else; its traceback is also in `<run folder>/errors/`.
     """
-    recipe = Recipe.model_validate(config["recipe"])
+    recipe = validated(config["recipe"])
     context = RayContext(storage_folder(recipe.storage))
     notices = watch_for_notices(context.local_rank) or contextlib.nullcontext()
     with notices, mirrored(recipe.storage, recipe.name, first=context.rank == 0, local_rank=context.local_rank):
         return _train(config, recipe, context)
 
 
-def _train(config: WorkerConfig, recipe: Recipe, context: RayContext) -> WorkerResult:
+def _train(config: WorkerConfig, recipe: JobRecipe, context: RayContext) -> WorkerResult:
     from echox.engine.interfaces import NullTracker
 
     handle = config["handle"]

@@ -10,7 +10,8 @@ import re
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import soundfile
 
 from echox.audio.containers import is_bare_flac, is_cut
-from echox.audio.io import LONGEST_S, SAMPLE_RATE, encode_flac, header_seconds, read_audio, sayable
+from echox.audio.io import LONGEST_S, SAMPLE_RATE, encode_flac, header_seconds, read_audio, read_span, sayable
 from echox.errors import DataError, EchoXError
 from echox.files import sha256_file
 from echox.stream.format.scan import TURN_MEMBERS
@@ -57,12 +58,14 @@ class Job:
         root: where the corpus lies.
         longest_s: longest audio in seconds.
         keyed: key and utterance of each sample to be.
+        answer_rate: samples a second of spoken answers.
     """
 
     number: int
     root: Path
     longest_s: float
     keyed: Sequence[tuple[str, Utterance]]
+    answer_rate: int = SAMPLE_RATE
 
     def digest(self) -> str:
         """Hash over all that decides the shard's bytes, save the audio files' own: where the corpus lies does not."""
@@ -71,13 +74,19 @@ class Job:
             return os.path.relpath(path, self.root)
 
         described = json.dumps([[key, _described(utterance)] for key, utterance in self.keyed], default=relative)
-        return digest([_VERSION, self.number, self.longest_s, described])
+        # The usual rate is left out, so that finished shards from before there was another are still known.
+        rate = [self.answer_rate] if self.answer_rate != SAMPLE_RATE else []
+        return digest([_VERSION, self.number, self.longest_s, described, *rate])
 
 
 def _described(utterance: Utterance) -> dict[str, Any]:
     fields = asdict(utterance)
+    # As before there were any, so that finished shards are still known.
     if not utterance.turn_audio:
-        del fields["turn_audio"]  # as before there was any, so that finished shards are still known
+        del fields["turn_audio"]
+    for name, audio in fields.items():
+        if isinstance(audio, dict) and audio.get("channel", 0) is None:
+            fields[name] = {key: value for key, value in audio.items() if key != "channel"}
     return fields
 
 
@@ -126,9 +135,9 @@ def convert(job: Job, identity: str, folder: Path) -> dict[str, Any]:
         with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, utterance in job.keyed:
                 try:
-                    members = sample_members(utterance, job.longest_s)
+                    members = sample_members(utterance, job.longest_s, job.answer_rate)
                 except Rejected as rejected:
-                    files = [_stamp(path) for path in _files(utterance)]
+                    files = [stamp(path) for path in _files(utterance)]
                     record["rejected"].append({"id": utterance.id, "reason": str(rejected), "files": files})
                     continue
                 record["samples"] += 1
@@ -177,8 +186,8 @@ def may_be_kept(folder: Path, number: int, identity: str) -> dict[str, Any] | No
     record: dict[str, Any] | None = read_json(record_path(folder, number))
     if not record or record["identity"] != identity:
         return None
-    stamps = [stamp for rejected in record["rejected"] for stamp in rejected["files"]]
-    return record if all(stamp == _stamp(Path(stamp[0])) for stamp in stamps) else None
+    known = [each for rejected in record["rejected"] for each in rejected["files"]]
+    return record if all(each == stamp(Path(each[0])) for each in known) else None
 
 
 def write_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, Any]) -> None:
@@ -191,7 +200,7 @@ def write_sample(tar: tarfile.TarFile, key: str, members: Mapping[str, Any]) -> 
         tar.addfile(info, io.BytesIO(data))
 
 
-def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
+def sample_members(utterance: Utterance, longest_s: float, answer_rate: int = SAMPLE_RATE) -> dict[str, Any]:
     """Members of the data contract.
 
     Raises:
@@ -212,7 +221,7 @@ def sample_members(utterance: Utterance, longest_s: float) -> dict[str, Any]:
     if utterance.question is not None:
         members["question.flac"], question_s = _flac(utterance.question, "question", longest_s, noted)
     if utterance.answer is not None:
-        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted)
+        members["answer.flac"], answer_s = _flac(utterance.answer, "answer", longest_s, noted, answer_rate)
     if utterance.units is not None:
         members["answer.units"] = np.asarray(utterance.units, dtype="<u2").tobytes()
     for what, text, seconds in (
@@ -254,24 +263,38 @@ def _check_length(what: str, text: str, seconds: float | None) -> None:
         raise Rejected(f"{what}: {len(text):,} characters{during}, more than {most:,}")
 
 
-def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) -> tuple[bytes, float]:
-    """16 kHz mono FLAC and its seconds; bytes that are that already stay as they are, once decoded to the end.
+def _flac(
+    audio: Audio, what: str, longest_s: float, noted: dict[str, float], rate: int = SAMPLE_RATE
+) -> tuple[bytes, float]:
+    """Mono FLAC of a rate and its seconds; bytes that are that already stay as they are, once decoded to the end.
 
     Where it is clipped, `noted` gets the share of its samples that are.
     """
-    part = audio if isinstance(audio, FileAudio) and (audio.start_s or audio.seconds) else None
+    sound = _checked(audio, what, longest_s, rate)
+    if share := _clipped(sound.samples, what, sound.channels):
+        noted[what] = share
+    return sound.flac or encode_flac(sound.samples, rate), round(len(sound.samples) / rate, 3)
+
+
+def waveform(audio: Audio) -> NDArray[np.float32]:
+    """16 kHz mono samples of a sound.
+
+    Raises:
+        Rejected: there are none.
+        EchoXError: the storage does not give them.
+    """
+    return _checked(audio, "sound", LONGEST_S).samples
+
+
+def _checked(audio: Audio, what: str, longest_s: float, rate: int = SAMPLE_RATE) -> _Sound:
+    """A sound, decoded, that is neither cut nor too short or too long."""
     try:
-        data = audio.read()
-        info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
-        if is_cut(data):
-            raise Rejected(f"{what}: the file is cut short")
-        if part is None and promised is not None and promised > longest_s:
-            raise _outside(what, promised, longest_s)
-        samples = read_audio(data) if part else read_audio(data, min(longest_s + 1, LONGEST_S))
+        if isinstance(audio, FileAudio) and audio.is_part:
+            sound = _part(audio, longest_s, rate)
+        else:
+            sound = _read(audio, longest_s, rate)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Rejected(f"{what}: {'no such file' if error.strerror else error}") from error
-    except soundfile.LibsndfileError as error:
-        raise Rejected(f"{what}: Cannot decode {len(data)} bytes of audio: {error.error_string}") from error
     except (DataError, ValueError) as error:
         raise Rejected(f"{what}: {error.what if isinstance(error, DataError) else error}") from error
     except OSError as error:
@@ -283,20 +306,74 @@ def _flac(audio: Audio, what: str, longest_s: float, noted: dict[str, float]) ->
             where=str(audio.stands_in()),
             fix="Repair the source and run the same command again: finished shards are kept.",
         ) from error
-    if promised is not None and len(samples) / SAMPLE_RATE < 0.98 * promised:
+    seconds = len(sound.samples) / rate
+    if sound.is_cut or sound.promised is not None and 0 < seconds < 0.98 * sound.promised <= longest_s:
         raise Rejected(f"{what}: the file is cut short")
-    if part is not None:
-        first = round((part.start_s or 0.0) * SAMPLE_RATE)
-        samples = samples[first:][: None if part.seconds is None else round(part.seconds * SAMPLE_RATE)]
-    seconds = len(samples) / SAMPLE_RATE
+    if sound.promised is not None and sound.promised > longest_s:
+        raise _outside(what, sound.promised, longest_s)
     if not SHORTEST_S <= seconds <= longest_s:
         raise _outside(what, seconds, longest_s)
-    if share := _clipped(samples, what, info.channels):
-        noted[what] = share
-    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", SAMPLE_RATE, 1)
+    return sound
+
+
+@dataclass(frozen=True)
+class _Sound:
+    """A decoded recording.
+
+    Attributes:
+        samples: none where it is cut, or too long by its header.
+        channels: of the file.
+        promised: seconds by its header, if that knows.
+        is_cut: whether the file's end is missing.
+        flac: its own bytes, where they are what is wanted.
+    """
+
+    samples: NDArray[np.float32]
+    channels: int
+    promised: float | None = None
+    is_cut: bool = False
+    flac: bytes | None = None
+
+
+def _read(audio: Audio, longest_s: float, rate: int) -> _Sound:
+    data = audio.read()
+    try:
+        info, promised = soundfile.info(io.BytesIO(data)), header_seconds(data)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"Cannot decode {len(data)} bytes of audio: {error.error_string}") from error
+    cut = is_cut(data)
+    if cut or promised is not None and promised > longest_s:
+        return _Sound(np.zeros(0, np.float32), info.channels, promised, cut)
+    channel = audio.channel if isinstance(audio, FileAudio) else None
+    samples = read_audio(data, min(longest_s + 1, LONGEST_S), channel, rate)
+    fits = (info.format, info.subtype, info.samplerate, info.channels) == ("FLAC", "PCM_16", rate, 1)
     # One of unknown length is encoded again: other programs believe the header. So is one with tags and pictures.
-    kept = fits and promised is not None and part is None and is_bare_flac(data)
-    return data if kept else encode_flac(samples), round(seconds, 3)
+    kept = fits and promised is not None and is_bare_flac(data)
+    return _Sound(samples, info.channels, promised, cut, data if kept else None)
+
+
+def _part(audio: FileAudio, longest_s: float, rate: int) -> _Sound:
+    """A part of a recording, which may be a long one."""
+    start_s = audio.start_s or 0.0
+    samples = read_span(audio.inside(), start_s, audio.seconds, audio.channel, longest_s + 1, rate)
+    if samples is not None:
+        return _Sound(samples, 1, promised=audio.seconds)
+    whole = _whole(replace(audio, start_s=None, seconds=None), rate, *stamp(audio.path))
+    first = round(start_s * rate)
+    last = None if audio.seconds is None else first + round(audio.seconds * rate)
+    return replace(whole, samples=whole.samples[first:last], promised=audio.seconds, flac=None)
+
+
+@lru_cache(maxsize=1)
+def _whole(audio: FileAudio, rate: int, *state: Any) -> _Sound:
+    """A recording that has to be decoded for its parts: once, where they follow one another.
+
+    Args:
+        audio: all of it.
+        rate: samples a second.
+        state: of its file, for one that was replaced to be read again.
+    """
+    return _read(audio, LONGEST_S, rate)
 
 
 def _outside(what: str, seconds: float, longest_s: float) -> Rejected:
@@ -322,7 +399,7 @@ def _files(utterance: Utterance) -> list[Path]:
     return [audio.stands_in() for audio in utterance.sounds]
 
 
-def _stamp(path: Path) -> list[Any]:
+def stamp(path: Path) -> list[Any]:
     """Path, size and time of a file: enough to see that it was replaced."""
     try:
         state = path.stat()

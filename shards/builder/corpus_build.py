@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from echox.audio.io import SAMPLE_RATE
 from echox.errors import DataError, EchoXError
 from echox.stream.format.catalogue import DATASET_NAME
 from shards.builder.convert import Job, convert, is_kept, keys, may_be_kept, record_path
@@ -22,6 +25,8 @@ from shards.corpus import Audio, Corpus, MemberAudio, Request, SpanAudio, Uttera
 
 Progress = Callable[[str], None]
 
+_SHOWN = 4
+"""Kinds of reasons for rejection that are said; the file of rejections has all."""
 _EARLY = 1000
 """Utterances after which a share of bad ones above the budget ends the build at once."""
 
@@ -35,6 +40,7 @@ class Settings:
         per_shard: utterances a shard.
         workers: processes; 1 works in this one.
         longest_s: longest audio, seconds.
+        answer_rate: samples a second of spoken answers.
         max_rejected: share of utterances that may be bad.
         replace: whether shards built differently may be replaced.
     """
@@ -43,6 +49,7 @@ class Settings:
     per_shard: int = 256
     workers: int = 1
     longest_s: float = 120.0
+    answer_rate: int = SAMPLE_RATE
     max_rejected: float = 0.02
     replace: bool = False
 
@@ -91,9 +98,21 @@ def build_corpus(
     say(
         f"{corpus.name}: {described['samples']:,} samples in {len(described['shards']):,} shards, "
         f"{described['hours']:.2f} h of audio, {sum(len(r['rejected']) for r in records):,} utterances rejected"
+        + _reasons(records)
         + (f", {clipped:,} clipped (`clipped` in their json)" if clipped else "")
     )
     return described
+
+
+def _reasons(records: list[dict[str, Any]]) -> str:
+    """The commonest reasons, whatever numbers and names are in each: "no transcript" stands for all of its kind."""
+    kinds = Counter(
+        re.sub(r"[\d.,]*\d|'[^']*'", "…", str(rejected["reason"]))
+        for record in records
+        for rejected in record["rejected"]
+    )
+    shown = [f"{count:,} {kind}" for kind, count in kinds.most_common(_SHOWN)]
+    return f" ({'; '.join(shown)}{'; ...' if len(kinds) > _SHOWN else ''})" if kinds else ""
 
 
 def _already_built(out: Path, jobs: Iterator[Job], settings: Settings, say: Progress) -> dict[str, Any] | None:
@@ -118,7 +137,7 @@ def _jobs(utterances: Iterator[Utterance], source: Path, settings: Settings) -> 
         batch = tuple(itertools.islice(keyed, settings.per_shard))
         if not batch:
             return
-        yield Job(number, source, settings.longest_s, batch)
+        yield Job(number, source, settings.longest_s, batch, settings.answer_rate)
 
 
 class _Run:

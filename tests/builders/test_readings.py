@@ -51,7 +51,7 @@ def test_units_are_read_where_they_are_the_labels(folder: Path) -> None:
         (folder / "away.json").rename(folder / "language.json")
 
 
-def test_labels_are_kept_in_the_run_folder_where_the_recipe_says_so(folder: Path, tmp_path: Path) -> None:
+def test_labels_are_kept_below_the_storage_where_the_recipe_says_so(folder: Path, tmp_path: Path) -> None:
     for labels in ("teacher", "drafted", "cached"):
         recipe = echo_recipe(folder, labels=labels, pseudo_text="reference")
         recipe = recipe.model_copy(update={"storage": str(tmp_path)})
@@ -60,7 +60,7 @@ def test_labels_are_kept_in_the_run_folder_where_the_recipe_says_so(folder: Path
         assert (stage.label_store is None) is (labels == "teacher")
     assert isinstance(stage.label_store, LabelFile)
     stage.label_store.add({(1,): Label([2], True)})
-    place = tmp_path / "tiny-echo" / "labels" / teacher_identity(stage) / "rank-00003.jsonl"
+    place = tmp_path / "labels" / teacher_identity(stage) / "tiny-echo" / "rank-00003.jsonl"
     assert place.read_text() == "[[1], [2], true]\n"
 
 

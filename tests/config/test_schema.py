@@ -70,7 +70,7 @@ def test_a_key_outside_the_schema_has_the_mark_of_its_section(key: str, change: 
     assert change_of(key) is change
 
 
-def test_a_field_has_its_own_mark_before_that_of_its_section(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_field_has_its_own_mark_before_that_of_its_section() -> None:
     class Inner(Section):
         seed: Guarded[int] = 1
         other: int = 1
@@ -78,6 +78,5 @@ def test_a_field_has_its_own_mark_before_that_of_its_section(monkeypatch: pytest
     class Outer(Section):
         inner: Free[Inner | None] = None
 
-    monkeypatch.setattr(schema, "Recipe", Outer)
-    assert change_of("inner") is change_of("inner.other") is Change.FREE
-    assert change_of("inner.seed") is Change.GUARDED
+    assert change_of("inner", Outer) is change_of("inner.other", Outer) is Change.FREE
+    assert change_of("inner.seed", Outer) is Change.GUARDED

@@ -25,6 +25,7 @@ class Build:
     toy: ToyBuild
     folder: Path
     texts: list[str]
+    learned: list[float]
 
     def __call__(self, recipe: Recipe, rank: int, world_size: int) -> StageSetup:
         setup = self.toy(recipe, rank, world_size)
@@ -33,15 +34,16 @@ class Build:
         path, text = self.folder / f"words-{rank}.txt", self.texts[rank]
         path.write_text(text)
         word = text.split()[0]
-        file = RunFile(path=path, sha256=hashlib.sha256(word.encode()).hexdigest(), about={"word": word})
-        return replace(setup, files={"words.txt": file})
+        about = {"word": word, **({"learned": self.learned[rank]} if self.learned else {})}
+        file = RunFile(path=path, sha256=hashlib.sha256(word.encode()).hexdigest(), about=about)
+        return replace(setup, files={"words.txt": file}, notes={"word": f"it is {word}"})
 
 
 def run(plan: dict[str, Any], context: Context, scenario: dict[str, Any]) -> dict[str, Any]:
     changes = {"engine__checkpoint_every": 2, "optim__steps": 4, "engine__validate_every": 0}
     recipe = toy_recipe(scenario["name"], Path(plan["deepspeed"]), **changes)
     frozen = Path(plan["frozen"])
-    build = Build(ToyBuild(ToyOptions(), frozen), frozen.parent, scenario.get("texts", []))
+    build = Build(ToyBuild(ToyOptions(), frozen), frozen.parent, scenario.get("texts", []), scenario.get("learned", []))
     try:
         result = train(recipe, Scenario(context, scenario.get("die_at")), build)
     except Killed:

@@ -28,6 +28,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
         {"name": "run", "texts": SAME, "die_at": 2},
         {"label": "changed", "name": "run", "texts": ["two first", "two first"]},
         {"label": "ranks", "name": "run", "texts": ["one first", "two first"]},
+        {"name": "learned", "texts": SAME, "learned": [3.25, 3.5]},
         {"label": "rewritten", "name": "run", "texts": ["one again", "one again"]},
         {"name": "old", "texts": SAME, "die_at": 2},
     ]
@@ -65,6 +66,18 @@ def test_a_resume_with_another_file_is_refused(folder: Path, outcomes: dict[str,
 def test_ranks_with_different_files_are_refused(outcomes: dict[str, Any]) -> None:
     assert outcomes["ranks"]["error"] == "DataError"
     assert "rank 1 has other contents than rank 0 in words.txt" in outcomes["ranks"]["text"]
+
+
+def test_ranks_that_learned_different_things_of_one_file_are_refused(outcomes: dict[str, Any]) -> None:
+    assert outcomes["learned"]["error"] == "DataError"
+    assert "rank 1 has other contents than rank 0 in words.txt" in outcomes["learned"]["text"]
+
+
+def test_a_note_of_the_setup_is_one_event_of_each_attempt(folder: Path, outcomes: dict[str, Any]) -> None:
+    assert outcomes["rewritten"] == {"step": 4}
+    lines = (folder / "runs/run/log/rank-00000.jsonl").read_text().splitlines()
+    said = [event["what"] for event in map(json.loads, lines) if event["event"] == "word"]
+    assert said == ["it is one", "it is one"], "when it began and when it went on; refused attempts did not come so far"
 
 
 def test_an_older_checkpoint_goes_on_and_says_so(folder: Path, outcomes: dict[str, Any]) -> None:

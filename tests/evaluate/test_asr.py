@@ -116,7 +116,7 @@ def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
     generation = {"eos_token_id": END, "suppress_tokens": [1], "begin_suppress_tokens": [END]}
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     decoder = Decoder({0.1: 2, 0.2: 5, 0.3: 1})
-    monkeypatch.setattr(asr, "_session", lambda path, threads, replaced: decoder)
+    monkeypatch.setattr(asr, "open_session", lambda path, threads, replaced=None: decoder)
     monkeypatch.setattr("tokenizers.Tokenizer.from_file", lambda path: Words())
 
     def features(clips: list[np.ndarray]) -> np.ndarray:
@@ -216,7 +216,7 @@ def test_the_language_of_each_clip_is_found_unless_it_is_named(
     languages = {name: PROMPT[name] for name in ("<|en|>", "<|de|>")}
     (tmp_path / "generation_config.json").write_text(json.dumps({**generation, "lang_to_id": languages}))
     decoder = Polyglot()
-    monkeypatch.setattr(asr, "_session", lambda path, threads, replaced: decoder)
+    monkeypatch.setattr(asr, "open_session", lambda path, threads, replaced=None: decoder)
     heard = Judge.load(tmp_path, language=language).transcribe([sound(0.1, 1.0), sound(0.2, 2.0)])
     assert heard == ["8 9", "8 9 10 11 12"]
     assert decoder.prompts == [[[4, PROMPT[name], 6, 7] for name in spoken]]

@@ -14,7 +14,9 @@ import soundfile
 from echox.audio.io import encode_flac
 from echox.evaluate import demo
 from echox.evaluate.cli import score_lines
+from echox.evaluate.columns import metrics
 from echox.evaluate.demo import HeldOutSet, evaluate_demo
+from echox.evaluate.quality import Dnsmos, Quality
 from echox.speak.events import Audio, TextToken
 from echox.speak.pipeline import SpokenAnswer
 from echox.stream.format.writer import write_shards
@@ -109,10 +111,34 @@ def test_every_set_on_disk_is_scored_with_its_ceilings(corpus: Path, tmp_path: P
     assert [sample["set"] for sample in samples] == ["sqa-heldout-phrasing"] * 2 + ["asr-heldout-real"] * 2
     first = samples[0]
     assert (first["ok"], first["judged_text"], first["cascade_text"]) == (False, "Timbabwe is in Africa", ANSWERS[0])
-    for name, level in (("question_wav", 1), ("answer_wav", 1), ("reference_wav", 21)):
+    assert first["copy_text"] == ANSWERS[0]
+    for name, level in (("question_wav", 1), ("answer_wav", 1), ("cascade_wav", 11), ("reference_wav", 21)):
         wave, rate = soundfile.read(io.BytesIO(first[name]))
         assert rate == 16000 and wave[0] == pytest.approx(level / 100, abs=1e-4)
     assert samples[2]["answer_wav"] is None and [sample["ok"] for sample in samples[1:]] == [True, True, False]
+
+
+def test_how_it_sounds_is_rated_and_the_command_is_kept(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rater:
+        def rate(self, clips: list[Any], progress: Any = None) -> list[Quality]:
+            return [Quality(100 * float(clip[0]), 2.0, 3.0, 4.0) for clip in clips]
+
+    monkeypatch.setattr(Dnsmos, "find", Rater)
+    scores = evaluate_demo(tmp_path / "my run", limit=2, rated=1).to_json()
+    quality = scores["sets"]["sqa-heldout-phrasing"]["quality"]
+    # The wave of a unit has the unit's number, and one more, as its level: 0, 10 and 20 of the first question.
+    assert {voice: (row["n"], round(row["ovrl"])) for voice, row in quality.items()} == {
+        "echo": (1, 1), "cascade": (1, 11), "copy": (1, 21)
+    }  # fmt: skip
+    assert not scores["sets"]["asr-heldout-real"]["quality"]
+    assert scores["command"] == f"echox evaluate '{tmp_path / 'my run'}' --limit 2 --rated 1"
+    assert (scores["judge"], scores["corpus"]) == (demo.JUDGE, "demo")
+    assert any(line.split()[:4] == ["DNSMOS", "1.00", "of", "1"] for line in score_lines(scores))
+    assert metrics(scores["sets"]["sqa-heldout-phrasing"])["dnsmos_ovrl"] == pytest.approx(1, abs=0.01)
+    monkeypatch.setattr(Dnsmos, "find", lambda: pytest.fail("nothing is to be rated"))
+    assert evaluate_demo(tmp_path / "run", rated=0).to_json()["sets"]["sqa-heldout-phrasing"]["quality"] == {}
 
 
 def test_which_sets_are_asked_and_what_they_are_for_is_said_by_the_caller(corpus: Path, tmp_path: Path) -> None:

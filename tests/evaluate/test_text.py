@@ -7,7 +7,7 @@ import random
 import pytest
 
 from echox.errors import DataError
-from echox.evaluate.text import answer_match, normalize, strict_match, strictly_said, wer
+from echox.evaluate.text import answer_match, normalize, strict_match, strictly_said, wer, word_edits
 
 
 def edit_distance(reference: list[str], heard: list[str]) -> int:
@@ -120,3 +120,16 @@ def test_one_name_is_not_both_the_entity_and_the_answer() -> None:
     assert not strict_match("The capital of Peru is Guatemala City.", "Guatemala City", "Guatemala")
     assert strict_match("Singapore is the capital of Singapore.", "Singapore", "Singapore")
     assert not strict_match("It is Singapore.", "Singapore", "Singapore")
+
+
+def test_word_edits_are_as_few_as_the_edit_distance_and_lose_no_word() -> None:
+    random_ = random.Random(5)
+    for _ in range(200):
+        wanted, heard = (random_.choices("abcd", k=random_.randrange(7)) for _ in range(2))
+        edits = word_edits(" ".join(wanted), " ".join(heard))
+        assert " ".join(word for word, _ in edits if word).split() == wanted
+        assert " ".join(word for _, word in edits if word).split() == heard
+        wrong = sum(max(len(one.split()), len(other.split())) for one, other in edits if one != other)
+        assert wrong == edit_distance(wanted, heard), (wanted, heard, edits)
+    assert word_edits("It's Lima.", "it is lima") == [("it is lima", "it is lima")]
+    assert word_edits("", "...") == []

@@ -12,6 +12,7 @@ import shutil
 import socket
 import struct
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -740,6 +741,9 @@ def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
         "texts": ("{}", json.dumps([{**sample, "judged_text": [1], "cascade_text": {}, "set": ["<script>"]}]), "{}"),
         "phases": ("{}", "[]", '{"phases": {"a": "b"}, "reused": 7}'),
         "result": ("{}", "[]", "[1]"),
+        "quality": ('{"sets": {"x": {"quality": {"echo": {"n": 1, "ovrl": []}}}}}', "[]", "{}"),
+        "voices": ('{"sets": {"x": {"quality": {"<b>": {}}}}}', "[]", "{}"),
+        "command": ('{"command": ["rm"], "judge": 5, "corpus": {}}', "[]", '{"phases_command": []}'),
     }
     found = {}
     for name, (scores, samples, result) in variants.items():
@@ -750,6 +754,21 @@ def hostile_evaluations(folder: Path, world: World) -> dict[str, Path]:
         (evaluation.parent / "result.json").write_text(result)
         (evaluation / "link.wav").symlink_to(world.outside / "speech.wav")
         found[name] = folder / name
+    known = folder / "runs"
+    (known / "evaluation").mkdir(parents=True)
+    (known / "evaluation" / "scores.json").write_text('{"sets": {}, "judge": "`<script>`", "command": "```\\n# x"}')
+    (known / "evaluation" / "samples.json").write_text("[]")
+    recipes = {
+        "s2t": '{"model": [1], "data": {"train": {"a": 1}}, "seed": {}}',
+        "t2c": '{"data": {"train": [{"path": "/etc"}, {"path": "../../outside", "task": []}, {"path": 5}, 7]}}',
+        "echo": json.dumps({"model": {"llm": {"path": "a/b\n---\nlicense: mit"}, "speech_encoder": {"path": ["x"]}}}),
+    }
+    for stage, recipe in recipes.items():
+        checkpoint = known / f"x-{stage}" / "checkpoints" / "step-00000001"
+        checkpoint.mkdir(parents=True)
+        (known / f"x-{stage}" / "recipe.json").write_text(recipe)
+        (checkpoint / "manifest.json").write_text(deep() if stage == "t2c" else '{"trainable": [], "step": "x"}')
+    found["runs"] = known
     piped = folder / "fifo"
     (piped / "evaluation").mkdir(parents=True)
     (piped / "evaluation" / "scores.json").write_text("{}")
@@ -779,6 +798,49 @@ def vocoder_configs(good: dict[str, Any]) -> dict[str, str]:
         "hifi-text": json.dumps({**hifi, "unit_hifi_gan_vocab_size": "x"}),
         "hifi-negative": json.dumps({**hifi, "unit_hifi_gan_vocab_size": -4}),
         "hifi-code": json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
+    }
+
+
+def vocoder_checkpoints(folder: Path, world: World) -> list[Path]:
+    """Files in the place of a fairseq checkpoint."""
+    import torch
+
+    folder.mkdir()
+    torch.save({"generator": {"dict.weight": _Runs(world.command)}}, folder / "code")
+    torch.save(_Runs(world.command), folder / "whole")
+    (folder / "pickle").write_bytes(world.pickled())
+    torch.save(
+        {"generator": {"dict.weight": _Runs(world.command)}}, folder / "old", _use_new_zipfile_serialization=False
+    )
+    torch.save({"generator": {"dict.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}}, folder / "expanded")
+    torch.save({"generator": {ESCAPE: torch.zeros(1), 7: [[]]}}, folder / "names")
+    torch.save({"generator": []}, folder / "list")
+    with zipfile.ZipFile(folder / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("bomb/data.pkl", bytes(64 << 20))
+    with zipfile.ZipFile(folder / "zip", "w") as odd:
+        odd.writestr("../../outside/data.pkl", world.pickled())
+    (folder / "empty").write_bytes(b"")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "fifo")
+    (folder / "device").symlink_to("/dev/zero")
+    (folder / "secret").symlink_to(world.outside / "secret.txt")
+    return sorted(folder.iterdir())
+
+
+def fairseq_configs(good: dict[str, Any]) -> dict[str, str]:
+    """`config.json` of fairseq's code HiFi-GAN by what is wrong with it."""
+    return {
+        "deep": deep(),
+        "list": "[]",
+        "huge": json.dumps({**good, "num_embeddings": 1 << 62}),
+        "wide": json.dumps({**good, "upsample_initial_channel": 1 << 15}),
+        "long": json.dumps({**good, "upsample_rates": [1] * 100_000}),
+        "layers": json.dumps({**good, "upsample_rates": [1] * 16, "upsample_kernel_sizes": [1] * 16}),
+        "text": json.dumps({**good, "embedding_dim": ESCAPE}),
+        "nested": json.dumps({**good, "resblock_dilation_sizes": [[[]]]}),
+        "speakers": json.dumps({**good, "multispkr": True, "num_speakers": 1 << 62}),
+        "duration": json.dumps({**good, "dur_predictor_params": [ESCAPE]}),
+        "infinite": json.dumps({**good, "dur_predictor_params": {"var_pred_dropout": float("inf")}}),
     }
 
 

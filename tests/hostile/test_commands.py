@@ -15,9 +15,10 @@ import pytest
 from echox import cli
 from echox.speak.unit_mel import UnitMel, UnitMelConfig
 from tests.hostile import inputs
-from tests.hostile.inputs import World
+from tests.hostile.inputs import World, deep
 from tests.hostile.running import Outcome, Warm, held
 from tests.test_cli import leaves
+from tests.vocoder import fairseq
 
 COVERED = {
     "shards build manifest",
@@ -38,6 +39,8 @@ COVERED = {
     "unit-language fit",
     "unit-language encode",
     "unit-language decode",
+    "vocoder import",
+    "vocoder train",
     "speak",
     "serve",
     "evaluate",
@@ -59,6 +62,7 @@ COVERED = {
     "bench teacher",
     "plan",
     "ablate",
+    "sweep",
 }
 """Commands that the tests below run on what others made."""
 OF_OUR_OWN = {
@@ -201,6 +205,7 @@ def test_datasets(trial: Trial) -> None:
         trial.run("respond", "demo/echo", where, refused=True)
         trial.run("shards", "encode", "demo/s2t", where, refused=True)
         trial.run(*train, where, refused=True)
+        trial.run("vocoder", "train", "demo", f'data.train=["{path}"]', *train[3:], refused=True)
 
 
 def test_units_and_unit_languages(trial: Trial) -> None:
@@ -234,6 +239,7 @@ def test_recipes(trial: Trial) -> None:
     for text in ("[" * 3000, "{a: " * 200, "&a [*a]", "!!python/object/apply:os.system [x]", "9" * 6000):
         trial.run("train", "demo/s2t", f"name={text}", refused=True)
         trial.run("ablate", "demo", f"name={text}", "--storage", trial.out, refused=True)
+        trial.run("sweep", "demo/s2t", f"name={text},x", f"storage={trial.out}", refused=True)
 
 
 @pytest.mark.slow
@@ -287,6 +293,28 @@ def test_vocoders(trial: Trial) -> None:
         (folder / "config.json").write_text(text)
         question = trial.world.outside / "speech.wav"
         trial.run("speak", "--question", question, "--out", "a.wav", "--run", good, "--vocoder", folder, refused=True)
+
+
+def test_vocoders_to_import(trial: Trial) -> None:
+    good, out = trial.root / "good", trial.out / "voice"
+    checkpoint, config = fairseq.write(good, fairseq.SMALL, fairseq.random_state(fairseq.SMALL))
+    command = ["vocoder", "import", checkpoint, config, out, "--units"]
+    assert trial.run(*command[:-1]).code == 0
+    for path in inputs.vocoder_checkpoints(trial.root / "checkpoints", trial.world):
+        trial.run("vocoder", "import", path, config, trial.out / "evil", refused=True)
+    for name, text in inputs.fairseq_configs(fairseq.SMALL).items():
+        path = trial.root / f"{name}.json"
+        path.write_text(text)
+        trial.run("vocoder", "import", checkpoint, path, trial.out / "evil", refused=True)
+    for text in (deep(), '{"features": 7}', '{"clusters": 1e999}'):
+        (good / "unit_set.json").write_text(text)
+        trial.run(*command, good, refused=True)
+    assert not (trial.out / "evil").exists()
+
+
+def test_recipes_of_vocoders(trial: Trial) -> None:
+    found = sorted(inputs.recipes(trial.root / "recipes", trial.world).values())
+    trial.run_on(found[::2], ["vocoder", "train", None], refused=True)
 
 
 def test_evaluations(trial: Trial) -> None:

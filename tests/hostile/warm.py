@@ -21,10 +21,12 @@ MODULES = (
     *("torch", "soundfile", "safetensors.torch", "mlflow.tracking", "mlflow.store.tracking.sqlalchemy_store"),
     *("echox.units.cli", "echox.units.extract", "echox.units.kmeans", "echox.units.language", "echox.units.published"),
     *("echox.builders.setup", "echox.speak.pipeline", "echox.speak.vocoder", "echox.evaluate.report"),
+    *("echox.vocoder.fairseq", "echox.vocoder.trainer"),
     *("echox.evaluate.demo", "echox.respond", "echox.tracking.cli", "echox.tracking.run", "echox.tracking.page"),
     *("shards.cli", "shards.stats", "shards.check", "shards.builder.corpus_build", "shards.builder.encode"),
     *("launch.cli", "launch.client.status", "launch.ablation.cli", "launch.client.job_environment", "shards.corpora"),
     *("transformers.models.llama.modeling_llama", "transformers.models.whisper.modeling_whisper"),
+    "transformers.models.seamless_m4t.modeling_seamless_m4t",
 )
 LARGEST_FILE = 2 << 30
 POLL_S = 0.02

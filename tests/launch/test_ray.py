@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -20,11 +21,15 @@ from mlflow.tracking import MlflowClient
 
 from echox.cli import main
 from echox.errors import LaunchError, RecipeError
+from echox.speak.vocoder import load_vocoder
 from launch.client import local_head
 from launch.client.job_environment import JobEnvironment
 from launch.client.jobs import Jobs
 from launch.client.status import error_report, run_status
 from launch.events import read_events
+from launch.sweep.runner import Sweep
+from launch.sweep.trials import space
+from tests.vocoder import toy
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -91,6 +96,24 @@ def submit(jobs: Jobs, storage: Path, train: str, *overrides: str) -> str:
 def run_of(storage: Path, name: str) -> Any:
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     return client.get_run(json.loads((storage / name / "mlflow.json").read_text())["run_id"])
+
+
+def test_a_vocoder_is_trained_by_two_workers(jobs: Jobs, tmp_path: Path) -> None:
+    voice = toy.write_voice(tmp_path / "voice")
+    changes = [f"storage={tmp_path / 'runs'}", "name=voice", f"data.train=[{voice}]", f"data.valid={voice}"]
+    changes += ["data.micro_batch=2", "data.segment_frames=8", "generator.channels=32", "discriminators.channels=16"]
+    changes += ["scaling.workers=2", "optim.steps=2", "sample_every=1", "samples=1", "checkpoint_every=0"]
+    job = jobs.submit("launch/vocoders/demo.yaml", changes, stop_wait_s=30)
+    assert job == "voice-a1" and jobs.wait(job) == "SUCCEEDED", jobs.logs(job)
+    run = tmp_path / "runs" / "voice"
+    assert progress(run) == {**progress(run), "stage": "vocoder", "step": 2, "state": "finished"}
+    assert load_vocoder(run / "vocoder")([np.array([1, 2, 3], np.uint16)])[0].size >= 3 * 320
+    starts = [event for event in read_events(run) if event["event"] == "start" and "world_size" in event]
+    assert [event["world_size"] for event in starts] == [2, 2]
+    found = run_of(tmp_path / "runs", "voice")
+    assert found.info.status == "FINISHED" and found.data.metrics["valid/loss/mel_l1"] > 0
+    kept = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db").list_artifacts(found.info.run_id, "samples")
+    assert [Path(each.path).name for each in kept] == ["real-00.wav", "samples.html", "step-00000001", "step-00000002"]
 
 
 def names(processes: list[psutil.Process]) -> str:
@@ -174,6 +197,39 @@ def test_two_workers_get_what_they_need(jobs: Jobs, storage: Path) -> None:
     assert [json.loads(path.read_text())["path"] for path in pointers] == [
         str(storage / name / "checkpoints" / "step-00000001")
     ]
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_its_trials_as_jobs_of_one_parent_run(jobs: Jobs, storage: Path) -> None:
+    class Stood:
+        """The cluster, whose jobs get the stand-in for the engine."""
+
+        list, stop, failure = jobs.list, jobs.stop, jobs.failure
+
+        def submit(self, recipe: str, overrides: Sequence[str] = ()) -> str:
+            words = [word for word in overrides if not word.startswith("name=")]
+            name = next(word for word in overrides if word.startswith("name="))
+            return submit(jobs, storage, "train", *words, name)
+
+    swept = space(["optim.steps=1961,1962,1963", "tracking.system_metrics=false", f"storage={storage}"])
+    outcomes = Sweep(
+        recipe=RECIPE,
+        trials=swept.trials("swept", None, 0),
+        queue=Stood(),
+        storage=storage,
+        record=storage / "swept-sweep.json",
+        metric="loss/total",
+        rule=None,
+        parallel=1,
+        say=print,
+    ).run()
+    assert [outcome.state for outcome in outcomes] == ["done"] * 3
+    for outcome in outcomes:
+        seen = json.loads((storage / outcome.trial.name / "seen.json").read_text())
+        assert str(seen["steps"]) == outcome.trial.values["optim.steps"]
+    runs = [run_of(storage, outcome.trial.name) for outcome in outcomes]
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in runs}
+    assert MlflowClient(f"sqlite:///{storage}/mlflow.db").get_run(parent).info.run_name == "swept-sweep"
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from echox.config.model_schema import LoraConfig
-from echox.models.compiled import compile_pointwise
+from echox.models.compiled import by_inductor, compile_pointwise
 from echox.models.lora import without_lora
 from echox.models.norms import fuse_rms_norms
 from echox.release.pretrained import add_lora
@@ -245,6 +245,108 @@ def test_attention_whose_rotary_function_wants_rows_stays() -> None:
         scope: dict[str, Any] = {"nn": nn, "apply_rotary_pos_emb": own}
         exec("class Turning(nn.Module):\n  def forward(self, q): return apply_rotary_pos_emb(q, q, q, q)", scope)
         assert compile_pointwise(scope["Turning"](), Regions()) == (0, 0)
+
+
+class Graphs:
+    """In place of `torch.compile`: what it is told, and how many graphs it makes, without Inductor."""
+
+    def __init__(self) -> None:
+        self.own, self.made, self.options = torch.compile, 0, dict[str, Any]()
+
+    def __call__(self, function: Any, *, options: dict[str, Any], **more: Any) -> Any:
+        self.options = options
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+            self.made += 1
+            return graph.forward
+
+        return self.own(function, backend=backend, **more)
+
+
+def test_inductor_is_given_whole_functions_and_no_graph_for_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = Graphs()
+    monkeypatch.setattr(torch, "compile", graphs)
+
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return 2 * x
+
+    compiled = by_inductor(doubled, True)
+    for size in (3, 7, 5):
+        x = torch.arange(float(size))
+        assert torch.equal(compiled(x), 2 * x)
+    assert graphs.made == 1, "all sizes change"
+    assert graphs.options == {"compile_threads": 1}
+    torch._dynamo.reset()
+    compiled = by_inductor(doubled, False)
+    for rows, width in ((3, 4), (7, 4), (5, 4), (5, 6)):
+        x = torch.arange(float(rows * width)).view(rows, width)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), 2 * x)
+    assert graphs.made == 1 + 2, "of what is not marked, each size has its own"
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        by_inductor(broken, True)(torch.ones(3))
+
+
+def test_what_a_rotary_function_is_told_beside_its_four_tensors_is_heeded() -> None:
+    """It then computes as before; and the defaults of an attention's forward stay."""
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return q * cos + q.roll(1, -1) * sin, k * cos + k.roll(1, -1) * sin
+
+    plain: dict[str, Any] = {"nn": nn, "apply_rotary_pos_emb": turned}
+    exec(
+        "class Turning(nn.Module):\n"
+        "  def forward(self, q, k, cos, sin, *more, times=3, **named):\n"
+        "    q, k = apply_rotary_pos_emb(q, k, cos, sin, *more, **named)\n"
+        "    return times * q, k\n",
+        plain,
+    )
+    ours, other, regions = plain["Turning"](), plain["Turning"](), Regions()
+    assert compile_pointwise(ours, regions) == (1, 0)
+    cos, sin = torch.randn(2, 2, 3, 8)
+    heads_first, heads_last = torch.randn(2, 2, 4, 3, 8), torch.randn(2, 2, 3, 4, 8)
+    for (q, k), more, named in (
+        (heads_first, (), {}),
+        (heads_last, (2,), {}),
+        (heads_last, (), {"unsqueeze_dim": 2}),
+    ):
+        for found, wanted in zip(
+            ours(q, k, cos, sin, *more, **named), other(q, k, cos, sin, *more, **named), strict=True
+        ):
+            torch.testing.assert_close(found, wanted)
+    assert sum(regions.runs.values()) == 1
+
+
+def test_no_size_of_heads_and_no_activation_uses_up_the_graphs_of_another() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, by: int) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.by
+
+    attention, gates = modeling_llama.LlamaAttention, [small(LlamaMLP) for _ in range(4)]
+    for number, gate in enumerate(gates):
+        gate.act_fn = Scaled(number)
+    turning = LlamaConfig(hidden_size=8, num_attention_heads=2)
+    model = nn.ModuleList([attention(turning, 0), *gates])
+    plain, regions = copy.deepcopy(model), Regions()
+    assert compile_pointwise(model, regions) == (1, 4)
+    rotary = type(model[0]).forward.__globals__["apply_rotary_pos_emb"]
+    # Dynamo gives up on a function of which it has made so many graphs.
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for heads in (1, 2, 3, 4):
+            q, k, (cos, sin) = torch.randn(2, heads, 3, 4), torch.randn(2, heads, 3, 4), torch.randn(2, 2, 3, 4)
+            torch.testing.assert_close(rotary(q, k, cos, sin), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin))
+        for ours, other in zip(model[1:], plain[1:], strict=True):
+            torch.testing.assert_close(ours(x := torch.randn(2, 3, 8)), other(x))
+    assert regions.graphs == {"without gradients": 8}
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from echox.audio.io import read_audio, write_audio
+from echox.audio.io import header_rate, read_audio, write_audio
 from echox.cli import main
 from echox.speak.events import Failed
 from echox.units.identity import UnitPart, UnitSetIdentity, write_unit_set
@@ -49,7 +49,7 @@ def test_a_question_longer_than_the_model_hears_is_answered_and_said_so(
     said = capsys.readouterr()
     assert said.out.startswith("Paris.\n")
     assert ("only the first 2 s are heard" in said.err) is cut
-    assert len(read_audio(out)) == 16000
+    assert len(read_audio(out)) == 16000 and header_rate(out.read_bytes()) == 8000, "at the rate of the vocoder"
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def answers_by_hand(model: SpeechToSpeech) -> tuple[list[by_hand.Said], list[lis
 
 
 def limit(model: SpeechToSpeech, tokens: int) -> int:
-    return tokens * model.recipe.model.echo.units_per_token + 32
+    return int(tokens * float(model.recipe.model.echo.units_per_token)) + 32
 
 
 def test_an_answer_is_that_of_each_segment_by_hand(model: SpeechToSpeech) -> None:

@@ -28,7 +28,7 @@ COMPILED, ITS_REGIONS = 4_765, 2 * 2 * topology.LAYERS["3b"]
 """Kernels of Stage I where each compiled graph is one, and how many of them are graphs: rotary embedding and gated
 activation of each layer, forward and backward."""
 DECODE = "echox/models/greedy.py"
-STAGE_I, STAGE_III, STAGE_III_OWN = 5_521, 6_126, 10_769
+STAGE_I, STAGE_III, STAGE_III_OWN = 5_521, 6_127, 10_770
 """Kernels; the last where the LLM reads its own answer beside the reference. A GPU needs fewer: its attention takes
 packed rows as they are. 7,394, 8,251 and 14,787 before losses read logits in chunks, maps of LoRA shared products and a
 norm was one operator."""

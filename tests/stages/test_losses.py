@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from echox.builders.setup import ctc_tokens
 from echox.models import chunked_heads
 from echox.models.chunked_heads import Head
 from echox.models.ragged import Layout, rows_of
@@ -21,8 +22,9 @@ TARGETS = {
     "too long": ([[3, 3, 7, 3], [4, 6, 4, 6]], [4, 4], [4, 3]),
     "no target": ([[3, 7], [0, 0]], [2, 0], [5, 5]),
     "padding that is a label": ([[3, 7, 3], [4, 4, 4]], [2, 1], [6, 4]),
-    # Not at the end: there torch's own gradient of such a label is not that of its loss.
-    "without a class": ([[7, 0, 3], [0, 4, 0]], [3, 2], [7, 7]),
+    "without a class": ([[7, 0, 3], [0, 4, 0]], [3, 3], [7, 7]),
+    "repeated around one without": ([[7, 0, 7], [3, 0, 0]], [3, 2], [3, 2]),
+    "none with a class": ([[0, 0, 0], [4, 4, 0]], [3, 2], [7, 7]),
 }
 
 
@@ -35,9 +37,15 @@ def head() -> CtcHead:
 
 
 def plain(logits_BTC: Tensor, classes: Tensor, frames: Tensor, lengths: Tensor, weight: Tensor) -> Tensor:
-    log_probs = logits_BTC.log_softmax(-1).transpose(0, 1)
-    losses = F.ctc_loss(log_probs, classes, frames, lengths, reduction="none", zero_infinity=True)
-    return (losses * weight * (lengths > 0)).sum()
+    """torch's loss of each row alone, its labels without a class left out."""
+    log_probs, total = logits_BTC.log_softmax(-1), logits_BTC.new_zeros(())
+    for row, (row_frames, row_length) in enumerate(zip(frames.tolist(), lengths.tolist(), strict=True)):
+        target = [label for label in classes[row, :row_length].tolist() if label]
+        if target:
+            sizes = torch.tensor(row_frames), torch.tensor(len(target))
+            one = F.ctc_loss(log_probs[row], torch.tensor(target), *sizes, reduction="sum", zero_infinity=True)
+            total = total + one * weight[row]
+    return total
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -94,6 +102,23 @@ def test_ctc_of_many_frames_and_sharp_logits_keeps_its_digits() -> None:
     )
     torch.testing.assert_close(term.total.double(), exact, rtol=1e-6, atol=0)
     assert (ours - right).abs().max() < (theirs - right).abs().max() < 5e-3  # 1.5e-3 and 2.5e-3
+
+
+def test_labels_without_a_class_make_no_path_count_twice() -> None:
+    """Where all frames say nothing for sure, every place of such a label among them would be another such path."""
+    logits_BTC = torch.zeros(1, 40, 5)
+    logits_BTC[:, :, 0], logits_BTC[:, 20, 3] = 9.0, 18.0
+    classes_BC, one = torch.tensor([[0, 0, 3, 0]]), torch.ones(1)
+    places = F.pad(classes_BC, (1, 0))[:, None].expand(-1, 40, -1)
+    sizes = torch.tensor([40]), torch.tensor([4])
+    term = ctc_loss(logits_BTC.logsumexp(-1), logits_BTC.gather(2, places), classes_BC, *sizes, one)
+    as_blanks = F.ctc_loss(logits_BTC.log_softmax(-1).transpose(0, 1), classes_BC, *sizes, reduction="sum")
+    assert 0 < float(term.total) < 0.1 and float(as_blanks) < -1
+
+
+def test_the_sizes_on_the_host_are_used_where_every_token_has_a_class() -> None:
+    assert CtcHead(WIDTH, ctc_tokens(CLASSES, None), CLASSES).complete
+    assert not CtcHead(WIDTH, ctc_tokens(CLASSES, [3, 5]), CLASSES).complete
 
 
 def test_a_ctc_head_is_a_head() -> None:

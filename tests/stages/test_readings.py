@@ -217,7 +217,7 @@ class Counting:
 
 def kept(folder: Path, rank: int = 0, **echo: Any) -> tuple[EchoStage, Counting]:
     stage = usual.make_stage("reference", labels="cached", segmentation={"mode": "fixed", "fixed_tokens": 3}, **echo)
-    stage.label_store = LabelFile(folder / teacher_identity(stage), rank)
+    stage.label_store = LabelFile(folder / teacher_identity(stage), "run", rank)
     return stage, Counting(stage)
 
 
@@ -271,7 +271,7 @@ def test_drafted_labels_are_those_of_the_teacher_also_where_the_text_has_changed
     cut = {"mode": "fixed", "fixed_tokens": 3}
     live = usual.make_stage("reference", segmentation=cut).eval()
     stage = usual.make_stage("reference", labels="drafted", segmentation=cut).eval()
-    stage.label_store = LabelFile(tmp_path, 0)
+    stage.label_store = LabelFile(tmp_path, "run", 0)
     batch = usual.make_batch(stage)
     live.end_token = stage.end_token
     changed = dataclasses.replace(batch, response_BR=batch.response_BR.clone())
@@ -284,23 +284,25 @@ def test_drafted_labels_are_those_of_the_teacher_also_where_the_text_has_changed
         assert learned(drafted.targets.units) == learned(expected.targets.units)
         shares.append(float(stage.metrics().get("teacher/drafted_share", torch.tensor(0.0))))
     assert shares[0] == 0 < shares[2] < shares[1]
-    assert LabelFile(tmp_path, 1).alike((*tiny.PREFIX, 7)) is None, "nothing begins like this"
+    assert LabelFile(tmp_path, "run", 1).alike((*tiny.PREFIX, 7)) is None, "nothing begins like this"
 
 
 def test_a_draft_is_the_newest_label_of_a_text_that_begins_alike(tmp_path: Path) -> None:
-    file, begin = LabelFile(tmp_path / "labels", 0), tuple(range(8))
+    file, begin = LabelFile(tmp_path / "labels", "run", 0), tuple(range(8))
     file.add({(*begin, 1): Label([5], True), begin[:3]: Label([1], True)})
     file.add({(*begin, 2): Label([6], True), (*begin, 3): Label([7], False)})
     file.add({(*begin[:4], 9): Label([8], True)})
-    for known in (file, LabelFile(tmp_path / "labels", 1)):
+    for known in (file, LabelFile(tmp_path / "labels", "run", 1)):
         assert known.alike((*begin, 4)) == Label([6], True), "eight tokens say more than four"
         assert known.alike((*begin, 1)) == Label([5], True), "its own label, whatever is newer"
         assert known.alike((*begin, 3)) is None, "it has no end, and would have none again"
         assert known.alike((*begin[:4], 0)) == Label([8], True)
         assert known.alike(begin[:2]) is None
-    before = (tmp_path / "labels" / "rank-00000.jsonl").read_text()
+    before = (tmp_path / "labels" / "run" / "rank-00000.jsonl").read_text()
     file.add({(*begin, 1): Label([5], True)})
-    assert (tmp_path / "labels" / "rank-00000.jsonl").read_text() == before, "what is known is not written again"
+    assert (tmp_path / "labels" / "run" / "rank-00000.jsonl").read_text() == before, (
+        "what is known is not written again"
+    )
 
 
 def test_labels_of_another_teacher_are_not_taken(tmp_path: Path) -> None:
@@ -322,18 +324,18 @@ def test_labels_of_another_teacher_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_crash_cut_short_costs_its_segment_alone(tmp_path: Path) -> None:
-    file = LabelFile(tmp_path / "labels", 0)
+    file = LabelFile(tmp_path / "labels", "run", 0)
     assert file.get((1, 2)) is None and not (tmp_path / "labels").exists()
     file.add({(1, 2): Label([70000, 5], True), (): Label([], False)})
     file.add({(3,): Label([1], True)})
-    path = tmp_path / "labels" / "rank-00000.jsonl"
-    assert len(LabelFile(tmp_path / "labels", 1)) == 3
+    path = tmp_path / "labels" / "run" / "rank-00000.jsonl"
+    assert len(LabelFile(tmp_path / "labels", "run", 1)) == 3
     path.write_text(path.read_text()[:-4])
-    again = LabelFile(tmp_path / "labels", 0)
+    again = LabelFile(tmp_path / "labels", "run", 0)
     assert again.get((1, 2)) == Label([70000, 5], True) and again.get(()) == Label([], False)
     assert again.get((3,)) is None and len(again) == 2
     again.add({(3,): Label([1], True)})
-    assert LabelFile(tmp_path / "labels", 2).get((3,)) == Label([1], True)
+    assert LabelFile(tmp_path / "labels", "run", 2).get((3,)) == Label([1], True)
     assert json.loads(path.read_text().splitlines()[-1]) == [[3], [1], True]
 
 

@@ -42,7 +42,7 @@ from echox.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from echox.config.schema import Recipe
+    from echox.config.section import Section
     from echox.engine.deepspeed_engine import Engine
     from echox.engine.monitor.run_dir import RunDir
     from echox.engine.world import World
@@ -83,11 +83,11 @@ def find_checkpoint(run_folder: Path, asked: Path | None = None) -> Choice:
     return choose(candidates)
 
 
-def check_fits(choice: Choice, recipe: Recipe, allow: Sequence[str] = ()) -> None:
+def check_fits(choice: Choice, recipe: Section, allow: Sequence[str] = ()) -> None:
     """Raise CheckpointError when the run would not go on as this recipe says; `allow` names keys that may differ."""
     if choice.checkpoint is None:
         return
-    changed = refused_changes(choice.checkpoint.manifest["recipe"], recipe.model_dump(mode="json"), allow)
+    changed = refused_changes(choice.checkpoint.manifest["recipe"], recipe.model_dump(mode="json"), allow, type(recipe))
     if changed:
         words = sorted({key.rpartition(".")[2] for key, _, _ in changed})
         raise CheckpointError(

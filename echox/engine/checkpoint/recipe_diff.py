@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from echox.config.load import leaves
-from echox.config.schema import change_of
-from echox.config.section import Change
+from echox.config.schema import Recipe, change_of
+from echox.config.section import Change, Section
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -19,7 +19,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
 
 
 def refused_changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str] = ()
+    before: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str] = (), schema: type[Section] = Recipe
 ) -> list[tuple[str, Any, Any]]:
     """The changes that would make another training of the run, unless `allow` names them.
 
@@ -28,7 +28,7 @@ def refused_changes(
     return [
         (key, old, new)
         for key, old, new in changes(before, now)
-        if change_of(key) is Change.REFUSED and not any(_names(word, key) for word in allow)
+        if change_of(key, schema) is Change.REFUSED and not any(_names(word, key) for word in allow)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from echox.engine.train_state import TrainState
 
 if TYPE_CHECKING:
-    from echox.config.schema import Recipe
+    from echox.config.run_recipe import RunRecipe
     from echox.engine.interfaces import Tracker
     from echox.engine.monitor.event_log import EventLog
     from echox.engine.monitor.run_dir import RunDir
@@ -34,7 +34,7 @@ class Reporter:
         metrics: the last value of each metric.
     """
 
-    recipe: Recipe
+    recipe: RunRecipe
     folder: RunDir
     log: EventLog
     tracker: Tracker

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from echox.config.paths import cache_dir
 from echox.errors import DataError
 from echox.evaluate.benchmarks.catalogue import BENCHMARKS, PROTOCOL, PUBLISHED, PUBLISHED_JUDGE
 from echox.evaluate.benchmarks.decoding import Decoding, decodings
@@ -24,13 +23,15 @@ from echox.evaluate.benchmarks.scoring import Judged, judged, pooled, repeated, 
 from echox.evaluate.benchmarks.survey import Benchmark, survey
 from echox.evaluate.demo import JUDGE
 from echox.evaluate.judges import NamedJudge
-from echox.evaluate.listening import Listener
+from echox.evaluate.listening import Listener, Speaker, speak
+from echox.evaluate.quality import Dnsmos
 from echox.files import write_atomically
 from echox.speak.pipeline import STREAMED_TOKENS
 
 FOLDER, RESULTS, PAGE = "benchmarks", "results.json", "benchmark.html"
 BATCH = 16
 REPEATS = 3
+RATED = 50
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, questions done and questions in all."""
@@ -53,6 +54,7 @@ class Request:
         limit: most questions of each benchmark, the first ones; None for all.
         max_new: most text tokens of an answer.
         batch: questions answered together.
+        rated: answers of each benchmark and decoding whose sound DNSMOS rates, where that was fetched.
         part: which of several processes this one is.
     """
 
@@ -68,6 +70,7 @@ class Request:
     limit: int | None = None
     max_new: int = STREAMED_TOKENS
     batch: int = BATCH
+    rated: int = RATED
     part: Part = Part()
 
     @property
@@ -87,6 +90,7 @@ class Request:
             "--limit": self.limit,
             "--max-new": self.max_new if self.max_new != usual.max_new else None,
             "--batch": self.batch if self.batch != usual.batch else None,
+            "--rated": self.rated if self.rated != usual.rated else None,
             "--out": self.out,
         }
         given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
@@ -129,15 +133,19 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
         DataError: see `survey`, `read_answers` and `writing`; or the vocoder is of other units than the run.
         CheckpointError, MissingModelError: run, vocoder or judge is not there.
     """
+    from echox.speak.vocoder import default_vocoder, load_vocoder
+
     judge = NamedJudge.find(request.judge)
-    vocoder = request.vocoder or cache_dir() / "data" / "demo" / "vocoder"
-    setting = setting_identity(request.run, judge, vocoder, request.batch)
+    vocoder = request.vocoder or default_vocoder()
+    rater = Dnsmos.find() if request.rated else None
+    quality = {**rater.identity(), "most": request.rated} if rater else None
+    setting = setting_identity(request.run, judge, vocoder, request.batch, quality)
     benchmarks = [survey(name, request.places.get(name), request.limit) for name in request.names]
     root = request.folder
 
     @cache
     def speaking() -> Speaking:
-        return _load(request.run, vocoder, judge)
+        return _load(request.run, vocoder, judge, rater)
 
     ways = decodings(request.sampling, request.repeats, request.max_new)
     found: dict[str, list[tuple[Decoding, dict[int, Answered]]]] = {}
@@ -150,6 +158,7 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
                 root / benchmark.name,
                 speaking,
                 batch=request.batch,
+                rated=request.rated,
                 part=request.part,
                 progress=_labelled(f"{benchmark.name} {decoding.stem}", progress),
             )
@@ -159,7 +168,7 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
     items = {each.name: [judged(each, answers) for _, answers in found[each.name]] for each in benchmarks}
     results = _results(request, benchmarks, ways, items)
     greedy = {name: rows[0] for name, rows in items.items()}
-    speaker = Listener(_vocoder(vocoder), _Deaf())
+    speaker = load_vocoder(vocoder)
     sounds = {each.name: _sounds(each, greedy[each.name], speaker) for each in benchmarks}
     write_benchmark_page(root / PAGE, results, greedy, sounds)
     write_atomically(root / RESULTS, json.dumps(results, indent=1) + "\n")
@@ -209,35 +218,21 @@ def _decoding(decoding: Decoding) -> dict[str, Any]:
     return {"decoding": known.pop("name"), **known}
 
 
-def _load(run: Path, vocoder: Path, judge: NamedJudge) -> Speaking:
+def _load(run: Path, vocoder: Path, judge: NamedJudge, rater: Dnsmos | None) -> Speaking:
     from echox.speak.pipeline import SpeechToSpeech
-    from echox.speak.vocoder import check_vocoder
+    from echox.speak.vocoder import check_vocoder, load_vocoder
 
     model = SpeechToSpeech.load(run)
     check_vocoder(vocoder, [model.units])
-    return Speaking(model, Listener(_vocoder(vocoder), judge.open(None)))
+    return Speaking(model, Listener(load_vocoder(vocoder), judge.open(None)), rater)
 
 
-def _vocoder(folder: Path) -> Any:
-    from echox.speak.vocoder import load_vocoder
-
-    return load_vocoder(folder)
-
-
-class _Deaf:
-    """In the place of a judge where all has been heard."""
-
-    def transcribe(self, audio: list[Any]) -> list[str]:
-        """Nothing: no page needs it."""
-        return ["" for _ in audio]
-
-
-def _sounds(benchmark: Benchmark, rows: list[Judged], speaker: Listener) -> list[Sounds]:
+def _sounds(benchmark: Benchmark, rows: list[Judged], speaker: Speaker) -> list[Sounds]:
     """Of the first questions, with what was said, spoken again."""
     found: list[Sounds] = []
     for questions in benchmark.batches(1):
         if len(found) == PLAYED:
             break
         units = np.array(rows[len(found)].answer.units, dtype=np.uint16)
-        found.append(Sounds(questions[0].audio(), speaker.speak([units])[0] if len(units) else None))
+        found.append(Sounds(questions[0].audio(), speak(speaker, [units])[0] if len(units) else None))
     return found

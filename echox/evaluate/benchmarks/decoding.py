@@ -14,8 +14,6 @@ from echox.speak.sampling import SeededSampling
 from echox.stream.sampling.keyed_rng import uniform
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from echox.models.s2t import Choose
 
 TEMPERATURE, TOP_P = 0.2, 0.9
@@ -74,9 +72,4 @@ class _OfQuestions(SeededSampling):
 
     def choose(self, most: int) -> Choose:
         rows = [uniform(most, "benchmark", self.seed, number) for number in self.numbers]
-        uniform_BR = torch.from_numpy(np.stack(rows))
-
-        def pick(logits_BV: Tensor, place: int) -> Tensor:
-            return self.pick(logits_BV, uniform_BR[:, place])
-
-        return pick
+        return self.choosing(torch.from_numpy(np.stack(rows)))

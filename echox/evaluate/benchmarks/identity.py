@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
 from echox.errors import MissingModelError
-from echox.files import sha256_file
+from echox.files import sha256_file, sha256_files
 
 if TYPE_CHECKING:
     from echox.evaluate.benchmarks.decoding import Decoding
@@ -19,8 +19,17 @@ if TYPE_CHECKING:
 _OF_VOCODER = ("*.json", "*.safetensors")
 
 
-def setting_identity(run: Path, judge: NamedJudge, vocoder: Path, batch: int) -> dict[str, Any]:
+def setting_identity(
+    run: Path, judge: NamedJudge, vocoder: Path, batch: int, quality: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What is the same for all benchmarks and decodings.
+
+    Args:
+        run: run or checkpoint folder.
+        judge: what listens.
+        vocoder: vocoder folder.
+        batch: questions answered together.
+        quality: what rates the sound, and how many answers; None where nothing does.
 
     Questions answered together are part of it: padding moves a sum by its rounding, and a quantised judge scales its
     numbers by the loudest clip of its batch.
@@ -38,6 +47,7 @@ def setting_identity(run: Path, judge: NamedJudge, vocoder: Path, batch: int) ->
         "judge": {"language": "found for each clip", "files": judge.identity()},
         "vocoder": _vocoder(vocoder),
         "batch": batch,
+        "quality": quality,
     }
 
 
@@ -48,8 +58,8 @@ def answers_identity(setting: Mapping[str, Any], benchmark: Benchmark, decoding:
 
 
 def _vocoder(folder: Path) -> dict[str, str]:
-    files = sorted(path for pattern in _OF_VOCODER for path in folder.glob(pattern) if path.is_file())
-    if not files:
+    found = sha256_files(folder, _OF_VOCODER)
+    if not found:
         fix = "name a vocoder folder by --vocoder, or build the demo corpus"
         raise MissingModelError("There is no vocoder in the folder", where=str(folder), fix=fix)
-    return {path.name: sha256_file(path) for path in files}
+    return found

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import soundfile
-
-from echox.audio.io import SAMPLE_RATE
+from echox.audio.io import encode_wav
 from echox.evaluate.benchmarks.catalogue import PUBLISHED_JUDGE
 from echox.evaluate.benchmarks.scoring import Judged
 from echox.evaluate.benchmarks.table import COLUMNS, cell, row_name, spread
 from echox.evaluate.columns import percent
-from echox.html import write_page
+from echox.html import player, write_page
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,8 +52,8 @@ def write_benchmark_page(
     parts = [
         "<h1>Spoken-question benchmarks</h1>",
         f"<p>Run <b>{html.escape(results['run'])}</b>, judge <b>{html.escape(results['judge'])}</b>, which finds the "
-        f"language of each clip itself. Protocol: {html.escape(results['protocol'])}. Speech quality (DNSMOS, UTMOS) "
-        "is not measured.</p>",
+        f"language of each clip itself. Protocol: {html.escape(results['protocol'])}. DNSMOS rates some of the "
+        "answers, at even distances, where it was fetched.</p>",
         *(_benchmark(name, found, results["judge"]) for name, found in results["benchmarks"].items()),
         _meanings(),
         *(_questions(name, rows, sounds.get(name, ())) for name, rows in items.items()),
@@ -125,7 +121,7 @@ def _question(row: Judged, sounds: Sounds | None) -> str:
         (f"When the teacher spoke: {_verdict(row.cascade_right)}", answer.cascade_heard or "(nothing)", ""),
     ]
     cells = "".join(
-        f"<div><h4>{html.escape(title)}</h4><p>{html.escape(text)}</p>{player}</div>" for title, text, player in columns
+        f"<div><h4>{html.escape(title)}</h4><p>{html.escape(text)}</p>{sound}</div>" for title, text, sound in columns
     )
     kind = "ok" if row.speech_right else "wrong"
     return (
@@ -139,9 +135,4 @@ def _verdict(right: bool) -> str:
 
 
 def _player(wave: NDArray[np.float32] | None) -> str:
-    if wave is None or not len(wave):
-        return ""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, wave, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    content = base64.b64encode(buffer.getvalue()).decode()
-    return f'<audio controls preload="none" src="data:audio/wav;base64,{content}"></audio>'
+    return player(encode_wav(wave)) if wave is not None and len(wave) else ""

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from echox.errors import DataError
+from echox.evaluate.quality import PARTS
 from echox.files import fsync, own_file, parse_json, read_lines
 from echox.responses.identity import differences
 
@@ -41,6 +42,7 @@ class Answered:
         units: what was said, as speech units.
         seconds: of the speech.
         failed: segments that failed, see `SpokenAnswer`.
+        quality: how it sounds, in the order of `PARTS`; None where that was not rated, or nothing is said.
     """
 
     number: int
@@ -50,6 +52,7 @@ class Answered:
     units: list[int]
     seconds: float
     failed: int
+    quality: list[float] | None = None
 
 
 _TYPES: dict[str, Any] = {
@@ -57,6 +60,7 @@ _TYPES: dict[str, Any] = {
     **dict.fromkeys(("text", "heard", "cascade_heard"), str),
     "units": list,
     "seconds": int | float,
+    "quality": list | None,
 }
 
 
@@ -194,6 +198,11 @@ def _row(content: Any) -> Answered:
             raise TypeError(f"{each.name} is a {type(value).__name__}")
     if not all(type(unit) is int and 0 <= unit < 1 << 16 for unit in row.units):
         raise ValueError("a unit is none")
+    opinions = [] if row.quality is None else row.quality
+    if row.quality is not None and len(opinions) != len(PARTS):
+        raise ValueError("a quality is none")
+    if not all(type(each) is float and math.isfinite(each) for each in opinions):
+        raise ValueError("a quality is none")
     if not (math.isfinite(row.seconds) and row.seconds >= 0 and row.failed >= 0 and row.number >= 0):
         raise ValueError("a number is out of its range")
     return row

@@ -9,6 +9,7 @@ from typing import Any
 
 from echox.evaluate.benchmarks.records import Answered
 from echox.evaluate.benchmarks.survey import Benchmark, Item
+from echox.evaluate.quality import PARTS, Quality, mean_quality
 from echox.evaluate.scores import share, wilson
 from echox.evaluate.text import answer_match, normalize, wer
 from echox.stream.sampling.keyed_rng import permutation
@@ -64,6 +65,8 @@ class Score:
         silent: share of answers in which nothing is heard.
         seconds: of speech an answer.
         failed: share of answers with a segment that failed.
+        dnsmos_ovrl, dnsmos_sig, dnsmos_bak, dnsmos_p808: mean predicted opinions of the speech, 1 to 5.
+        dnsmos_n: answers that these are of.
     """
 
     n: int
@@ -79,13 +82,18 @@ class Score:
     silent: float | None
     seconds: float
     failed: float | None
+    dnsmos_ovrl: float | None = None
+    dnsmos_sig: float | None = None
+    dnsmos_bak: float | None = None
+    dnsmos_p808: float | None = None
+    dnsmos_n: int = 0
 
     def row(self) -> dict[str, Any]:
         """The scores as JSON."""
         return asdict(self)
 
 
-REPEATED = ("s2t", "s2s", "cascade", "retention", "wer", "silent", "seconds")
+REPEATED = ("s2t", "s2s", "cascade", "retention", "wer", "silent", "seconds", "dnsmos_ovrl")
 """Scores of which repeated runs have a mean and a standard deviation."""
 
 
@@ -98,6 +106,7 @@ def score(items: Sequence[Judged]) -> Score:
     """The scores of one decoding."""
     s2t, s2s = share(each.text_right for each in items), share(each.speech_right for each in items)
     golds = [each.item.golds for each in items]
+    opinions = mean_quality(Quality(*each.answer.quality) if each.answer.quality else None for each in items) or {}
     return Score(
         n=len(items),
         s2t=s2t,
@@ -112,6 +121,8 @@ def score(items: Sequence[Judged]) -> Score:
         silent=share(each.silent for each in items),
         seconds=statistics.fmean(each.answer.seconds for each in items),
         failed=share(each.answer.failed > 0 for each in items),
+        **{f"dnsmos_{part}": opinions.get(part) for part in PARTS},
+        dnsmos_n=int(opinions.get("n", 0)),
     )
 
 

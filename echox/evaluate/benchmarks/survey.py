@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from echox.audio.io import SAMPLE_RATE
 from echox.errors import DataError
 from echox.evaluate.benchmarks.catalogue import default_place, how_to_get
 from echox.evaluate.benchmarks.questions import Question
@@ -78,7 +79,7 @@ def survey(
     items: list[Item] = []
     whole = hashlib.sha256()
     for question in read_questions(found, limit):
-        seconds = len(question.audio()) / 16_000
+        seconds = len(question.audio()) / SAMPLE_RATE
         items.append(Item(question.id, question.text, question.golds, round(seconds, 3)))
         whole.update(question.digest())
         if progress:

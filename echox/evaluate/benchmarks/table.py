@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from echox.evaluate.benchmarks.catalogue import PUBLISHED_JUDGE
-from echox.evaluate.columns import Column, percent
+from echox.evaluate.columns import Column, aligned, percent
 
 COLUMNS = (
     Column("n", "n", "Number of questions."),
@@ -21,6 +21,14 @@ COLUMNS = (
     Column("silent", "silent", "Answers in which nothing is heard; they are never right."),
     Column("seconds", "s/answer", "Seconds of speech an answer."),
     Column("failed", "failed", "Answers with a segment that did not end or had no units."),
+    Column(
+        "dnsmos_ovrl",
+        "DNSMOS",
+        "How it sounds: the opinion from 1 to 5 that DNSMOS P.835 predicts; of so many answers.",
+    ),
+    Column("dnsmos_sig", "sig", "The same of the speech alone."),
+    Column("dnsmos_bak", "bak", "The same of what is behind it; 5 is silence."),
+    Column("dnsmos_p808", "P.808", "The whole, by the network that was trained on P.808 listening tests."),
 )
 
 
@@ -33,6 +41,8 @@ def cell(key: str, row: Mapping[str, Any]) -> str:
         return str(value)
     if key == "seconds":
         return f"{value:.1f}"
+    if key.startswith("dnsmos"):
+        return f"{value:.2f} of {row['dnsmos_n']}" if key == "dnsmos_ovrl" else f"{value:.2f}"
     shown = f"{value:.2f}" if key.startswith("retention") else percent(value)
     if key == "s2s" and row.get("s2s_interval_95"):
         low, high = (100 * end for end in row["s2s_interval_95"])
@@ -45,7 +55,7 @@ def spread(key: str, repeated: Mapping[str, Any]) -> str:
     value = repeated.get(key)
     if not value or value["mean"] is None:
         return "–"
-    factor, unit = (1.0, "") if key in ("seconds", "retention") else (100.0, " %")
+    factor, unit = (1.0, "") if key in ("seconds", "retention", "dnsmos_ovrl") else (100.0, " %")
     sd = "–" if value["sd"] is None else f"{factor * value['sd']:.2f}"
     return f"{factor * value['mean']:.2f} ± {sd}{unit}"
 
@@ -64,9 +74,7 @@ def lines(results: Mapping[str, Any]) -> Iterator[str]:
         if found["repeated"]:
             count = found["repeated"]["runs"]
             rows.append([f"mean ± sd of {count}", *(spread(column.key, found["repeated"]) for column in COLUMNS)])
-        widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
-        for row in (heads, *rows):
-            yield "  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip()
+        yield from (line.rstrip() for line in aligned([heads, *rows]))
         if found["published"]:
             shown = ", ".join(f"{each['system']} {percent(each['s2s'])}" for each in found["published"])
             yield f"published S2S, judge {PUBLISHED_JUDGE}, not comparable under another judge: {shown}"

@@ -252,6 +252,34 @@ def killed() -> Iterator[Killed]:
     process.wait()
 
 
+def test_answers_at_even_distances_are_rated_for_their_sound(
+    world: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoken = [row for row in rows_of(whole) if row["units"]]
+    assert len(spoken) > 3
+    for row in spoken:  # of seven, by default all
+        assert row["quality"] == pytest.approx([len(row["units"]) * 40 / 1e4, 2.0, 3.0, 0.3333]), row["number"]
+    found = json.loads((whole / "benchmarks" / "results.json").read_text())["benchmarks"]["mine"]["runs"][0]
+    mean = sum(row["quality"][0] for row in spoken) / len(spoken)
+    assert found["dnsmos_n"] == len(spoken) and found["dnsmos_ovrl"] == pytest.approx(mean)
+    assert f"<td>{mean:.2f} of {len(spoken)}</td>" in (whole / "benchmarks" / "benchmark.html").read_text()
+
+    words = command(world, tmp_path, "--rated", "3")
+    assert cli.main(words) == 0
+    assert {row["number"] for row in rows_of(tmp_path) if row["quality"]} <= {0, 3, 6}
+    three = sum(bool(row["units"]) for row in rows_of(tmp_path) if row["number"] in (0, 3, 6))
+    capsys.readouterr()
+    assert cli.main([*words, "--json"]) == 0  # nothing is answered or rated again
+    run = json.loads(capsys.readouterr().out)["benchmarks"]["mine"]["runs"][0]
+    assert run["dnsmos_n"] == three and "--rated 3" in run["command"]
+    assert cli.main(command(world, tmp_path, "--rated", "2")) == DataError.exit_code
+    assert "answers of another quality.most" in capsys.readouterr().err
+
+    assert cli.main(command(world, tmp_path / "none", "--rated", "0", "--json")) == 0
+    run = json.loads(capsys.readouterr().out)["benchmarks"]["mine"]["runs"][0]
+    assert run["dnsmos_ovrl"] is None and run["dnsmos_n"] == 0
+
+
 def test_killed_at_any_point_and_started_again_it_ends_in_the_same_files(
     whole: Path, world: Path, tmp_path: Path, killed: Killed
 ) -> None:

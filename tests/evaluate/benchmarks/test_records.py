@@ -16,8 +16,9 @@ from echox.evaluate.benchmarks.records import Answered, Part, read_answers, writ
 IDENTITY = {"run": {"weights": "aa"}, "batch": 16, "decoding": {"max_new": 9, "temperature": 0.0}}
 ROWS = [
     Answered(number=n, text=f"té{n}\n", heard="\u2028x", cascade_heard="", units=[n, 65535], seconds=0.5, failed=0)
-    for n in range(5)
+    for n in range(4)
 ]
+ROWS.append(replace(ROWS[0], number=4, quality=[2.5, 3.0, 1.0, 4.25]))
 
 
 def write(folder: Path, rows: list[Answered], name: str = "greedy-0.jsonl") -> Path:
@@ -105,6 +106,8 @@ def test_answers_of_another_identity_are_refused_by_name(tmp_path: Path, other: 
                         ("number", "1"), ("number", -1), ("number", True), ("text", None), ("heard", 5),
                         ("units", [70_000]), ("units", ["1"]), ("units", [True]), ("units", "12"),
                         ("seconds", float("nan")), ("seconds", -1.0), ("failed", -1), ("more", 1),
+                        ("quality", "1234"), ("quality", [1.0]), ("quality", [1.0, 2.0, 3.0, float("inf")]),
+                        ("quality", [1.0, 2.0, 3.0, "4"]),
                     )
                 ),
             )

@@ -52,6 +52,7 @@ SCORES = {
     "t2c_heldout_wer": 0.3,
     "t2c_heldout_exact": 0.4,
     "t2c_heldout_n": 40,
+    "streaming": {"n": 10, "first_audio_ms": 812.0},
 }
 
 INTERRUPTED = """
@@ -317,7 +318,8 @@ def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
 
     def run(**more: Any) -> tuple[dict[str, Any], str]:
-        demo = Demo(storage=tmp_path, console=Console(file=io.StringIO(), width=200), **more)
+        screen = Console(file=io.StringIO(), width=200)
+        demo = Demo(storage=tmp_path, console=screen, command="make demo", **more)
         demo.run()
         demo.show()
         return json.loads((tmp_path / "result.json").read_text()), cast(io.StringIO, demo.console.file).getvalue()
@@ -326,7 +328,16 @@ def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest
     assert result["sets"] == SCORES["sets"] and result["original_wer"] == 0.1 and "failed" not in result
     assert result["final_losses"]["echo"] == {"loss/total": 1.25}
     assert set(result) == {
-        *("phases", "reused", "peak_memory_gib", "final_losses", "sets", "resynthesis_wer", "original_wer"),
+        *(
+            "phases",
+            "phases_command",
+            "reused",
+            "peak_memory_gib",
+            "final_losses",
+            "sets",
+            "resynthesis_wer",
+            "original_wer",
+        ),
         *("t2c_heldout_wer", "t2c_heldout_exact", "t2c_heldout_n"),
         *("t2c_heldout_loss", "segments_per_sample", "pseudo_text_differs_share"),
     }
@@ -347,7 +358,10 @@ def test_evaluation_is_shown_kept_and_reused(tmp_path: Path, monkeypatch: pytest
         "--repeat echo",
     ):
         assert shown in said, shown
-    assert (tmp_path / "report.html").read_text().count("data:image/png") == 3
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg ") == 3 and "<code>make demo</code>" in page and "first sound, median" in page
+    assert "| first sound, median | 812 ms |" in (tmp_path / "MODEL_CARD.md").read_text()
+    assert "it was not tracked" in said
 
     result, said = run()
     assert Evaluated.calls == 1 and result["reused"] == ["evaluation", "report"] and "80.0 %" in said

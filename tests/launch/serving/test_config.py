@@ -71,6 +71,7 @@ def test_replicas_get_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setenv("ECHOX_SERVE_TOKEN", "secret")
     monkeypatch.setenv("ECHOX_CACHE", "/shared/cache")
+    monkeypatch.delenv("ECHOX_DEVICE", raising=False)
     given = replica_variables(serving("--cpus", "2"))
     assert (
         given["ECHOX_CACHE"] == "/shared/cache" and given["OMP_NUM_THREADS"] == "2" and "secret" not in given.values()

@@ -27,6 +27,7 @@ import shards.builder.convert
 import shards.builder.corpus_build
 import shards.builder.publish
 import shards.corpus
+from echox.cli import main
 from echox.errors import DataError, EchoXError
 from shards.builder.convert import Job, keys, write_sample
 from shards.builder.corpus_build import Settings, build_corpus
@@ -80,7 +81,10 @@ def test_the_folder_is_what_its_description_says(source: Path, tmp_path: Path) -
     assert described["fingerprint"] == hashlib.sha256("".join(hashes).encode()).hexdigest()
     assert list(read(tmp_path / "out")) == [f"wav/{number}" for number in range(20) if number not in (2, 10)]
     assert ledger(tmp_path / "out").keys() == {"wav/2", "wav/10"}
-    assert lines[-1] == "manifest: 18 samples in 5 shards, 0.00 h of audio, 2 utterances rejected"
+    assert lines[-1] == (
+        "manifest: 18 samples in 5 shards, 0.00 h of audio, 2 utterances rejected (1 no transcript; "
+        "1 question: Cannot decode … bytes of audio: Format not recognised.)"
+    )
     assert not (tmp_path / ".out.building").exists()
 
 
@@ -374,6 +378,31 @@ def test_flac_that_fits_keeps_its_bytes_and_other_flac_is_converted(tmp_path: Pa
     info = soundfile.info(io.BytesIO(kept["deep.question.flac"]))
     assert (info.subtype, info.samplerate) == ("PCM_16", 16_000)
     assert read(tmp_path / "out")["fast"]["json"]["question_s"] == 0.3
+
+
+def test_answers_keep_the_rate_that_a_vocoder_needs_and_questions_their_own(tmp_path: Path) -> None:
+    put(tmp_path / "q.wav", encoded(clip(1, rate=48_000), 48_000))
+    fits = put(tmp_path / "a.flac", encoded(clip(2, rate=24_000), 24_000, "FLAC")).read_bytes()
+    put(tmp_path / "b.wav", encoded(clip(3, rate=48_000), 48_000))
+    put(tmp_path / "d.ogg", encoded(clip(4, rate=48_000), 48_000, "OGG", "VORBIS"))
+    rows = [
+        {"id": name, "audio": "q.wav", "text": "a", "answer_audio": audio, "answer_text": "b"}
+        for name, audio in (("a", "a.flac"), ("b", "b.wav"), ("c", "b.wav"), ("d", "d.ogg"))
+    ]
+    for row in rows[2:]:
+        row |= {"answer_offset": 0.1, "answer_duration": 0.15}
+    source = put_lines(tmp_path / "mine.jsonl", rows)
+    words = ["shards", "build", "manifest", "--source", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*words, "--keep-answer-audio", "--answer-rate", "24000"]) == 0
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as tar:
+        kept = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    for name, rate in (("a.answer", 24_000), ("b.answer", 24_000), ("a.question", 16_000), ("b.question", 16_000)):
+        assert soundfile.info(io.BytesIO(kept[f"{name}.flac"])).samplerate == rate, name
+    assert kept["a.answer.flac"] == fits
+    assert [json.loads(kept[f"{key}.json"])["answer_s"] for key in "abcd"] == [0.3, 0.3, 0.15, 0.15]
+    for key in "cd":
+        assert soundfile.info(io.BytesIO(kept[f"{key}.answer.flac"])).frames == 3600, "a part of a recording too"
+    assert main(words) == 4, "shards of another rate are other shards"
 
 
 def test_a_source_that_moved_is_the_same(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,7 +371,7 @@ def test_manifest(tmp_path: Path) -> None:
         "line 4 of mine.jsonl": "unknown field txt; did you mean text?",
         "line 5 of mine.jsonl": "not a JSON object",
         "no text": "no transcript",
-        "line 7 of mine.jsonl": "neither id nor audio",
+        "text-c9875aee956f": "no recording",
         "line 8 of mine.jsonl": "turns is not a list of objects with role and text",
         "line 10 of mine.jsonl": rejected["line 10 of mine.jsonl"],
     }

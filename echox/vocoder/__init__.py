@@ -1,0 +1,1 @@
+"""Makes unit HiFi-GANs: imports published ones and trains them on shards; how they speak is in `echox/speak/`."""

@@ -1,0 +1,1 @@
+"""Trains one recipe with many settings, as jobs of a cluster, and compares them."""

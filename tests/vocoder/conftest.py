@@ -1,0 +1,8 @@
+"""Lets the tests start worker processes as those of the engine do."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
