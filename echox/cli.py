@@ -18,6 +18,8 @@ from echox.errors import EchoXError, printable
 COMMANDS: dict[str, str] = {
     "train": "echox.train",
     "respond": "echox.respond",
+    "export": "echox.release.cli",
+    "import": "echox.release.cli",
     "recipe": "echox.config.cli",
     "checkpoint": "echox.engine.checkpoint.cli",
     "submit": "launch.cli",

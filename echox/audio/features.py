@@ -35,7 +35,7 @@ class LogMel(nn.Module):
     Args:
         n_mels: 80, or 128 for Whisper large-v3.
         input_mode: "trim" to the longest clip plus margin; "pad_30s" fills the last window with silence, as
-            `WhisperFeatureExtractor` does.
+            `WhisperFeatureExtractor` does; "all_30s" counts that silence as valid frames too.
         margin_s: silence that counts as part of each clip, seconds.
         stack: encoder frames the adapter joins; lengths are multiples of `2 * stack` mel frames (the encoder halves the
             rate once), so that no joined frame is partly outside the batch.
@@ -48,7 +48,7 @@ class LogMel(nn.Module):
         self,
         n_mels: int = 80,
         *,
-        input_mode: Literal["trim", "pad_30s"] = "trim",
+        input_mode: Literal["trim", "pad_30s", "all_30s"] = "trim",
         margin_s: float = 0.5,
         stack: int = 2,
     ) -> None:
@@ -73,7 +73,7 @@ class LogMel(nn.Module):
 
     def padded_samples(self, longest: int) -> int:
         """Samples the longest clip of a batch is padded to, given its length, which is 30 s at most."""
-        if self.input_mode == "pad_30s":
+        if self.input_mode != "trim":
             return WINDOW
         block = HOP * self.multiple
         samples = -(-(longest + max(self.margin, N_FFT // 2)) // block) * block
@@ -89,7 +89,7 @@ class LogMel(nn.Module):
             lengths_B: samples of each clip.
 
         Returns:
-            mel_BMT: log-mel, float32; in mode "trim" T is a multiple of `2 * stack`, in mode "pad_30s" of 3,000.
+            mel_BMT: log-mel, float32; in mode "trim" T is a multiple of `2 * stack`, in the others of 3,000.
             frames_B: valid mel frames of each clip, margin included, rounded up to a multiple of `2 * stack` as far as
                 its last window reaches.
         """
@@ -97,6 +97,8 @@ class LogMel(nn.Module):
             return self._in_windows(audio_BN, lengths_B)
         samples = self.padded_samples(audio_BN.shape[1])
         mel_BMT = self._log_mel(nn.functional.pad(audio_BN[:, :samples], (0, max(0, samples - audio_BN.shape[1]))))
+        if self.input_mode == "all_30s":
+            return mel_BMT, torch.full_like(lengths_B, mel_BMT.shape[-1])
         return mel_BMT, self._frames(lengths_B).clamp_max(mel_BMT.shape[-1])
 
     def _in_windows(self, audio_BN: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,6 +112,8 @@ class LogMel(nn.Module):
         all_KMT = mel_KMT.new_zeros(batch * windows, *mel_KMT.shape[1:]).index_copy_(0, used_K, mel_KMT)
         mel_BMT = all_KMT.unflatten(0, (batch, windows)).transpose(1, 2).flatten(2)
         reach_B = windows_B * _WINDOW_FRAMES
+        if self.input_mode == "all_30s":
+            return mel_BMT, reach_B
         if self.input_mode == "pad_30s":
             return mel_BMT, torch.minimum(self._frames(lengths_B), reach_B)
         frames_B = torch.minimum(self._frames(lengths_B), reach_B // self.multiple * self.multiple)

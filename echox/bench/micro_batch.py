@@ -97,7 +97,7 @@ def micro_batch(
     frames_B = (lengths(load.question_s * 100 / stack) * stack).clamp(max=int(speech.max_audio_s * 100))
     longest = int(frames_B.max())
     spoken_B = (frames_B // (4 * stack)).clamp(min=1)
-    window = WINDOW // HOP if speech.input == "pad_30s" else 1
+    window = 1 if speech.input == "trim" else WINDOW // HOP
     columns = -(-longest // window) * window
     mel_BMT = torch.randn(load.rows, mels, 0 if speech.precomputed else columns, generator=generator)
     features_BTd = torch.randn(load.rows, longest // 2, width, generator=generator) if speech.precomputed else None

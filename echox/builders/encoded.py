@@ -28,7 +28,7 @@ def encoding_identity(model: ModelConfig) -> dict[str, Any]:
         "max_audio_s": speech.max_audio_s,
         "stack": model.alignment.stack,
     }
-    if speech.input == "pad_30s":
+    if speech.input != "trim":
         identity["attention"] = "whole windows"  # older features of this mode saw no silence
     return identity
 

@@ -42,6 +42,7 @@ from echox.errors import CheckpointError, DataError, RecipeError
 from echox.files import read_record
 from echox.models.causal_lm import check_parts
 from echox.models.compiled import compile_pointwise
+from echox.release.exported import OWN_TABLE, TEACHER, earlier_tensors
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
 from echox.responses.attach import AnsweredBatches, AnsweredLoader, Lookup
 from echox.responses.refresh import Refresher
@@ -142,18 +143,26 @@ class TextTools:
         ids = partial(_ids, tokenizer)
         template = prompt_of(llm.prompt, tokenizer, llm.path, random_init=random_init)
         before, after, end = (str(getattr(template, part)) for part in PARTS)
-        end_ids = ids(end)
-        if len(end_ids) != 1 and not random_init:
-            raise RecipeError(
-                f"model.llm.prompt.end={end!r} is {len(end_ids)} tokens of {llm.path}; it must be one",
-                fix="use the LLM's own end-of-turn token",
-            )
+        single = {"end": end, "begin": template.begin, "unseen": template.unseen}
+        one = {part: ids(given) for part, given in single.items() if given is not None}
+        for part, found in one.items():
+            if len(found) != 1 and not random_init:
+                own = {"end": "end-of-turn", "begin": "begin-of-text", "unseen": "control"}[part]
+                raise RecipeError(
+                    f"model.llm.prompt.{part}={single[part]!r} is {len(found)} tokens of {llm.path}; it must be one",
+                    fix=f"use the LLM's own {own} token",
+                )
         prompt = PromptTokens(
             before=ids(before),
             after=ids(after),
             after_asr=ids(recipe.data.asr_instruction + after),
-            end=end_ids[-1],
+            **{part: found[-1] for part, found in one.items()},
         )
+        if prompt.unseen is not None and prompt.after[-1:] == [prompt.unseen]:
+            raise RecipeError(
+                f"model.llm.prompt.unseen={template.unseen!r} ends model.llm.prompt.after, and the answer begins there",
+                fix="end the prompt with another token",
+            )
         language = None
         if t2c is not None:
             try:
@@ -220,27 +229,42 @@ def build_stage(
     if recipe.stage == "t2c":
         assert model.t2c is not None
         return build_t2c_stage(
-            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout, word_units=text.word_units),
+            build_t2c(
+                model.t2c,
+                words=text.words,
+                text_table=table,
+                layout=model.layout,
+                word_units=text.word_units,
+                llm=causal_lm.config,
+            ),
             table,
             text.prefix,
             text.header,
-            build_t2c_text(model.t2c, table, text.characters(model.t2c)),
+            build_t2c_text(model.t2c, table, text.characters(model.t2c), causal_lm.get_output_embeddings().weight),
         )
 
     assert model.speech_encoder is not None
     encoder = load_whisper_encoder(model.speech_encoder.path, dtype, random_init=model.random_init)
-    earlier = _load(recipe.init.s2t)
+    earlier = earlier_tensors(recipe.init.s2t, "s2t", recipe.stage)
     tokens = earlier.get(_CTC_TOKENS) if earlier else None
     if tokens is None:
         tokens = ctc_tokens(len(table.weight), transcripts if model.ctc.vocabulary == "corpus" else None)
-    s2t = build_s2t(model, add_lora(causal_lm, model.llm.lora), causal_lm, encoder, tokens)
+    wrapped = add_lora(causal_lm, model.llm.lora)
+    s2t = build_s2t(model, wrapped, causal_lm, encoder, tokens, unseen=text.prompt.unseen)
     check_parts(causal_lm, model.layout)
     if recipe.stage == "s2t":
         stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
     else:
         assert model.t2c is not None
         decoders = [
-            build_t2c(model.t2c, words=text.words, text_table=table, layout=model.layout, word_units=text.word_units)
+            build_t2c(
+                model.t2c,
+                words=text.words,
+                text_table=table,
+                layout=model.layout,
+                word_units=text.word_units,
+                llm=causal_lm.config,
+            )
             for _ in range(2)
         ]
         decoders[1].load_state_dict(decoders[0].state_dict())
@@ -253,11 +277,21 @@ def build_stage(
             header=text.header,
             stop_token=text.stop,
             end_token=text.prompt.end,
-            t2c_text=build_t2c_text(model.t2c, table, text.characters(model.t2c)),
+            t2c_text=build_t2c_text(
+                model.t2c, table, text.characters(model.t2c), causal_lm.get_output_embeddings().weight
+            ),
         )
-        t2c = _load(recipe.init.t2c)
+        t2c = earlier_tensors(recipe.init.t2c, "t2c", recipe.stage)
+        own_table = {name: t2c.pop(name) for name in (OWN_TABLE,) if name in t2c}
+        if model.t2c.text_table == "own" and not own_table and not model.random_init:
+            raise CheckpointError(
+                "model.t2c.text_table=own, but init.t2c names no folder with a text table of its own",
+                where=str(recipe.init.t2c),
+                fix="name the folder that `echox import` wrote, or leave the key out",
+            )
         if t2c:
-            for target in ("teacher.decoder.", "echo."):
+            load_tensors(stage, own_table)
+            for target in (TEACHER, "echo."):
                 load_tensors(stage, {target + name.removeprefix("t2c."): value for name, value in t2c.items()})
     if earlier:
         load_tensors(stage, earlier)
@@ -419,14 +453,6 @@ def _newest(ref: str) -> Path | None:
 def _inits(recipe: Recipe) -> list[tuple[str, str]]:
     given = {"s2t": recipe.init.s2t, "t2c": recipe.init.t2c}
     return [(part, ref) for part, ref in given.items() if ref]
-
-
-def _load(ref: str | None) -> dict[str, Tensor]:
-    if ref is None:
-        return {}
-    from safetensors.torch import load_file
-
-    return load_file(find_weights(ref))
 
 
 def _check_encoded(recipe: Recipe, sources: Iterable[Source]) -> None:

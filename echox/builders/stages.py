@@ -22,8 +22,19 @@ if TYPE_CHECKING:
     from echox.config.model_schema import EchoConfig, ModelConfig, T2cConfig
 
 
-def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, ctc_tokens: Tensor) -> S2TModel:
-    """Front end around a Whisper encoder, spliced into `llm` (PEFT-wrapped or plain; `causal_lm` is what it wraps)."""
+def build_s2t(
+    model: ModelConfig,
+    llm: nn.Module,
+    causal_lm: Any,
+    encoder: Any,
+    ctc_tokens: Tensor,
+    *,
+    unseen: int | None = None,
+) -> S2TModel:
+    """Front end around a Whisper encoder, spliced into `llm` (PEFT-wrapped or plain; `causal_lm` is what it wraps).
+
+    `unseen`: token that nothing attends to in a prompt.
+    """
     config = causal_lm.config
     width, heads = config.hidden_size, config.num_attention_heads
     table = causal_lm.get_input_embeddings().weight
@@ -53,7 +64,7 @@ def build_s2t(model: ModelConfig, llm: nn.Module, causal_lm: Any, encoder: Any, 
         # Speech vectors start at the scale of text ones; beside CTC's embeddings, which have it already, at nothing.
         nn.init.constant_(shrink.norm.weight, 0.0 if model.shrink.ctc_embedding else float(rms(table)))
     front_end = SpeechFrontEnd(whisper, alignment, ctc_head, shrink).to(table.dtype)
-    return S2TModel(front_end, llm, ctc_embedding=model.shrink.ctc_embedding, layout=model.layout)
+    return S2TModel(front_end, llm, ctc_embedding=model.shrink.ctc_embedding, unseen_token=unseen, layout=model.layout)
 
 
 def build_t2c(
@@ -63,8 +74,12 @@ def build_t2c(
     text_table: nn.Embedding,
     layout: Layout = "packed",
     word_units: Sequence[int] = (),
+    llm: Any = None,
 ) -> T2CDecoder:
-    """A T2C or Echo decoder for `words` unit-language words, of `word_units` units each, on the LLM's text table."""
+    """A T2C or Echo decoder for `words` unit-language words, of `word_units` units each, on the LLM's text table.
+
+    `llm`: the LLM's configuration, which `body: llm` asks for.
+    """
     table = text_table.weight
     decoder = T2CDecoder(
         words=words,
@@ -81,6 +96,7 @@ def build_t2c(
         word_units=word_units,
         history_dropout=config.history_dropout,
         window_units=config.window_units,
+        body=llama_body(llm) if config.body == "llm" else None,
         layout=layout,
     )
     if table.device.type != "meta":
@@ -88,10 +104,36 @@ def build_t2c(
     return decoder.to(table.dtype)
 
 
-def build_t2c_text(config: T2cConfig, text_table: nn.Embedding, characters: Sequence[int] | None = None) -> T2CText:
-    """How text is given to the decoders of a recipe; `characters` of each token where it places text by them."""
-    table = text_table.weight if config.text_embeddings == "centred" else None
-    return T2CText(table, characters)
+def llama_body(llm: Any) -> dict[str, Any]:
+    """What a decoder takes from the LLM's configuration: rotary embedding, as far as it reaches, and norm epsilon."""
+    return {
+        "rope_parameters": dict(llm.rope_parameters),
+        "rms_norm_eps": llm.rms_norm_eps,
+        "max_position_embeddings": llm.max_position_embeddings,
+    }
+
+
+def build_t2c_text(
+    config: T2cConfig,
+    text_table: nn.Embedding,
+    characters: Sequence[int] | None = None,
+    head_Vh: Tensor | None = None,
+) -> T2CText:
+    """How text is given to the decoders of a recipe.
+
+    Args:
+        config: of the decoders.
+        text_table: the LLM's input table.
+        characters: of each token, where text is placed by them.
+        head_Vh: weight of the LLM's head.
+    """
+    table_Vh, own_Vh = text_table.weight, None
+    if config.text_table == "head":
+        assert head_Vh is not None
+        table_Vh = own_Vh = head_Vh.detach()
+    elif config.text_table == "own":
+        own_Vh = torch.zeros_like(table_Vh)  # until it is loaded
+    return T2CText(table_Vh if config.text_embeddings == "centred" else None, characters, own_Vh)
 
 
 def build_s2t_stage(model: ModelConfig, s2t: S2TModel) -> S2TStage:

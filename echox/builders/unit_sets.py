@@ -13,6 +13,7 @@ from echox.config.paths import resolve_data, resolve_data_file
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import checkpoints_folder, read_manifest
+from echox.engine.checkpoint.recorded import LANGUAGE
 from echox.engine.run_files import RunFile, RunFileEntry
 from echox.errors import CheckpointError, DataError, TransientReadError
 from echox.stream.sampling.source import Source
@@ -29,8 +30,6 @@ from echox.units.identity import (
 )
 from echox.units.language import UnitLanguage
 
-LANGUAGE = "unit_language.json"
-"""The unit language of a run, in its folder."""
 _UNIT_SET = "unit_set"
 
 Say = Callable[[str], None]

@@ -55,6 +55,16 @@ class PromptConfig(Section):
     end: str | None = Field(
         None, description="token that ends the response; null: the one after an answer in the chat template"
     )
+    begin: str | None = Field(
+        None,
+        description="token that begins every response, as the released models begin theirs with their first token of "
+        "all; null: the text begins it",
+    )
+    unseen: str | None = Field(
+        None,
+        description="token of the prompt that nothing attends to, while its place counts, as the released models do "
+        "with the end of a turn, which is their padding too; null: none",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -76,10 +86,11 @@ class SpeechEncoderConfig(Section):
     """The frozen Whisper encoder."""
 
     path: Guarded[str] = Field(description="Whisper folder, or a name below $ECHOX_CACHE/models")
-    input: Literal["trim", "pad_30s"] = Field(
+    input: Literal["trim", "pad_30s", "all_30s"] = Field(
         "trim",
         description="trim: real frames plus a margin; pad_30s: as Whisper was pretrained, with silence up to 30 s that "
-        "it attends to, 3 to 7 times the cost",
+        "it attends to, 3 to 7 times the cost; all_30s: the released models' form, in which CTC and adapters get the "
+        "frames of that silence too",
     )
     margin_s: float = Field(
         0.5, ge=0, le=5, description="silence after the audio of which the frames are kept too, seconds"
@@ -198,6 +209,16 @@ class T2cConfig(Section):
         description="raw: the LLM's text embeddings, as released. centred: minus their mean over the vocabulary, of "
         "variance 1 in every dimension, for T2C, Echo decoder and the Denoising Adapter's target alike: rows of an "
         "LLM's table share one large direction, which hides which token it is",
+    )
+    text_table: Literal["head", "own"] | None = Field(
+        None,
+        description="which table gives text its embeddings. null: the LLM's input table. head: that of its head, as "
+        "the released 8B model probably has it; own: one that came with the folder of init.t2c (`echox import`)",
+    )
+    body: Literal["llm"] | None = Field(
+        None,
+        description="rotary embedding and norm epsilon. null: Llama's first, 10,000 and 1e-6; llm: the LLM's own, as "
+        "released",
     )
     head: Literal["units", "full_vocab"] = Field("units", description="U15: unit classes only, or text and units")
     prefix: str = Field(min_length=1, description="template before the answer's text, in the LLM's own special tokens")

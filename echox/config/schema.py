@@ -566,6 +566,14 @@ def _stage_rules(recipe: Recipe) -> list[Breach]:
                 "set model.t2c.prefix, model.t2c.unit_header and model.t2c.unit_language",
             )
         )
+    if stage == "t2c" and model.t2c is not None and model.t2c.text_table == "own":
+        found.append(
+            Breach(
+                ("stage", "model.t2c.text_table"),
+                "stage=t2c starts from nothing that has a text table of its own (model.t2c.text_table=own)",
+                "set model.t2c.text_table to head or null",
+            )
+        )
     if stage == "echo" and not model.random_init:
         for part in ("s2t", "t2c"):
             if getattr(recipe.init, part) is None:

@@ -43,12 +43,13 @@ def listen(args: argparse.Namespace) -> int:
     """Ask, write, record, until there is nothing more to hear."""
     from echox.config.paths import resolve_data
     from echox.engine.checkpoint.checkpointer import find_weights
+    from echox.engine.checkpoint.recorded import recipe_of
     from echox.engine.object_store.reading import local_run
     from echox.errors import CheckpointError, DataError
     from echox.evaluate.checkpoints_aloud import PAGE, CheckpointsAloud, files_as_questions, questions_of
     from echox.files import is_within
     from echox.run_records import read_progress
-    from echox.speak.pipeline import SpeechToSpeech, recipe_of
+    from echox.speak.pipeline import SpeechToSpeech
     from echox.speak.vocoder import check_vocoder, default_vocoder, load_vocoder
     from echox.tracking.run import record
 

@@ -338,6 +338,22 @@ def join_rows(
     return JoinedRows(gather_rows(values, order), mask.gather(1, order), columns)
 
 
+def counted_positions(
+    counted: Sequence[Tensor], kept: Sequence[Tensor], size: int, *, pad_left: bool = False
+) -> Tensor:
+    """Positions `[B, size]` of the kept columns of blocks, which leave gaps where others count; 0 on padding.
+
+    Args:
+        counted, kept: masks of the blocks; what is kept counts too.
+        size: of the longest row of kept columns.
+        pad_left: padding of the result.
+    """
+    counted_BX, kept_BX = torch.cat(list(counted), dim=1), torch.cat(list(kept), dim=1)
+    places_BX = (counted_BX.long().cumsum(1) - 1).masked_fill(~kept_BX, 0)
+    order = torch.argsort((kept_BX if pad_left else ~kept_BX).to(torch.uint8), dim=1, stable=True)
+    return places_BX.gather(1, order[:, -size:] if pad_left else order[:, :size])
+
+
 def position_ids(mask_BL: Tensor) -> Tensor:
     """Contiguous position ids of the real positions, 0 on left padding: [B, L] (U21)."""
     return (mask_BL.long().cumsum(1) - 1).clamp(min=0)

@@ -14,7 +14,7 @@ from echox.models.chunked_heads import TextLoss, frozen_cross_entropy, let_run_j
 from echox.models.lora import without_lora
 from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
-from echox.models.ragged import Layout, Rows, join, join_rows
+from echox.models.ragged import Layout, Rows, counted_positions, join, join_rows
 from echox.models.rotary import keep_rotary_float32
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
 from echox.models.text_decode import TextDecode
@@ -75,14 +75,22 @@ class S2TModel(nn.Module):
         front_end: Whisper encoder and adapters.
         llm: a Hugging Face causal LM, possibly wrapped by PEFT.
         ctc_embedding: add to each speech vector the text embedding that the CTC head expects there.
+        unseen_token: id that is left out of prompts, while its place counts: nothing attends to it.
         layout: of the LLM's rows in a teacher-forced pass.
     """
 
     def __init__(
-        self, front_end: SpeechFrontEnd, llm: nn.Module, *, ctc_embedding: bool = False, layout: Layout = "packed"
+        self,
+        front_end: SpeechFrontEnd,
+        llm: nn.Module,
+        *,
+        ctc_embedding: bool = False,
+        unseen_token: int | None = None,
+        layout: Layout = "packed",
     ) -> None:
         super().__init__()
         self.layout: Layout = layout
+        self.unseen_token = unseen_token
         self.ctc_embedding = ctc_embedding
         self.front_end = front_end
         self.llm = llm
@@ -155,8 +163,24 @@ class S2TModel(nn.Module):
     def prompt(self, speech: SpeechOutput, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Blocks and masks of the prompt: template with what was said before, speech vectors, template.
 
-        Between two pieces of what was said before stand the speech vectors of an earlier turn that is heard.
+        Between two pieces of what was said before stand the speech vectors of an earlier turn that is heard. What is
+        never attended to is masked.
         """
+        blocks, masks = self._blocks(speech, batch)
+        return blocks, self._seen(batch, masks)
+
+    def _seen(self, batch: Any, masks: list[Tensor]) -> list[Tensor]:
+        """Masks without the positions of the token that nothing attends to."""
+        if self.unseen_token is None:
+            return masks
+        sizes = list(batch.before_sizes or batch.before_BP.shape[1:2])
+        seen = [part != self.unseen_token for part in batch.before_BP.split(sizes, dim=1)]
+        # Speech vectors of earlier turns stand between the pieces, those of the question before what comes after it.
+        tokens = [*seen, batch.after_BQ != self.unseen_token]
+        return [mask & tokens[place // 2] if place % 2 == 0 else mask for place, mask in enumerate(masks)]
+
+    def _blocks(self, speech: SpeechOutput, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The prompt with everything that has a place in it."""
         before = self.embed(batch.before_BP)
         sizes = list(batch.before_sizes or before.shape[1:2])
         speech_AVh, mask_AV = speech.padded()
@@ -180,9 +204,14 @@ class S2TModel(nn.Module):
         self, speech: SpeechOutput, batch: Any, tokens_BR: Tensor, mask_BR: Tensor, *, at_tokens: bool = False
     ) -> ResponseStates:
         """States that predict each of the right-padded `tokens_BR` after the spoken prompt; or also those at them."""
-        blocks, masks = self.prompt(speech, batch)
-        row = join([*blocks, self.embed(tokens_BR)], [*masks, mask_BR], self.layout)
-        hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **row.rows.causal()).last_hidden_state
+        blocks, counted = self._blocks(speech, batch)
+        masks = [*self._seen(batch, counted), mask_BR]
+        row = join([*blocks, self.embed(tokens_BR)], masks, self.layout)
+        where = row.rows.causal()
+        if self.unseen_token is not None:
+            places_BS = counted_positions([*counted, mask_BR], masks, row.rows.size)
+            where["position_ids"] = row.rows.from_padded(places_BS)
+        hidden = self.decoder(inputs_embeds=row.values, use_cache=False, **where).last_hidden_state
         own = row.at_targets(hidden) if at_tokens else None
         return ResponseStates(row.predicting(hidden), row.targets, row.rows, own)
 
@@ -262,7 +291,13 @@ class S2TModel(nn.Module):
 
     def begin_text(self, speech: SpeechOutput, batch: Any, end_token: int) -> TextDecode:
         """Begin to answer a `SpeechBatch` whose speech was encoded; the LLM must be in eval mode."""
-        return TextDecode(self, join_rows(*self.prompt(speech, batch), pad_left=True), end_token)
+        blocks, counted = self._blocks(speech, batch)
+        masks = self._seen(batch, counted)
+        prompt = join_rows(blocks, masks, pad_left=True)
+        places_BL = None
+        if self.unseen_token is not None:
+            places_BL = counted_positions(counted, masks, prompt.mask_BL.shape[1], pad_left=True)
+        return TextDecode(self, prompt, end_token, places_BL)
 
 
 def _before_mask(batch: Any) -> Tensor:

@@ -31,13 +31,17 @@ class TrimmedWhisperEncoder(nn.Module):
     Args:
         encoder: `WhisperModel.encoder` of transformers, in eval mode.
         layout: of the windows in the Transformer layers.
-        input_mode: "trim" masks what lies behind a clip. "pad_30s" computes `encoder` as it was pretrained: it gets
-            whole windows, the log-mel of the silence in them included, attends to all 1,500 frames, and only then are
-            those of the clip handed on.
+        input_mode: "trim" masks what lies behind a clip. "pad_30s" and "all_30s" compute `encoder` as it was
+            pretrained: it gets whole windows, the log-mel of the silence in them included, attends to all 1,500 frames,
+            and only then are those of the clip handed on, which are all of them where the silence counts too.
     """
 
     def __init__(
-        self, encoder: Any, layout: Layout = "packed", *, input_mode: Literal["trim", "pad_30s"] = "trim"
+        self,
+        encoder: Any,
+        layout: Layout = "packed",
+        *,
+        input_mode: Literal["trim", "pad_30s", "all_30s"] = "trim",
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -53,19 +57,21 @@ class TrimmedWhisperEncoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`[B, mels, T]` with `frames_B` real mel frames each to features `[B, T/2, d]` and their real frames `[B]`.
 
-        In mode "pad_30s" the features end with those of the longest clip.
+        In modes of whole windows the features end with those of the longest clip.
 
         `frames_on_host_B`: the same numbers on the CPU, so that packing need not wait for the device.
 
         Raises:
-            ValueError: mode "pad_30s", and T is not a multiple of a window.
+            ValueError: a mode of whole windows, and T is not a multiple of one.
         """
         columns = mel_BMT.shape[2]
-        if self.input_mode == "pad_30s" and columns % self.window:
-            raise ValueError(f"pad_30s needs log-mel of whole windows of {self.window} frames, and this has {columns}")
+        if self.input_mode != "trim" and columns % self.window:
+            raise ValueError(
+                f"{self.input_mode} needs log-mel of whole windows of {self.window} frames, and this has {columns}"
+            )
         encode = self._encode if columns <= self.window else self._in_windows
         features_BTd, encoded_B = encode(mel_BMT, frames_B, frames_on_host_B), encoded_frames(frames_B)
-        if self.input_mode == "pad_30s":  # what follows need not compute on the silence behind the longest clip
+        if self.input_mode != "trim":  # what follows need not compute on the silence behind the longest clip
             known_B = encoded_B if frames_on_host_B is None else encoded_frames(frames_on_host_B)
             features_BTd = features_BTd[:, : int(known_B.max())]  # host sync, where not known
         return features_BTd, encoded_B
@@ -93,7 +99,7 @@ class TrimmedWhisperEncoder(nn.Module):
 
     def _encode(self, mel_BMT: Tensor, frames_B: Tensor, frames_on_host_B: Tensor | None) -> Tensor:
         """Features `[B, T/2, d]` of rows of one window at most."""
-        if self.input_mode == "pad_30s":
+        if self.input_mode != "trim":
             frames_B = torch.full_like(frames_B, self.window)
             frames_on_host_B = None if frames_on_host_B is None else torch.full_like(frames_on_host_B, self.window)
         encoder = self.encoder

@@ -7,8 +7,8 @@ Adapter's output (paper section 2, Eq. 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ class T2CDecoder(nn.Module):
         window_units: attention reaches keys whose position differs by at most as many units, words and text alike: what
             is far away, and tells one training sentence from another, cannot be learned by heart. Needs
             `units_per_character`; rows are then padded, as their mask is not that of packed rows.
+        body: entries of the Llama configuration in place of its defaults: rotary embedding, norm epsilon.
         layout: of teacher-forced rows.
     """
 
@@ -93,6 +94,7 @@ class T2CDecoder(nn.Module):
         word_units: Sequence[int] = (),
         history_dropout: float = 0.0,
         window_units: float | None = None,
+        body: Mapping[str, Any] | None = None,
         layout: Layout = "packed",
     ) -> None:
         from transformers import LlamaConfig, LlamaModel
@@ -116,19 +118,18 @@ class T2CDecoder(nn.Module):
         nn.init.normal_(self.unit_embedding.weight, std=0.02)
         self.projection = nn.Linear(text_width, width)
         self.dropout = nn.Dropout(dropout)
-        self.body = LlamaModel(
-            LlamaConfig(
-                vocab_size=1,
-                bos_token_id=None,
-                eos_token_id=None,
-                hidden_size=width,
-                intermediate_size=ffn,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                max_position_embeddings=max_positions,
-            )
-        )
+        shape: dict[str, Any] = {
+            "vocab_size": 1,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "hidden_size": width,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": max_positions,
+        }
+        self.body = LlamaModel(LlamaConfig(**{**shape, **(body or {})}))
         self.body.embed_tokens = None  # type: ignore[assignment]  # inputs are always embeddings; an unused table would only weigh on checkpoints
         keep_rotary_float32(self.body)
         fuse_rms_norms(self.body)

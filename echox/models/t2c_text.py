@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,22 @@ class T2CText(nn.Module):
     Args:
         table_Vh: the LLM's text table, whose mean and deviation are taken; None leaves embeddings as they are.
         characters: characters of each token of the vocabulary, for a decoder that places its text by them.
+        own_Vh: a text table in place of the LLM's input table.
 
-    Neither is saved with a checkpoint: both follow from the frozen LLM and its tokenizer, whose identity is.
+    None is saved with a checkpoint: all follow from frozen models, whose identity is.
     """
 
     mean_h: Tensor | None
     deviation_h: Tensor | None
     characters_V: Tensor | None
+    own_Vh: Tensor | None
 
-    def __init__(self, table_Vh: Tensor | None = None, characters: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        table_Vh: Tensor | None = None,
+        characters: Sequence[int] | None = None,
+        own_Vh: Tensor | None = None,
+    ) -> None:
         super().__init__()
         mean_h = deviation_h = None
         if table_Vh is not None:
@@ -38,6 +45,12 @@ class T2CText(nn.Module):
         self.register_buffer("deviation_h", deviation_h, persistent=False)
         counts_V = None if characters is None else torch.tensor(characters, dtype=torch.long)
         self.register_buffer("characters_V", counts_V, persistent=False)
+        self.register_buffer("own_Vh", own_Vh, persistent=False)
+
+    def embed(self, tokens: Tensor, llm: Callable[[Tensor], Tensor]) -> Tensor:
+        """Embeddings `[..., h]` of tokens as the decoder gets them; `llm` looks them up in the LLM's input table."""
+        embedded: Tensor = self(llm(tokens) if self.own_Vh is None else F.embedding(tokens, self.own_Vh))
+        return embedded
 
     def forward(self, embedded: Tensor) -> Tensor:
         """`[..., h]` text embeddings as the decoder gets them, in their dtype."""

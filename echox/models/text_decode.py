@@ -29,15 +29,16 @@ class TextDecode:
         model: whose LLM writes.
         prompt: left-padded.
         end_token: what a row says after its end.
+        places_BL: rotary positions of the prompt, where they are not those of its columns.
     """
 
-    def __init__(self, model: S2TModel, prompt: JoinedRows, end_token: int) -> None:
+    def __init__(self, model: S2TModel, prompt: JoinedRows, end_token: int, places_BL: Tensor | None = None) -> None:
         from transformers import DynamicCache
 
         self._model, self._end_token = model, end_token
         self._cache = DynamicCache(config=model.causal_lm.config)
         self._inputs_BLh, self._mask_BL = prompt.values_BLh, prompt.mask_BL
-        self._positions_BL = position_ids(prompt.mask_BL)
+        self._positions_BL = position_ids(prompt.mask_BL) if places_BL is None else places_BL
         self.ended_B = torch.zeros(len(prompt.mask_BL), dtype=torch.bool, device=prompt.mask_BL.device)
         self.places = 0
 

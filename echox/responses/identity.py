@@ -10,7 +10,7 @@ from typing import Any
 
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
-from echox.engine.checkpoint.manifest import WEIGHTS, read_manifest
+from echox.engine.checkpoint.manifest import read_manifest, weights_name
 from echox.stream.collate import PromptTokens
 from echox.stream.sampling.source import Source
 
@@ -33,7 +33,11 @@ def model_identity(recipe: Recipe, prompt: PromptTokens) -> dict[str, Any]:
     sampled = {"temperature": respond.temperature, "top_p": respond.top_p, "seed": respond.seed}
     return {
         "weights": _weights(recipe),
-        "prompt": {**asdict(prompt), "history": recipe.data.history, "history_tokens": recipe.data.history_tokens},
+        "prompt": {
+            **_without_none(asdict(prompt)),
+            "history": recipe.data.history,
+            "history_tokens": recipe.data.history_tokens,
+        },
         "speech": {
             "encoder": speech.model_dump(exclude={"path", "precomputed"}),
             "alignment": model.alignment.model_dump(exclude={"dropout"}),
@@ -44,6 +48,11 @@ def model_identity(recipe: Recipe, prompt: PromptTokens) -> dict[str, Any]:
             **(sampled if respond.temperature > 0 else {"temperature": 0.0}),
         },
     }
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """So that an option that is not used leaves the identity as it was before there was such an option."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_questions(model: Identity, source: Source) -> dict[str, Any]:
@@ -73,4 +82,4 @@ def _weights(recipe: Recipe) -> str:
     if recipe.init.s2t is None:
         return f"random, seed {recipe.seed}"
     checkpoint = find_weights(recipe.init.s2t).parent
-    return read_manifest(checkpoint)["files"][WEIGHTS]["sha256"]
+    return read_manifest(checkpoint)["files"][weights_name(checkpoint)]["sha256"]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -21,11 +20,13 @@ from echox.config.schema import InitConfig, Recipe
 from echox.device import best_device
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import read_manifest
+from echox.engine.checkpoint.recorded import is_exported, recipe_of
 from echox.errors import CheckpointError, DataError
 from echox.models.echo import Segments, segment_rows
 from echox.models.ragged import lengths_to_mask
 from echox.models.s2t import Generated, most_probable
 from echox.models.t2c import T2CDecoder
+from echox.release.exported import check_frozen, read_tensors
 from echox.speak.answers import Answer
 from echox.speak.engine import Engine
 from echox.speak.events import Event, Failed
@@ -88,15 +89,18 @@ class SpeechToSpeech:
 
     @classmethod
     def load(cls, run_or_checkpoint: Path, device: str | None = None) -> SpeechToSpeech:
-        """Load the newest good checkpoint of a run folder, or the checkpoint given.
+        """Load the newest good checkpoint of a run folder, the checkpoint given, or an exported folder.
 
         The unit language is the one that the run keeps; only for older runs, the one that the recipe names.
 
         Raises:
             CheckpointError: no checkpoint, one of a stage that hears no speech, or another unit language than it had.
+            AlteredModelError: an exported folder meets another speech encoder than it was trained with.
         """
         weights = find_weights(run_or_checkpoint)
         recipe = recipe_of(weights.parent)
+        if is_exported(weights.parent):
+            check_frozen(recipe, read_manifest(weights.parent))
         if recipe.stage == "t2c":
             raise CheckpointError("a t2c run hears no speech", where=str(weights), fix="name an s2t or echo run")
         recipe = with_own_limit(with_own_language(recipe, weights.parent), weights.parent)
@@ -108,7 +112,7 @@ class SpeechToSpeech:
             stage = build_stage(recipe.model_copy(update={"init": InitConfig(s2t=str(weights.parent))}), text)
         else:
             stage = build_stage(recipe, text)
-            load_tensors(stage, _tensors(weights))
+            load_tensors(stage, read_tensors(weights))
         assert isinstance(stage, S2TStage | EchoStage)
         return cls(recipe, stage.to(device or best_device()), text)
 
@@ -336,32 +340,6 @@ class SpeechToSpeech:
     def _plain(self, tokens: Sequence[int]) -> str:
         text: str = self._text.tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
-
-
-def recipe_of(checkpoint: Path) -> Recipe:
-    """The recipe of a checkpoint.
-
-    Raises:
-        CheckpointError: its manifest holds none that this version knows.
-    """
-    try:
-        return Recipe.model_validate(read_manifest(checkpoint)["recipe"])
-    except (ValidationError, KeyError, RecursionError) as error:
-        said = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"the recipe of the checkpoint is none: {said}", where=str(checkpoint), fix="name another checkpoint"
-        ) from error
-
-
-def _tensors(weights: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(weights)
-    except SafetensorError as error:
-        fix = "copy them again"
-        raise CheckpointError(f"the weights cannot be read: {error}", where=str(weights), fix=fix) from error
 
 
 def _parsed(dialogues: Dialogues) -> list[list[Turn]]:

@@ -45,6 +45,7 @@ class SegmentSpeech(Generic[Key]):
         self._open: OpenSegments[Key] = OpenSegments(decoder)
         self._said: dict[Key, int] = {}
         self._most: dict[Key, int] = {}
+        self._words: dict[Key, list[NDArray[np.int64]]] = {}
 
     def __len__(self) -> int:
         """How many segments are open."""
@@ -71,12 +72,16 @@ class SegmentSpeech(Generic[Key]):
         self._open.close(keys)
         for key in keys & self._said.keys():
             del self._said[key], self._most[key]
+            self._words.pop(key, None)
 
     def run(self, steps: int = BLOCK) -> list[Spoken[Key]]:
         """Decode up to `steps` words of every open segment."""
         return [self._spoken(*said) for said in self._open.run(steps)]
 
     def _spoken(self, key: Key, words: NDArray[np.int64], ended: bool | None) -> Spoken[Key]:
+        if not self._language.separable:  # only all words of a segment say which units they are
+            self._words.setdefault(key, []).append(words)
+            words = words[:0] if ended is None else np.concatenate(self._words.pop(key))
         units = np.asarray(self._language.decode(words), dtype=np.uint16)
         self._said[key] += len(units)
         failure = ""

@@ -390,8 +390,7 @@ class EchoStage(nn.Module):
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Text embeddings as the T2C decoders get them, and as the Denoising Adapter is to give them."""
-        embedded: Tensor = self.t2c_text(self.s2t.embed(tokens))
-        return embedded
+        return self.t2c_text.embed(tokens, self.s2t.embed)
 
     def text_part(
         self, prefix_Ph: Tensor, text_BRh: Tensor, header_Qh: Tensor, tokens_BR: Tensor, rows: Segments

@@ -53,7 +53,7 @@ class T2CStage(nn.Module):
         # One look-up for all three: under ZeRO-3 each call of the table gathers it.
         ids = torch.cat([self.prefix_P, self.header_Q, text_BT.flatten()])
         sizes = [len(self.prefix_P), len(self.header_Q), text_BT.numel()]
-        prefix, header, words = self.t2c_text(self.text_table(ids)).split(sizes)
+        prefix, header, words = self.t2c_text.embed(ids, self.text_table).split(sizes)
         characters_BT = self.t2c_text.characters(text_BT)
         return text_part(prefix, words.view(*text_BT.shape, -1), mask_BT, header, characters_BT)
 

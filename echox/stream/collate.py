@@ -77,12 +77,16 @@ class PromptTokens:
         before: template before the audio.
         after: template after the audio; `after_asr` has the transcription instruction in front.
         end: end token of the response.
+        begin: token that begins a response; None where its text does.
+        unseen: token that nothing attends to in a prompt.
     """
 
     before: list[int]
     after: list[int]
     after_asr: list[int]
     end: int
+    begin: int | None = None
+    unseen: int | None = None
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,8 @@ class SpeechCollate:
             speech = SpeechFeatures(torch.zeros(len(rows), self.log_mel.n_mels, 0), 2 * frames_B, features_BTd)
         before, before_mask, sizes = _pad_pieces([prompt.before for prompt in prompts])
         after, after_mask = pad_rows([prompt.after for prompt in prompts])
-        response, response_mask = pad_rows([[*self.tokenize(row.answer), self.prompt.end] for row in rows])
+        begin = [] if self.prompt.begin is None else [self.prompt.begin]
+        response, response_mask = pad_rows([[*begin, *self.tokenize(row.answer), self.prompt.end] for row in rows])
         spoken, spoken_mask = pad_rows([[] if row.cut_s else self.tokenize(row.question) for row in rows])
         labels, labels_mask = self._labels_of(rows)
         return SpeechBatch(

@@ -217,6 +217,11 @@ class UnitLanguage:
         value, seen = self._bigram.get(words[:-1] * self.size + words[1:])
         return total + float(np.where(seen, value, self._back_off[words[:-1]] + self._unigram[words[1:]]).sum())
 
+    @property
+    def separable(self) -> bool:
+        """Whether each word has its units by itself, whatever stands beside it."""
+        return True
+
     def token(self, index: int) -> str:
         """A word as text, with a mark before every unit: joined tokens can be split into units again."""
         return "<|unit_" + "".join(f"▁{unit}" for unit in self.words[index]) + "|>"
@@ -312,6 +317,10 @@ class UnitLanguage:
             content = read_json(Path(path))
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}, not {VERSION}")
+            if "bodies" in content:
+                from echox.units.pieces import PieceLanguage
+
+                return PieceLanguage.parse(content, str(path))
             _check_content(content)
             return cls(
                 int(content["n_units"]),

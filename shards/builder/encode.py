@@ -53,7 +53,7 @@ class QuestionEncoder:
             stack=model.alignment.stack,
         )
         self._most = int(speech.max_audio_s * SAMPLE_RATE)
-        self._least = WINDOW if speech.input == "pad_30s" else 0
+        self._least = 0 if speech.input == "trim" else WINDOW
         self.cut = 0
 
     @torch.no_grad()

@@ -74,6 +74,15 @@ def test_windows_of_30_s_equal_transformers_on_each_window() -> None:
     assert np.abs(mel[0].numpy() - np.concatenate(list(expected.input_features), axis=1)).max() < 1e-5
 
 
+def test_all_frames_of_30_s_count_where_the_silence_does() -> None:
+    audio, lengths = batch([noise(40.0), *clips()])
+    padded, _ = LogMel(80, input_mode="pad_30s")(audio, lengths)
+    mel, frames = LogMel(80, input_mode="all_30s")(audio, lengths)
+    assert torch.equal(mel, padded) and frames.tolist() == [6000, *[3000] * len(clips())]
+    alone, frames = LogMel(80, input_mode="all_30s")(*batch(clips()[:1]))
+    assert alone.shape[2] == 3000 and frames.tolist() == [3000]
+
+
 @pytest.mark.parametrize("input_mode", ["trim", "pad_30s"])
 @pytest.mark.parametrize("stack", [2, 8])
 def test_frames_of_a_long_clip_are_those_of_its_windows_end_to_end(input_mode: str, stack: int) -> None:

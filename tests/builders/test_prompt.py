@@ -126,7 +126,8 @@ def test_written_parts_stay_and_the_template_gives_the_others() -> None:
 
 
 def test_random_weights_need_no_template() -> None:
-    assert None not in prompt_of(PromptConfig(), tokenizer(None), "m", random_init=True).model_dump().values()
+    found = prompt_of(PromptConfig(), tokenizer(None), "m", random_init=True)
+    assert None not in (found.before, found.after, found.end)
     with pytest.raises(RecipeError):
         prompt_of(PromptConfig(), tokenizer(None), "m")
 

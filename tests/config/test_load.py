@@ -137,6 +137,7 @@ def test_each_wrong_value_gives_exactly_one_sentence(override: str, expected: st
         ("model.t2c=null", "stage=echo speaks units"),
         ("model.t2c.text_stride=2", "model.t2c.units_per_character and model.t2c.text_stride both place the text"),
         ("model.t2c.width=100", "model.t2c.width=100 does not split into 4 heads"),
+        ("model.t2c.body=own", "model.t2c.body"),
         ("model.echo.denoising.align_steps=900", "model.echo.denoising.align_steps=900 leaves no step for the echo"),
         ("model.echo.segmentation.min_tokens=60", "model.echo.segmentation.min_tokens=60 is above max_wait=50"),
         ("model.echo.pseudo_text=argmax", 'model.echo.pseudo_text="argmax": must be one of'),
@@ -297,6 +298,12 @@ def test_fingerprint_follows_what_is_computed_and_nothing_else() -> None:
         assert fingerprint(load_recipe("demo/s2t", [override])) != base, override
 
 
+def test_a_text_table_of_its_own_comes_from_a_folder_that_stage_ii_has_not() -> None:
+    (found,) = mistakes("demo/t2c", "model.t2c.text_table=own")
+    assert found.startswith("stage=t2c starts from nothing that has a text table of its own")
+    assert load_recipe("demo/t2c", ["model.t2c.text_table=head"]).model.t2c is not None
+
+
 def test_a_prompt_is_written_or_left_to_the_chat_template(tmp_path: Path) -> None:
     tree = yaml.safe_load(find_recipe("demo/s2t").read_text())
     del tree["model"]["llm"]["prompt"]
@@ -307,7 +314,8 @@ def test_a_prompt_is_written_or_left_to_the_chat_template(tmp_path: Path) -> Non
     assert set(left_out.model.llm.prompt.model_dump().values()) == {None}
     assert Recipe.model_validate(resolved(left_out)) == left_out
     part = load_recipe("demo/s2t", ["model.llm.prompt=auto", "model.llm.prompt.end=<|end|>"]).model.llm.prompt
-    assert part.model_dump() == {"before": None, "after": None, "end": "<|end|>"}
+    assert part.model_dump() == {
+        "before": None, "after": None, "end": "<|end|>", "begin": None, "unseen": None}  # fmt: skip
     assert mistakes("demo/s2t", "model.llm.prompt=atuo") == [
         'model.llm.prompt="atuo": must be auto, or a section with before, after and end; write a section with its keys'
     ]

@@ -20,9 +20,10 @@ from echox.builders.setup import TextTools, build_stage
 from echox.cli import main
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.manifest import WEIGHTS, checkpoints_folder, step_name
+from echox.engine.checkpoint.recorded import recipe_of
 from echox.evaluate import listen
 from echox.evaluate.checkpoints_aloud import PAGE, RECORD, CheckpointsAloud, files_as_questions
-from echox.speak.pipeline import SpeechToSpeech, recipe_of
+from echox.speak.pipeline import SpeechToSpeech
 from echox.speak.unit_mel import UnitMel, UnitMelConfig
 from echox.speak.vocoder import load_vocoder
 from echox.tracking.run import open_run

@@ -671,6 +671,55 @@ def sealed_run(folder: Path) -> Path:
     return folder
 
 
+def releases(folder: Path, world: World) -> list[Path]:
+    """Folders that `echox import` may be given: each is a release but for one thing, or nothing like one."""
+    good: dict[str, Any] = {
+        "model_type": "EchoX", "vocab_size": 128_257, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "adapter_size": 8, "unit_vocab_size": 2,
+        "unit_output": "finetune_kd", "unit_model": "large",
+    }  # fmt: skip
+    huge = {**good, "num_hidden_layers": 1 << 23, "vocab_size": 1 << 23}
+    header = json.dumps({"x": {"dtype": "F16", "shape": [1 << 40], "data_offsets": [0, 1 << 41]}}).encode()
+    weights: dict[str, bytes] = {
+        "pickle": world.pickled(),
+        "claims": (1 << 60).to_bytes(8, "little") + b"{}",
+        "long": len(header).to_bytes(8, "little") + header,
+        "empty": b"",
+    }
+    configs = {"deep": deep(), "list": "[]", "text": ESCAPE, "huge": json.dumps(huge),
+               "auto": json.dumps({**good, "auto_map": {"AutoConfig": "evil.py--Evil"}})}  # fmt: skip
+    made: list[Path] = []
+
+    def put(name: str) -> Path:
+        place = folder / name
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps(good))
+        (place / "tokenizer.json").write_text("{}")
+        (place / "model.safetensors").write_bytes(b"")
+        (place / "evil.py").write_text("import os; os.system('touch ran')")
+        made.append(place)
+        return place
+
+    for name, content in weights.items():
+        (put(f"weights-{name}") / "model.safetensors").write_bytes(content)
+    for name, text in configs.items():
+        (put(f"config-{name}") / "config.json").write_text(text)
+    for name, text in {"deep": deep(), "list": "[]", "escape": ESCAPE}.items():
+        (put(f"tokenizer-{name}") / "tokenizer.json").write_text(text)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        for kind, target in (("secret", world.outside / "secret.txt"), ("device", Path("/dev/zero"))):
+            path = put(f"{kind}-{name}") / name
+            path.unlink()
+            path.symlink_to(target)
+        path = put(f"fifo-{name}") / name
+        path.unlink()
+        os.mkfifo(path)
+    for number, name in enumerate(("../../outside/secret.txt", "/etc/passwd", "", ESCAPE, "a" * 5000)):
+        index = put(f"index-{number}") / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    return made
+
+
 def benchmarks(folder: Path, world: World) -> list[Path]:
     """Places that `echox evaluate --benchmark` would read questions from."""
     import pyarrow as pa

@@ -50,6 +50,8 @@ COVERED = {
     "runs compare",
     "checkpoint list",
     "checkpoint verify",
+    "export",
+    "import",
     "status",
     "logs",
     "stop",
@@ -280,7 +282,14 @@ def test_checkpoints(trial: Trial) -> None:
     trial.run_on(whole, ["checkpoint", "verify", None])
     serve = ["serve", None, "--vocoder", vocoder, "--port", "0"]
     listen = ["listen", None, "--vocoder", vocoder, "--question", trial.world.outside / "speech.wav"]
-    trial.run_on(whole, [*speak, "--run", None], serve, listen, ["evaluate", None], refused=True)
+    export = [["export", None, trial.out / "exported", "--format", form] for form in ("hf", "echox")]
+    trial.run_on(whole, [*speak, "--run", None], serve, listen, ["evaluate", None], *export, refused=True)
+
+
+def test_releases(trial: Trial) -> None:
+    found = inputs.releases(trial.root / "releases", trial.world)
+    trial.run_on(found, ["import", None, trial.out / "imported", "--drop-unknown"], refused=True)
+    assert list(trial.out.iterdir()) == []
 
 
 def test_vocoders(trial: Trial) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from tests import tiny
@@ -53,6 +54,48 @@ def test_generated_states_are_those_that_predict_each_token() -> None:
     again = states.response.to_padded(states.hidden)
     torch.testing.assert_close(own.hidden_BRh[own.mask_BR], again[own.mask_BR], rtol=1e-3, atol=1e-4)
     assert torch.equal(model.head(again).argmax(-1)[own.mask_BR], own.tokens_BR[own.mask_BR])
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_token_that_nothing_attends_to_keeps_its_place(layout: str) -> None:
+    model = tiny.s2t_model(tiny.model_config(layout=layout)).eval()
+    batch = tiny.speech_batch(4)
+    unseen = 3  # no random token
+    batch.before_BP[:, 1] = batch.after_BQ[1, 0] = batch.after_BQ[2, 0] = unseen
+    batch.response_BR[0, 0] = unseen  # of an answer everything is seen
+    seen = model.response_states(model.encode_speech(batch), batch, batch.response_BR, batch.response_mask_BR)
+    model.unseen_token = unseen
+    states = model.response_states(model.encode_speech(batch), batch, batch.response_BR, batch.response_mask_BR)
+    found_BRh = states.response.to_padded(states.hidden)
+    said = model.generate(batch, tiny.END, 6)
+    for row in range(4):
+        alone = tiny.one_row(batch, row)
+        speech_1Vh = model.encode_speech(alone).padded()[0]
+        ids = [alone.before_BP, alone.after_BQ, alone.response_BR]
+        before, after, response = map(model.embed, ids)
+        keys = [ids[0] != unseen, torch.ones(speech_1Vh.shape[:2], dtype=torch.bool), ids[1] != unseen]
+        prompt = torch.cat([before, speech_1Vh, after], dim=1)
+
+        def plain(rest: torch.Tensor, prompt: torch.Tensor = prompt, keys: list[torch.Tensor] = keys) -> torch.Tensor:
+            values = torch.cat([prompt, rest], dim=1)
+            mask = torch.cat([*keys, torch.ones(rest.shape[:2], dtype=torch.bool)], dim=1)
+            places = torch.arange(values.shape[1])[None]
+            own = tiny.s2t_model(tiny.model_config(layout="padded")).eval().causal_lm
+            found: torch.Tensor = own.model(
+                inputs_embeds=values, attention_mask=mask.long(), position_ids=places, use_cache=False
+            ).last_hidden_state
+            return found[0, prompt.shape[1] - 1 :]
+
+        length = response.shape[1]
+        with torch.no_grad():
+            torch.testing.assert_close(found_BRh[row, :length], plain(response)[:-1], rtol=1e-4, atol=1e-4)
+            own = said.tokens_BR[row : row + 1, : int(said.mask_BR[row].sum())]
+            wanted = plain(model.embed(own))
+            torch.testing.assert_close(
+                said.hidden_BRh[row][said.mask_BR[row]], wanted[: own.shape[1]], rtol=1e-3, atol=1e-4
+            )
+    other = (seen.response.to_padded(seen.hidden) - found_BRh)[batch.response_mask_BR]
+    assert other.abs().max() > 0.01, "it must matter"
 
 
 def test_precomputed_features_stand_for_the_log_mel() -> None:

@@ -29,6 +29,7 @@ from echox.engine.checkpoint.manifest import (
     choose,
     list_checkpoints,
     step_name,
+    weights_name,
 )
 from echox.engine.checkpoint.recipe_diff import refused_changes
 from echox.engine.checkpoint.retention import Retention
@@ -57,7 +58,8 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "peft", "ray", "webdataset", 
 def find_weights(run_or_checkpoint: str | Path) -> Path:
     """The consolidated trainable weights of a checkpoint folder, or of a run's newest good checkpoint.
 
-    A run may be given by its URL in an object store; the weights are then brought to this machine.
+    A run may be given by its URL in an object store; the weights are then brought to this machine. An exported folder
+    is a checkpoint too.
 
     Raises:
         CheckpointError: there is no checkpoint, or none whose weights match their hash.
@@ -67,12 +69,12 @@ def find_weights(run_or_checkpoint: str | Path) -> Path:
     else:
         folder = Path(run_or_checkpoint)
         candidates = [folder] if (folder / MANIFEST).is_file() else list_checkpoints(folder)
-        chosen = choose(candidates, only=(WEIGHTS,)).checkpoint
+        chosen = choose(candidates, only=(weights_name(folder),)).checkpoint
     if chosen is None:
         raise CheckpointError(
             "no checkpoint found", where=str(run_or_checkpoint), fix="train the stage first: echox train RECIPE"
         )
-    return chosen.path / WEIGHTS
+    return chosen.path / weights_name(chosen.path)
 
 
 def find_checkpoint(run_folder: Path, asked: Path | None = None) -> Choice:

@@ -19,6 +19,8 @@ from echox.stream.storage.retry import PassingError, Retry, may_pass
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
+EXPORTED = "speech.safetensors"
+"""The weights of a folder that `echox export` or `echox import` wrote: a checkpoint that only speaks, with its LLM."""
 VERSION = 2
 CREATED = "%Y-%m-%dT%H:%M:%SZ"
 """How a manifest writes its time, which is UTC."""
@@ -39,6 +41,11 @@ def step_name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """Optimizer step in the name of a published checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def weights_name(checkpoint: Path) -> str:
+    """Name of the file with a checkpoint's weights: that of a run, or of an exported folder."""
+    return EXPORTED if (checkpoint / EXPORTED).is_file() else WEIGHTS
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.engine.checkpoint.checkpointer import find_weights
-from echox.engine.checkpoint.manifest import MANIFEST, WEIGHTS, read_manifest
+from echox.engine.checkpoint.manifest import MANIFEST, read_manifest, weights_name
 from echox.errors import MissingModelError
 from echox.files import sha256_file, sha256_files
 
@@ -41,7 +41,7 @@ def setting_identity(
     checkpoint = find_weights(run).parent
     return {
         "run": {
-            "weights": read_manifest(checkpoint)["files"][WEIGHTS]["sha256"],
+            "weights": read_manifest(checkpoint)["files"][weights_name(checkpoint)]["sha256"],
             "manifest": sha256_file(checkpoint / MANIFEST),
         },
         "judge": {"language": "found for each clip", "files": judge.identity()},

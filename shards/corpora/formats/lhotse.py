@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shards.corpora.formats.rows import Line, Row, Unusable, json_rows
+from shards.corpora.formats.rows import Line, Row, Unusable, expanded, json_rows
 
 _USER, _ASSISTANT = {"user"}, {"assistant", "agent", "model"}
 _ANSWER = {name: f"answer_{name}" for name in ("audio", "offset", "duration", "channel")}
@@ -19,18 +19,7 @@ def is_cut(row: Row) -> bool:
 
 def rows(path: Path) -> Iterator[Line]:
     """A row for each supervision of each cut, or for each answer of a dialogue."""
-    for where, cut in json_rows(path):
-        if isinstance(cut, Unusable):
-            yield where, cut
-            continue
-        try:
-            for row in _of_cut(cut):
-                yield where, row
-        except Unusable as problem:
-            yield where, problem
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            lacks = isinstance(error, KeyError)
-            yield where, Unusable(f"a cut without {error}" if lacks else f"a damaged cut: {error}")
+    return expanded(json_rows(path), _of_cut)
 
 
 def _of_cut(cut: Row) -> Iterator[Row]:

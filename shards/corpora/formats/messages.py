@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from shards.corpora.formats.rows import Line, Row, Unusable
+from shards.corpora.formats.rows import Line, Row, Unusable, expanded
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SOUND = re.compile(r"<audio>|<speech>|<\|audio\|>")
@@ -23,15 +23,7 @@ def is_chat(row: Row) -> bool:
 
 def rows(lines: Iterable[Line]) -> Iterator[Line]:
     """A row for each answer to something spoken, with the turns before it."""
-    for where, chat in lines:
-        if isinstance(chat, Unusable):
-            yield where, chat
-            continue
-        try:
-            for row in _of_chat(chat):
-                yield where, row
-        except Unusable as problem:
-            yield where, problem
+    return expanded(lines, _of_chat)
 
 
 def _of_chat(chat: Row) -> Iterator[Row]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shards.corpora.formats.rows import Line, Row, Unusable, json_rows
+from shards.corpora.formats.rows import Line, Row, Unusable, expanded, json_rows
 
 _MAIN, _LEFT = "SPEAKER_MAIN", 0
 _PAUSE_S = 1.0
@@ -27,18 +28,11 @@ def is_sound(row: Row) -> bool:
 
 def rows(path: Path) -> Iterator[Line]:
     """A row for each turn of the assistant."""
-    for where, sound in json_rows(path):
-        if isinstance(sound, Unusable) or not isinstance(sound.get("path"), str):
-            yield where, sound if isinstance(sound, Unusable) else Unusable("a sound without a path")
-            continue
-        try:
-            for row in _turns(path.parent, sound["path"]):
-                yield where, row
-        except Unusable as problem:
-            yield where, problem
+    return expanded(json_rows(path), partial(_turns, path.parent))
 
 
-def _turns(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def _turns(folder: Path, sound: Row) -> Iterator[dict[str, Any]]:
+    name = sound["path"]
     beside = (folder / name).with_suffix(".json")
     try:
         if beside.stat().st_size > _LARGEST:

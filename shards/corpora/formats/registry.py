@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.corpora.formats import kaldi, lhotse, messages, moshi, subtitles, tables
+from shards.corpora.formats import kaldi, lhotse, messages, moshi, recordings, subtitles, tables
 from shards.corpora.formats.rows import Line, Row, array_rows, beginning, first_object, json_rows, renamed
 
 
@@ -60,6 +60,7 @@ FORMATS = (
     Format("table", _is_table, _table_rows),
     Format("list of chats", lambda path: messages.is_chat(_first_of(path)), _chats),
     Format("list of moshi", lambda path: moshi.is_sound(_first(path)), moshi.rows),
+    Format("folder of recordings", lambda path: next(recordings.sounds(path), None) is not None, recordings.rows),
 )
 """In the order in which they are tried."""
 

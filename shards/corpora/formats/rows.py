@@ -7,7 +7,7 @@ import gzip
 import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -98,6 +98,23 @@ def array_rows(path: Path) -> Iterator[Line]:
                 return
             text, number = text[end:], number + 1
             yield f"entry {number} of {path.name}", _object(value)
+
+
+def expanded(lines: Iterable[Line], rows_of: Callable[[Row], Iterator[Row]]) -> Iterator[Line]:
+    """The rows that each of the lines becomes; one of another make than is expected is unusable."""
+    for where, line in lines:
+        if isinstance(line, Unusable):
+            yield where, line
+            continue
+        try:
+            for row in rows_of(line):
+                yield where, row
+        except Unusable as problem:
+            yield where, problem
+        except KeyError as error:
+            yield where, Unusable(f"it has no {error}")
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            yield where, Unusable(f"damaged: {error}")
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str | Unusable]]:

@@ -134,7 +134,7 @@ def test_lhotse_cuts_and_dialogues(folder: Path) -> None:
         "a MixedCut, which is computed from others; save it with its audio first",
         "its recording is to be changed (transforms); save it with its audio first",
         "sound of the type 'command' is not fetched; save it to a file first",
-        "a cut without 'id'",
+        "it has no 'id'",
     ]
 
 
@@ -296,8 +296,32 @@ def test_a_zipped_list_that_is_cut_short_is_no_shorter_list(folder: Path) -> Non
         build("manifest", place, folder.parent / "out", task="")
 
 
+def test_a_folder_of_recordings_with_texts_beside_some(tmp_path: Path) -> None:
+    """Six kinds, three that are broken, and what is hidden."""
+    kinds = {"wav": "WAV", "flac": "FLAC", "ogg": "OGG", "mp3": "MP3", "aiff": "AIFF", "au": "AU"}
+    folder = tmp_path / "voice"
+    for number, (suffix, kind) in enumerate(kinds.items()):
+        put(folder / suffix / f"{number}.{suffix}", encoded(clip(number, 1.0), kind=kind))
+        put(folder / suffix / f"{number}.{'lab' if number % 2 else 'txt'}", f" said {number}\n")
+    put(folder / "cut.wav", encoded(clip(1))[:1000])
+    put(folder / "cut.txt", "x")
+    put(folder / "none.mp3", b"")
+    put(folder / "none.txt", "x")
+    put(folder / "text.flac", b"hello there")
+    put(folder / ".trash" / "old.wav", encoded(clip(1)))
+    put(folder / "silent.wav", encoded(clip(2)))
+    samples, rejected = made(folder, "folder of recordings", task="tts")
+    assert [samples[f"{suffix}/{n}.{suffix}"]["json"]["answer_text"] for n, suffix in enumerate(kinds)] == [
+        f"said {number}" for number in range(6)
+    ]
+    assert all(tone(sample, "answer.flac")[0] == 200 + 20 * n for n, sample in enumerate(
+        samples[f"{suffix}/{n}.{suffix}"] for n, suffix in enumerate(kinds)))  # fmt: skip
+    assert set(rejected) == {"cut.wav", "none.mp3", "text.flac", "silent.wav"}
+    assert rejected["silent.wav"] == "no answer text", "nobody has written it down"
+
+
 def test_a_folder_in_no_format_is_refused(tmp_path: Path) -> None:
-    put(tmp_path / "in" / "a.wav", encoded(clip(1)))
+    put(tmp_path / "in" / "a.doc", encoded(clip(1)))
     with pytest.raises(DataError, match="Cannot find manifest"):
         build("manifest", tmp_path / "in", tmp_path / "out", task="")
 
