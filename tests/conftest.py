@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GROUPS = {
-    "cluster": ("launch", "hostile"),
-    "ranks": ("engine", "bench", "tracking"),
+    "cluster": ("tests/launch/", "tests/hostile/"),
+    "ranks": ("tests/engine/", "tests/bench/", "tests/tracking/"),
 }
 """Folders whose tests start a Ray cluster, and those that start ranks, databases and servers: one at a time of each."""
 
@@ -27,27 +27,21 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run (`-n 2`), give a group of tests, or else a file, to one of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return next((name for name, folders in GROUPS.items() if file.startswith(folders)), file)
+
+    return Grouped(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say which tests share a process where several run, the longest first; skip what needs a GPU where there is none."""
-    _group(items)
-    _skip_gpu(items)
-
-
-def _group(items: list[pytest.Item]) -> None:
-    places = {folder: place for place, folders in enumerate(GROUPS.values()) for folder in folders}
-    for item in items:
-        place = places.get(_folder(item))
-        item.add_marker(pytest.mark.xdist_group(str(item.path) if place is None else list(GROUPS)[place]))
-    items.sort(key=lambda item: places.get(_folder(item), len(GROUPS)))
-
-
-def _folder(item: pytest.Item) -> str:
-    return item.path.relative_to(Path(__file__).parent).parts[0]
-
-
-def _skip_gpu(items: list[pytest.Item]) -> None:
-    """Torch is imported only where something is marked so."""
+    """Skip what is marked `gpu` where torch sees none; torch is imported only where something is marked so."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
