@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from echox.units.word_limit import UNKNOWN
+
 if TYPE_CHECKING:
     from echox.config.schema import Recipe
 
@@ -34,10 +36,12 @@ def plain_recipe(name: str, **changes: Any) -> Recipe:
 
 
 def resolved(name: str) -> dict[str, Any]:
-    """The sections of a recipe that a step needs, with all defaults, as JSON has them."""
+    """The sections of a recipe that a step needs, with all defaults, as JSON has them; nothing is learned of a run."""
     from echox.config.load import load_recipe
 
     tree: dict[str, Any] = load_recipe(name).model_dump(mode="json", include=SECTIONS)
+    if tree["model"]["echo"]["units_per_token"] == "auto":
+        tree["model"]["echo"]["units_per_token"] = UNKNOWN
     return tree
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.bench.plan.timing import GPUS_PER_NODE
-from echox.builders.word_limit import likely
 from echox.config.paths import resolve_file
 
 if TYPE_CHECKING:
@@ -97,10 +96,20 @@ def activation_bytes(recipe: Recipe, shape: StageShape, rows: Rows, samples: int
         if model.echo.labels != "annotated":
             cache = 2 * _BF16 * model.t2c.layers * model.t2c.width
             # Decoded without a cap on runaway rows: each may fill its limit.
-            limit = rows.segment + rows.words / max(rows.words - 1, 1) * likely(recipe) * rows.reply
+            limit = rows.segment + rows.words / max(rows.words - 1, 1) * _words_per_token(recipe) * rows.reply
             found["teacher's KV cache"] = samples * rows.segments * limit * cache * 2  # it grows by copying
     found["a chunk of logits"] = min(samples * logits, CHUNK_ELEMENTS) * LOGIT_BYTES
     return {name: float(size) for name, size in found.items()}
+
+
+def _words_per_token(recipe: Recipe) -> float:
+    """Words that the teacher may say for a text token."""
+    if recipe.model.echo.units_per_token != "auto":
+        return recipe.model.echo.units_per_token
+    # It also opens data, which a machine without the libraries of a run cannot.
+    from echox.builders.word_limit import likely
+
+    return likely(recipe)
 
 
 def llm_bytes_per_token(llm: Llm, *, rank: int, dropout: bool, checkpointing: bool) -> float:
