@@ -33,8 +33,9 @@ demo: env ## fetch models, build the corpus, train the three stages on this mach
 small: env ## the demo with three times the sentences: about two hours on two cores
 	$(BIN)/python -m launch.demo --scale small
 
+# Two processes: tests that start clusters run one at a time, and so do those that start ranks.
 test: env ## the default tests; the first run downloads the demo's models
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: env ## all tests, also those that need long minutes or much memory
 	$(BIN)/python -m pytest -m "slow or not slow"
@@ -50,7 +51,7 @@ check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict echox launch shards
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 clean: ## remove .venv and tool caches; runs and downloads stay
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+from typing import Any
 
 import pytest
+
+# Several processes of several threads each wait for one another's threads where there are fewer cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+GROUPS = {
+    "cluster": ("tests/launch/", "tests/hostile/"),
+    "ranks": ("tests/engine/", "tests/bench/", "tests/tracking/"),
+}
+"""Folders whose tests start a Ray cluster, and those that start ranks, databases and servers: one at a time of each."""
 
 
 def pytest_configure() -> None:
@@ -14,6 +25,19 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where several processes run (`-n 2`), give a group of tests, or else a file, to one of them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Grouped(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, _ = nodeid.partition("::")
+            return next((name for name, folders in GROUPS.items() if file.startswith(folders)), file)
+
+    return Grouped(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
