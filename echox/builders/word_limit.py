@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from echox.builders.data import build_plan
-from echox.builders.unit_sets import LANGUAGE
 from echox.config.paths import is_url, run_dir
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import MANIFEST, list_checkpoints, read_manifest
+from echox.engine.checkpoint.recorded import LANGUAGE
 from echox.errors import CheckpointError, CorruptSampleError
 from echox.stream.collate import Collate, Item, UnitCollate
 from echox.stream.sampling.keyed_rng import permutation
