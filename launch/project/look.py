@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import soundfile
 
 from echox.config.paths import resolve_model
 from echox.errors import DataError, MissingModelError
+from echox.files import open_regular
 from shards.corpora.formats.registry import recognised
 from shards.corpora.registry import CORPORA
 from shards.corpus import FileAudio, Request
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 2000
 """Recordings whose headers are read; the hours of more are estimated."""
+_LONGEST_S = 24 * 3600
+"""Of a recording: a header may claim anything."""
 SHOWN = 10
 """Broken ones that are named."""
 
@@ -118,13 +122,13 @@ def look_at(place: Path, task: str) -> Recordings:
 
 
 def _header(sound: Audio) -> tuple[int, float]:
-    if isinstance(sound, FileAudio):
-        info = soundfile.info(str(sound.inside()))
-        return info.samplerate, sound.seconds or info.duration
-    import io
-
-    info = soundfile.info(io.BytesIO(sound.read()))
-    return info.samplerate, info.duration
+    """Sample rate and seconds of a sound, by its header."""
+    if not isinstance(sound, FileAudio):
+        info = soundfile.info(io.BytesIO(sound.read()))
+        return info.samplerate, info.duration
+    # A pipe would never be opened.
+    with open_regular(sound.inside()) as file, soundfile.SoundFile(file, closefd=False) as opened:
+        return opened.samplerate, sound.seconds or min(opened.frames / opened.samplerate, _LONGEST_S)
 
 
 def look_at_llm(place: str) -> Llm:
