@@ -41,6 +41,8 @@ COMMANDS: dict[str, str] = {
     "plan": "echox.bench.plan.cli",
     "ablate": "launch.ablation.cli",
     "sweep": "launch.sweep.cli",
+    "new": "launch.project.cli",
+    "run": "launch.project.cli",
     "doctor": "launch.client.cluster_doctor",
 }
 INTERRUPTED = 130

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.audio.io import SAMPLE_RATE
+from shards.builder.hold_out import PARTS, part_of
 from shards.corpora.registry import CORPORA
 from shards.corpus import Corpus
 
@@ -59,6 +60,10 @@ def _add(corpora: Any, corpus: Corpus) -> None:
     if corpus.name == "manifest":
         parser.add_argument(
             "--audio-root", type=Path, help="folder that the audio has to lie in (default: the manifest's own)"
+        )
+        parser.add_argument("--part", choices=PARTS, help="of the list: what is held out, or the rest; default: all")
+        parser.add_argument(
+            "--valid-share", type=_share, default=0.05, help="of the list that --part holds out (default: %(default)g)"
         )
         parser.add_argument(
             "--transcribe", metavar="MODEL", help="Whisper that writes down what has no text: a folder, or its name"
@@ -124,9 +129,11 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def _completed(corpus: Corpus, args: argparse.Namespace) -> Corpus:
-    """The corpus with what a model is to make of it."""
+    """The part of the corpus that is wanted, with what a model is to make of it."""
     from shards.builder.missing import Maker, Missing
 
+    if getattr(args, "part", None) is not None:
+        corpus = part_of(corpus, args.part, args.valid_share)
     transcribe, speak = getattr(args, "transcribe", None), getattr(args, "speak", None)
     recogniser = synthesiser = None
     if transcribe is not None:

@@ -65,6 +65,8 @@ COVERED = {
     "plan",
     "ablate",
     "sweep",
+    "new",
+    "run",
 }
 """Commands that the tests below run on what others made."""
 OF_OUR_OWN = {
@@ -137,6 +139,8 @@ def test_recordings(trial: Trial) -> None:
     inputs.recordings(folder, trial.world)
     built = trial.out / "built"
     trial.run("shards", "build", "manifest", "--source", folder / "manifest.jsonl", "--out", built, *ALL)
+    for voice in (folder, folder / "manifest.jsonl"):
+        trial.run("new", trial.out / "mine", "--llm", "no/such-llm", "--voice", voice, refused=True)
     assert json.loads((built / "dataset.json").read_text())["samples"] == 6, "the good ones are kept"
     trial.run("units", "fit", folder, trial.out / "units", "--features", "log_mel", "--clusters", "2")
     trial.run("units", "extract", trial.out / "units", folder, "--out", trial.out / "units.jsonl")
@@ -241,6 +245,10 @@ def test_recipes(trial: Trial) -> None:
     for text in ("[" * 3000, "{a: " * 200, "&a [*a]", "!!python/object/apply:os.system [x]", "9" * 6000):
         trial.run("train", "demo/s2t", f"name={text}", refused=True)
         trial.run("ablate", "demo", f"name={text}", "--storage", trial.out, refused=True)
+        project = trial.out / "project"
+        project.mkdir(exist_ok=True)
+        (project / "project.yaml").write_text(text)
+        trial.run("run", project, refused=True)
         trial.run("sweep", "demo/s2t", f"name={text},x", f"storage={trial.out}", refused=True)
 
 
