@@ -98,6 +98,7 @@ def run_of(storage: Path, name: str) -> Any:
     return client.get_run(json.loads((storage / name / "mlflow.json").read_text())["run_id"])
 
 
+@pytest.mark.slow
 def test_a_vocoder_is_trained_by_two_workers(jobs: Jobs, tmp_path: Path) -> None:
     voice = toy.write_voice(tmp_path / "voice")
     changes = [f"storage={tmp_path / 'runs'}", "name=voice", f"data.train=[{voice}]", f"data.valid={voice}"]
