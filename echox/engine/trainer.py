@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from echox.config.paths import model_place
+from echox.config.paths import model_place, resolve_file
 from echox.config.schema import batch_sentence
 from echox.engine import rng_state, run_files
 from echox.engine.attempt import start_data, tell_the_end, unwritable
@@ -347,7 +347,7 @@ class _Attempt:
         if step_batch % (micro_batch * workers):
             check_divides(step_batch // micro_batch, workers)
         return load_deepspeed(
-            self.recipe.engine.deepspeed,
+            resolve_file(self.recipe.engine.deepspeed),
             global_batch=step_batch,
             micro_batch=micro_batch,
             world_size=workers,

@@ -20,7 +20,7 @@ import torch
 
 from echox.config.load import load_recipe, resolved
 from echox.config.schema import HealthConfig
-from echox.engine import stop
+from echox.engine import stop, trainer
 from echox.engine.checkpoint import manifest
 from echox.engine.checkpoint.recipe_diff import changes, refused_changes
 from echox.engine.checkpoint.retention import Retention
@@ -261,3 +261,12 @@ def _until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_deepspeed_file_of_a_recipe_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    attempt: Any = SimpleNamespace(recipe=load_recipe("demo/t2c"), world=SimpleNamespace(size=2))
+    found = trainer._Attempt._deepspeed_config(attempt, "fp32")
+    assert found["zero_optimization"]["stage"] == 3 and found["train_batch_size"] == 16
