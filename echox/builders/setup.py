@@ -42,6 +42,7 @@ from echox.errors import CheckpointError, DataError, RecipeError
 from echox.files import read_record
 from echox.models.causal_lm import check_parts
 from echox.models.compiled import compile_pointwise
+from echox.models.t2c import T2CDecoder
 from echox.release.exported import OWN_TABLE, TEACHER, earlier_tensors
 from echox.release.pretrained import add_lora, load_causal_lm, load_tokenizer, load_whisper_encoder, model_folder
 from echox.responses.attach import AnsweredBatches, AnsweredLoader, Lookup
@@ -226,17 +227,22 @@ def build_stage(
     if recipe.engine.activation_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     table = causal_lm.get_input_embeddings()
+
+    def decoder() -> T2CDecoder:
+        assert model.t2c is not None
+        return build_t2c(
+            model.t2c,
+            words=text.words,
+            text_table=table,
+            layout=model.layout,
+            word_units=text.word_units,
+            llm=causal_lm.config,
+        )
+
     if recipe.stage == "t2c":
         assert model.t2c is not None
         return build_t2c_stage(
-            build_t2c(
-                model.t2c,
-                words=text.words,
-                text_table=table,
-                layout=model.layout,
-                word_units=text.word_units,
-                llm=causal_lm.config,
-            ),
+            decoder(),
             table,
             text.prefix,
             text.header,
@@ -256,17 +262,7 @@ def build_stage(
         stage: S2TStage | EchoStage = build_s2t_stage(model, s2t)
     else:
         assert model.t2c is not None
-        decoders = [
-            build_t2c(
-                model.t2c,
-                words=text.words,
-                text_table=table,
-                layout=model.layout,
-                word_units=text.word_units,
-                llm=causal_lm.config,
-            )
-            for _ in range(2)
-        ]
+        decoders = [decoder(), decoder()]
         decoders[1].load_state_dict(decoders[0].state_dict())
         stage = build_echo_stage(
             model.echo,
