@@ -67,7 +67,7 @@ def test_several_at_once(served: Served, model: SpeechToSpeech) -> None:
     answers = model.answer(clips())
     for number, (status, events) in found.items():
         if status == 503:
-            assert "waiting already" in events[0]["error"]
+            assert "the queue is full" in events[0]["error"]
             continue
         assert status == 200 and events[-1]["text"] == answers[number].text
     assert sum(status == 200 for status, _ in found.values()) >= 2
