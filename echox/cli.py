@@ -36,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "echox.evaluate.cli",
     "report": "echox.evaluate.cli",
     "listen": "echox.evaluate.listen",
+    "voices": "echox.evaluate.voices_cli",
     "runs": "echox.tracking.cli",
     "bench": "launch.recovery",
     "plan": "echox.bench.plan.cli",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from echox.arguments import positive
 from echox.audio.io import SAMPLE_RATE
 from shards.builder.hold_out import PARTS, part_of
 from shards.corpora.registry import CORPORA
@@ -150,14 +151,6 @@ def _completed(corpus: Corpus, args: argparse.Namespace) -> Corpus:
     if recogniser is None and synthesiser is None:
         return corpus
     return Missing(args.out.with_name(f"{args.out.name}.made"), recogniser, synthesiser).completes(corpus)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def _share(text: str) -> float:

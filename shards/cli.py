@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Any
 
-from shards.build_cli import add_builders, positive
+from echox.arguments import positive
+from shards.build_cli import add_builders
 from shards.dataset_cli import add_actions
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echox.arguments import from_zero, positive
+
 
 def add_parser(subparsers: Any) -> None:
     """Register both commands."""
@@ -30,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--rated",
         metavar="N",
-        type=_from_zero,
+        type=from_zero,
         help="answers of a set whose sound DNSMOS rates, at even distances; 0 for none; default: 12, 50 of a benchmark",
     )
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -67,9 +69,9 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sampling", choices=["release"], help="sample too, as the released code does: T=0.2, top-p 0.9"
     )
-    group.add_argument("--repeats", type=_positive, help="sampled runs, each with a seed of its own; default: 3")
-    group.add_argument("--max-new", type=_positive, help="most text tokens of an answer; default: 512")
-    group.add_argument("--batch", type=_positive, help="questions answered together; default: 16")
+    group.add_argument("--repeats", type=positive, help="sampled runs, each with a seed of its own; default: 3")
+    group.add_argument("--max-new", type=positive, help="most text tokens of an answer; default: 512")
+    group.add_argument("--batch", type=positive, help="questions answered together; default: 16")
     group.add_argument(
         "--shard",
         metavar="I/N",
@@ -80,18 +82,6 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_BENCHMARKS = ("data", "judge", "sampling", "repeats", "max_new", "batch", "shard", "track")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
-    return int(text)
-
-
-def _from_zero(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 0 on")
-    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.arguments import positive
+
 if TYPE_CHECKING:
     from launch.ablation.arms import Arm
     from launch.ablation.runs import Ablation
@@ -36,8 +38,8 @@ def add_parser(subparsers: Any) -> None:
         help="recipe keys to change; s2t.KEY, t2c.KEY, echo.KEY in one stage",
     )
     parser.add_argument("--arms", type=_names, default=[], metavar="A,B", help="arms beside the base; default: all")
-    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="runs of each arm; default: 1")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="most items of each held-out set")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="runs of each arm; default: 1")
+    parser.add_argument("--limit", type=positive, metavar="N", help="most items of each held-out set")
     parser.add_argument(
         "--storage", type=Path, metavar="FOLDER", help="folder of the scale's runs; default: runs/SCALE"
     )
@@ -125,13 +127,6 @@ def _say(text: str) -> None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
 
 
 def _interrupt(signum: int, frame: object) -> None:

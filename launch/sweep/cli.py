@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echox.arguments import positive
 from launch.cli import add_connection, connect
 
 if TYPE_CHECKING:
@@ -33,15 +34,15 @@ def add_parser(subparsers: Any) -> None:
     add_connection(parser)
     parser.add_argument("recipe", help="YAML file, or a short name such as demo/s2t")
     parser.add_argument("values", nargs="+", metavar="key=a,b,c", help="values to try; one value is for all trials")
-    parser.add_argument("--samples", type=_positive, metavar="N", help="draws from uniform(), loguniform(), choice()")
+    parser.add_argument("--samples", type=positive, metavar="N", help="draws from uniform(), loguniform(), choice()")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
     parser.add_argument(
-        "--parallel", type=_positive, default=2, metavar="N", help="jobs at a time; default: %(default)s"
+        "--parallel", type=positive, default=2, metavar="N", help="jobs at a time; default: %(default)s"
     )
     parser.add_argument("--metric", default=METRIC, help="that decides; default: %(default)s")
     parser.add_argument("--maximize", action="store_true", help="more of it is better")
     parser.add_argument(
-        "--stop-early", type=_positive, metavar="STEPS",
+        "--stop-early", type=positive, metavar="STEPS",
         help="from that step on, end a trial that is worse than the median of three others or more at its step",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help=f"page that compares the trials; default: {PAGE} beside the runs")
@@ -133,10 +134,3 @@ def _page(path: Path, outcomes: Sequence[Outcome], storage: Path, uri: str | Non
     runs, _ = find(names, storage, uri)
     clients = {run.uri: make_client(run.uri, LIST_TIMEOUT_S) for run in runs if run.mlflow is not None}
     return str(write_comparison(path, [load(run, clients.get(run.uri), run.name) for run in runs]))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value

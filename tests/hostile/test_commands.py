@@ -14,11 +14,12 @@ import pytest
 
 from echox import cli
 from echox.speak.unit_mel import UnitMel, UnitMelConfig
+from echox.stream.format.writer import write_shards
 from tests.hostile import inputs
 from tests.hostile.inputs import World, deep
 from tests.hostile.running import Outcome, Warm, held
 from tests.test_cli import leaves
-from tests.vocoder import fairseq
+from tests.vocoder import fairseq, toy
 
 COVERED = {
     "shards build manifest",
@@ -46,6 +47,7 @@ COVERED = {
     "evaluate",
     "report",
     "listen",
+    "voices",
     "runs list",
     "runs compare",
     "checkpoint list",
@@ -310,6 +312,27 @@ def test_vocoders(trial: Trial) -> None:
         (folder / "config.json").write_text(text)
         question = trial.world.outside / "speech.wav"
         trial.run("speak", "--question", question, "--out", "a.wav", "--run", good, "--vocoder", folder, refused=True)
+
+
+def test_voices_to_compare(trial: Trial) -> None:
+    judge, good = trial.root / "judge", trial.root / "good"
+    judge.mkdir()
+    (judge / "config.json").write_text("{}")
+    UnitMel(UnitMelConfig(n_units=5, width=16, blocks=1)).save(good)
+    whole = toy.sample("s", *toy.clip(0))
+    whole["json"]["answer_text"] = "word"
+    changes: dict[str, dict[str, Any]] = {
+        "units-high": {"answer.units": b"\xff\xff" * 9},
+        "units-odd": {"answer.units": b"odd"},
+        "durations-few": {"answer.durations": b"\x01\x00"},
+        "durations-long": {"answer.durations": b"\xff\xff" * 9},
+        "sound": {"answer.flac": b"fLaC" + trial.world.pickled()},
+        "text-none": {"json": {**whole["json"], "answer_text": None}},
+    }
+    for name, change in changes.items():
+        write_shards(trial.root / name, [{**whole, **change}])
+        trial.run("voices", trial.root / name, good, "--judge", judge, "--out", trial.out, refused=True)
+    assert not any(trial.out.iterdir())
 
 
 def test_vocoders_to_import(trial: Trial) -> None:
