@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 
 from echox.errors import EchoXError, LaunchError
@@ -19,7 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         serving = serving_of(args)
         if args.address is not None:
-            print(_submitted(args, words))
+            from launch.client.own_job import submit_command
+
+            print(submit_command("launch.serve", words, args.address, "serve"))
             return 0
         from launch.serving.deploy import serve_until_stopped
 
@@ -70,30 +71,6 @@ def serving_of(args: argparse.Namespace) -> Serving:
             raise LaunchError(f"--autoscale {args.autoscale} is not MIN:MAX", fix="write such as 1:4") from None
     names = ("run", "vocoder", "host", "port", "gpus", "cpus", "open", "waiting")
     return Serving(replicas=least, most=most, **{name: getattr(args, name) for name in names})
-
-
-def _submitted(args: argparse.Namespace, words: Sequence[str]) -> str:
-    """Have a job of the cluster run this command; what to do next."""
-    from launch.client.job_environment import JobEnvironment
-    from launch.client.jobs import Jobs, user_name
-
-    jobs = Jobs(args.address)
-    kept = _without(words, "--address")
-    job = jobs.submit_module(
-        ["launch.serve", *kept], f"serve-{time.time_ns() // 1_000_000}", JobEnvironment(), {"user": user_name()}
-    )
-    return f"submitted {job}; follow it: echox logs {job} -f; end it: echox stop {job}"
-
-
-def _without(words: Sequence[str], option: str) -> list[str]:
-    found: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == option:
-            next(rest, None)
-        elif not word.startswith(f"{option}="):
-            found.append(word)
-    return found
 
 
 if __name__ == "__main__":

@@ -332,6 +332,10 @@ def connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address="auto", log_to_driver=True, logging_level=logging.WARNING)
+    except ValueError as error:
+        place = os.environ.get("RAY_ADDRESS", "")
+        fix = f"give --address {place}, so that a job of the cluster does it, or unset RAY_ADDRESS on a node of it"
+        raise LaunchError(f"RAY_ADDRESS={place} is where jobs are submitted, not a cluster to join", fix=fix) from error
     except ConnectionError as error:
         raise LaunchError(
             f"no Ray cluster runs here ({first_line(error)})",

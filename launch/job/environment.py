@@ -55,6 +55,17 @@ def worker_environment(recipe: RunRecipe) -> dict[str, str]:
     return {**passed, **switches, "PATH": path}
 
 
+def process_environment(cpus: float, gpus: float) -> dict[str, str]:
+    """Variables of a process that answers questions: those of this one that go with a job, and thread counts.
+
+    Args:
+        cpus, gpus: that it has; without a GPU it computes on the CPU.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
+    device = {} if gpus else {DEVICE: "cpu", "DS_ACCELERATOR": "cpu"}
+    return {**passed_on()[0], **threads, **device}
+
+
 def passed_on() -> tuple[dict[str, str], list[str]]:
     """Variables of this process that go with a job, and the names of secret ones, which do not."""
     passed, secret = without_secret_variables(os.environ, PASSED_ON)

@@ -7,10 +7,9 @@ import os
 import re
 import threading
 
-from echox.device import DEVICE
 from echox.errors import LaunchError
 from launch.job.driver import connect
-from launch.job.environment import passed_on
+from launch.job.environment import process_environment
 from launch.job.signals import StopSignals
 from launch.serving.config import APP, Serving
 
@@ -56,7 +55,7 @@ def deploy(serving: Serving) -> None:
     if APP in serve.status().applications:
         fix = "stop the job that serves it, or end it with `serve shutdown`"
         raise LaunchError("a run is served on this cluster already", fix=fix)
-    options = serving.deployment(replica_variables(serving))
+    options = serving.deployment(process_environment(serving.cpus, serving.gpus))
     deployment = serve.deployment(name=APP, **options)(serve.ingress()(Replica))
     try:
         serve.run(deployment.bind(serving), name=APP, route_prefix="/")
@@ -93,13 +92,6 @@ def check_room(serving: Serving) -> None:
             f"{serving.replicas} replicas need more than the cluster has: {', '.join(short)}",
             fix="add nodes, or give fewer --replicas, --gpus or --cpus",
         )
-
-
-def replica_variables(serving: Serving) -> dict[str, str]:
-    """Variables that every replica has: those of this process that go with a job, and thread counts; no secret."""
-    threads = {"OMP_NUM_THREADS": str(max(1, int(serving.cpus))), "TOKENIZERS_PARALLELISM": "false"}
-    device = {} if serving.gpus else {DEVICE: "cpu", "DS_ACCELERATOR": "cpu"}
-    return {**passed_on()[0], **threads, **device}
 
 
 def start_failure(message: str) -> tuple[str, str]:

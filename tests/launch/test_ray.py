@@ -29,6 +29,7 @@ from launch.client.status import error_report, run_status
 from launch.events import read_events
 from launch.sweep.runner import Sweep
 from launch.sweep.trials import space
+from tests.evaluate.benchmarks.world import command, stand_in, write_world
 from tests.vocoder import toy
 
 pytestmark = pytest.mark.timeout(600)
@@ -302,3 +303,24 @@ def test_a_taken_port_is_one_clear_sentence(head: local_head.Head) -> None:
     port = int(head.address.rsplit(":", 1)[1])
     with pytest.raises(LaunchError, match=f"port {port} is already in use"):
         local_head.start_head(cpus=1, dashboard_port=port)
+
+
+@pytest.mark.slow
+def test_benchmarks_are_answered_by_processes_of_which_one_is_lost(jobs: Jobs, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch)
+        world = write_world(tmp_path / "world")
+        assert main(command(world, tmp_path / "alone")) == 0
+    begun, root = tmp_path / "begun", Path(__file__).parents[2]
+    words = [word for word in command(world, tmp_path / "shared") if word != "evaluate"]
+    environment = JobEnvironment(variables={"PYTHONPATH": str(root), "ECHOX_TEST_LOG": str(begun)})
+    job = jobs.submit_module(["tests.launch.scored", *words, "--workers", "2"], "scored", environment, {})
+    assert jobs.wait(job) == "SUCCEEDED", jobs.logs(job)
+    assert sorted(begun.read_text().split()) == ["0/2", "1/2", "1/2"], "the second was lost once"
+    alone, shared = (
+        (tmp_path / name / "benchmarks" / "results.json").read_text().replace(str(tmp_path / name), "")
+        for name in ("alone", "shared")
+    )
+    assert alone == shared
+    said = jobs.logs(job).splitlines()
+    assert said.count(str(tmp_path / "shared" / "benchmarks" / "benchmark.html")) == 1, "scores are printed once"

@@ -10,8 +10,9 @@ import ray
 from echox.errors import LaunchError
 from echox.serve.limits import Limits
 from launch import serve
+from launch.job.environment import process_environment
 from launch.serving.config import Serving
-from launch.serving.deploy import check_room, replica_variables, start_failure
+from launch.serving.deploy import check_room, start_failure
 
 
 def serving(*words: str) -> Serving:
@@ -72,11 +73,11 @@ def test_replicas_get_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ECHOX_SERVE_TOKEN", "secret")
     monkeypatch.setenv("ECHOX_CACHE", "/shared/cache")
     monkeypatch.delenv("ECHOX_DEVICE", raising=False)
-    given = replica_variables(serving("--cpus", "2"))
+    given = process_environment(2.0, 0.0)
     assert (
         given["ECHOX_CACHE"] == "/shared/cache" and given["OMP_NUM_THREADS"] == "2" and "secret" not in given.values()
     )
-    assert given["ECHOX_DEVICE"] == "cpu" and replica_variables(serving("--gpus", "1")).get("ECHOX_DEVICE") != "cpu"
+    assert given["ECHOX_DEVICE"] == "cpu" and process_environment(1.0, 1.0).get("ECHOX_DEVICE") != "cpu"
 
 
 def test_other_machines_are_let_in_by_a_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +101,7 @@ def test_another_cluster_gets_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             submitted.append(words)
             return job
 
-    monkeypatch.setattr("launch.client.jobs.Jobs", FakeJobs)
+    monkeypatch.setattr("launch.client.own_job.Jobs", FakeJobs)
     address = "http://head:8265"
     for words in (["--address", address, "--port", "9"], [f"--address={address}", "--port", "9"]):
         assert serve.main(["/shared/runs/echo", *words]) == 0
