@@ -126,13 +126,24 @@ def share_inputs(parent: nn.Module) -> None:
                 each.lora_input = together
 
 
+@torch.no_grad()
+def merge_lora(llm: nn.Module) -> None:
+    """Add s B A to the weight of every map with an update, in place: W x + b is then all that a forward computes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in llm.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+
+
 @contextmanager
 def without_lora(llm: nn.Module) -> Iterator[None]:
-    """Switch LoRA off, and on again.
+    """Switch LoRA off, and on again; it must not be merged.
 
     PEFT's own switch also sets which parameters need gradients, which ZeRO-3 must not meet in the midst of a run.
     """
     layers: list[Any] = [module for module in llm.modules() if hasattr(module, "_disable_adapters")]
+    assert not any(layer.merged for layer in layers), "an update that is merged cannot be switched off"
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

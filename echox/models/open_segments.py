@@ -113,15 +113,24 @@ class OpenSegments(Generic[Key]):
             return []
         self._make_room(steps)
         assert self._run is not None
+        first = self._column
         for _ in range(steps):
             self._run()
-        self._column += steps
-        words_NB = self._step.words_NK[:, self._column - steps : self._column].cpu().numpy()  # host sync
+            self._column += 1
+            if self._step.words_NK.device.type == "cpu" and self._have_ended(first):
+                break
+        words_NB = self._step.words_NK[:, first : self._column].cpu().numpy()  # host sync
         said = [
             self._looked(row, words) for row, words in zip(self._rows, words_NB, strict=True) if row.key is not None
         ]
         self._drop_closed()
         return said
+
+    def _have_ended(self, first: int) -> bool:
+        """Whether every open segment has said its end since a column; a sync where there is a device to wait for."""
+        assert self._step is not None
+        ended_N = (self._step.words_NK[:, first : self._column] == self._decoder.end).any(1).numpy()
+        return all(ended for ended, row in zip(ended_N, self._rows, strict=True) if row.key is not None)
 
     def _looked(self, row: _Row[Key], words: NDArray[np.int64]) -> Said[Key]:
         assert row.key is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor, nn
 
 from echox.models.causal_lm import decoder_of, logits_of
 from echox.models.chunked_heads import TextLoss, frozen_cross_entropy, let_run_jobs, most_probable_by
-from echox.models.lora import without_lora
+from echox.models.lora import merge_lora, without_lora
 from echox.models.norms import fuse_rms_norms
 from echox.models.packed_attention import use_packed_attention
 from echox.models.ragged import Layout, Rows, counted_positions, join, join_rows
 from echox.models.rotary import keep_rotary_float32
 from echox.models.speech import SpeechFrontEnd, SpeechOutput
-from echox.models.text_decode import TextDecode
+from echox.models.static_llama import StaticLlama, is_plain_llama
+from echox.models.text_decode import CachedRows, StaticRows, TextDecode, TransformersRows
 
 
 class S2TOutput(NamedTuple):
@@ -94,6 +96,7 @@ class S2TModel(nn.Module):
         self.ctc_embedding = ctc_embedding
         self.front_end = front_end
         self.llm = llm
+        self._static: StaticLlama | None = None
         keep_rotary_float32(llm)
         fuse_rms_norms(llm)
         let_run_jobs(self.text_head)
@@ -149,6 +152,30 @@ class S2TModel(nn.Module):
 
     def _logits_within(self, hidden_Rh: Tensor) -> Tensor:
         return logits_of(self.causal_lm, hidden_Rh, within=self.text_head)
+
+    def merge(self) -> None:
+        """Merge LoRA into the LLM's own weights, in place, for a model that trains no more.
+
+        A Llama then decodes by `StaticLlama`. Without the two products of every map with low-rank matrices, and the
+        many small operators of transformers' forward, a token takes a CPU half the time.
+        """
+        merge_lora(self.llm)
+        if is_plain_llama(self.decoder):
+            self._static = StaticLlama(self.decoder, adopt=True)
+
+    def cached_rows(self) -> CachedRows:
+        """The LLM below its head on rows that are still to come."""
+        if self._static is not None:
+            return StaticRows(self._static)
+        return TransformersRows(self.causal_lm, self.decoder)
+
+    def hear(self, batch: Any) -> Any:
+        """A `SpeechBatch` with what the speech encoder makes of it, in place of the log-mel it is made of."""
+        if batch.features_BTd is not None:
+            return batch
+        with torch.no_grad():
+            features_BTd, _ = self.front_end.encoder(batch.mel_BMT, batch.frames_B, batch.frames_on_host_B)
+        return replace(batch, features_BTd=features_BTd)
 
     def encode_speech(self, batch: Any, *, ctc: bool = False) -> SpeechOutput:
         """Speech vectors of a `SpeechBatch`, at the LLM width; `ctc`: with what a CTC loss reads."""

@@ -154,19 +154,21 @@ class Worker:
         while not self._stopping.is_set():
             self._stepped = time.monotonic()
             self._admit(engine)
-            for session, answer in self._open.items():
-                answer.cancelled = session.cancelled
             try:
-                engine.turn()
-                self._transcribe()
-                self._lost = 0 if self._open else self._lost
+                self._step(engine)
             except Exception as error:  # whatever it is, those who listen hear of it, and the next question is answered
                 self._lost += 1
                 why = f"the answer was lost: {type(error).__name__}: {error}"
                 self._give_up(why, (*self._open, *self._transcribing))
                 engine = self._model.engine()
-            for session, answer in list(self._open.items()):
-                self._pass_on(session, answer)
+
+    def _step(self, engine: Engine) -> None:
+        busy = bool(self._open)
+        engine.turn()
+        for session, answer in list(self._open.items()):
+            self._pass_on(session, answer)
+        self._transcribe()
+        self._lost = 0 if busy else self._lost
 
     def _pass_on(self, session: Session, answer: Answer) -> None:
         """Give an answer's events; `Done` waits for the transcript, where one is wanted."""
@@ -198,21 +200,29 @@ class Worker:
             if session.cancelled:
                 session.notify(CANCELLED)
                 continue
-            asked = session.question
             try:
-                self._open[session] = self._model.begin(
-                    engine,
-                    asked.audio,
-                    asked.history,
-                    vocoder=self._vocoder,
-                    sampling=asked.sampling,
-                    max_new=asked.tokens,
-                )
+                self._begin(engine, session)
             except EchoXError as error:
                 session.notify(error)
             except Exception as error:
                 self._lost += 1
                 session.notify(EchoXError(f"the question cannot be answered: {type(error).__name__}: {error}"))
+
+    def _begin(self, engine: Engine, session: Session) -> None:
+        """Hear a question; whoever cancels meanwhile need not wait until the next one is heard."""
+        asked = session.question
+        answer = self._open[session] = self._model.begin(
+            engine,
+            asked.audio,
+            asked.history,
+            vocoder=self._vocoder,
+            sampling=asked.sampling,
+            max_new=asked.tokens,
+            cancelled=lambda: session.cancelled,
+        )
+        if not answer.goes_on():
+            engine.drop(answer)
+            self._pass_on(session, answer)
 
     def _next(self, *, wait: bool) -> Session | None:
         """The question that waits longest."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from echox.speak.vocoder import Vocoder
 
 Why = Literal["end", "limit", "cancelled"]
+
+SOUND_UNITS = 4
+"""Units that the vocoder is given at a time, so that what is known of them is heard before the others are computed."""
 
 
 @dataclass
@@ -43,6 +47,31 @@ class Segment:
     failure: str = ""
 
 
+@dataclass(frozen=True)
+class _Sound:
+    """Units of a segment that are still to be made sound."""
+
+    units: NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class _Over:
+    """The end of a segment, which failed where `failure` or the vocoder says why."""
+
+    segment: int
+    failure: str
+
+
+@dataclass(frozen=True)
+class _End:
+    """The end of the answer."""
+
+    text: str
+    why: Why
+    tokens: int
+    segments: int
+
+
 class Answer:
     """One answer in progress.
 
@@ -50,18 +79,26 @@ class Answer:
         text: of its tokens.
         cutter: says where its segments end.
         vocoder: None for units alone.
+        asked: whether it is cancelled, asked before every step.
 
     Attributes:
         cancelled: set it, from any thread, and the answer ends before the next step.
-        finished: whether `Done` was given.
+        finished: whether `Done` is among the events that were given or can be taken.
     """
 
-    def __init__(self, text: IncrementalText, cutter: Cutter, vocoder: Vocoder | None) -> None:
+    def __init__(
+        self,
+        text: IncrementalText,
+        cutter: Cutter,
+        vocoder: Vocoder | None,
+        asked: Callable[[], bool] | None = None,
+    ) -> None:
         self.cancelled = self.finished = False
+        self._asked = asked
         self._text, self._cutter = text, cutter
         self._rate = 0 if vocoder is None else vocoder.sample_rate
         self._voice = None if vocoder is None else vocoder.stream()
-        self._events: deque[Event] = deque()
+        self._events: deque[Event | _Sound | _Over | _End] = deque()
         self._states: list[Tensor] = []
         self._scores: list[float] = []
         self._start = 0
@@ -70,11 +107,27 @@ class Answer:
         self._written_as: Why | None = None
         self._unheard = ""
 
-    def take(self) -> list[Event]:
-        """The events since one last asked."""
-        events = list(self._events)
-        self._events.clear()
-        return events
+    def goes_on(self) -> bool:
+        """Whether there is another step; one that was cancelled ends here."""
+        if not self.finished and self._is_cancelled():
+            self._end("cancelled")
+        return not self.finished
+
+    def take(self) -> Iterator[Event]:
+        """The events since one last asked; sound is made while they are taken, a step a few units."""
+        while self._events:
+            match self._events.popleft():
+                case _Sound(units):
+                    yield from self._sound(units)
+                case _Over(segment, failure):
+                    failure, self._unheard = failure or self._unheard, ""
+                    if failure:
+                        self._failed += 1
+                        yield Failed(segment, failure)
+                case _End() as end:
+                    yield from self._last(end)
+                case event:
+                    yield event
 
     def write(self, token: int) -> None:
         """It wrote a token that is not its end."""
@@ -103,16 +156,8 @@ class Answer:
 
     def finish(self) -> None:
         """Give the end of the sound and `Done`, where all is written and said."""
-        if self.finished or self._written_as is None or self._spoken < len(self._segments):
-            return
-        if self._voice is not None:
-            self._hear(self._voice.close())
-        self._done(self._written_as)
-
-    def cancel(self) -> None:
-        """End it here."""
-        if not self.finished:
-            self._done("cancelled")
+        if not self.finished and self._written_as is not None and self._spoken == len(self._segments):
+            self._end(self._written_as)
 
     def _cut(self, end: int) -> Segment:
         first, self._start = self._start, end
@@ -133,26 +178,40 @@ class Answer:
             segment.waiting.clear()
             if len(units) or segment.over:
                 self._events.append(Units(segment.number, units, segment.over))
-            if self._voice is not None:
-                try:
-                    self._hear(self._voice.push(units))
-                except DataError as error:
-                    self._unheard = error.what
+            self._events.append(_Sound(units))
             if not segment.over:
                 return
-            failure = segment.failure or self._unheard
-            if failure:
-                self._failed += 1
-                self._events.append(Failed(segment.number, failure))
-            self._spoken, self._unheard = self._spoken + 1, ""
+            self._events.append(_Over(segment.number, segment.failure))
+            self._spoken += 1
 
-    def _hear(self, samples: NDArray[np.float32]) -> None:
-        if len(samples):
-            self._events.append(Audio(samples, self._rate))
-
-    def _done(self, why: Why) -> None:
+    def _end(self, why: Why) -> None:
         self.finished = True
-        counts = len(self._text.tokens), len(self._segments), self._failed
-        self._events.append(Done(self._text.text, why, *counts))
+        self._events.append(_End(self._text.text, why, len(self._text.tokens), len(self._segments)))
         self._states.clear()
         self._segments.clear()
+
+    def _is_cancelled(self) -> bool:
+        self.cancelled = self.cancelled or (self._asked is not None and self._asked())
+        return self.cancelled
+
+    def _sound(self, units: NDArray[np.uint16]) -> Iterator[Audio]:
+        """What is known of the sound after more units; nothing once the answer is cancelled."""
+        if self._voice is None:
+            return
+        try:
+            for start in range(0, len(units), SOUND_UNITS):
+                if self._is_cancelled():
+                    return
+                yield from self._heard(self._voice.push(units[start : start + SOUND_UNITS]))
+        except DataError as error:
+            self._unheard = error.what
+
+    def _last(self, end: _End) -> Iterator[Event]:
+        if self._voice is not None and not self._is_cancelled():
+            yield from self._heard(self._voice.close())
+        why: Why = "cancelled" if self.cancelled else end.why
+        yield Done(end.text, why, end.tokens, end.segments, self._failed)
+
+    def _heard(self, samples: NDArray[np.float32]) -> Iterator[Audio]:
+        if len(samples):
+            yield Audio(samples, self._rate)

@@ -79,32 +79,24 @@ class Engine:
     def turn(self) -> None:
         """A token of each answer that still writes, then words of all open segments."""
         for each in list(self._answers):
-            if not self._goes_on(each):
+            if not each.answer.goes_on():
                 self.drop(each.answer)
         cut: list[tuple[_Open, Segment]] = []
         for each in self._answers:
-            if self._goes_on(each) and each.decode is not None:
+            if each.decode is not None:
                 cut += [(each, segment) for segment in self._write(each, each.decode)]
         self._open(cut)
         by_key = {(id(each), number): (each, segment) for each in self._answers
                   for number, segment in each.speaking.items()}  # fmt: skip
         for key, units, over, failure in self._speech.run(WORDS_A_TURN):
             each, segment = by_key[key]
-            if self._goes_on(each):
-                each.answer.say(segment, units, over, failure)
+            each.answer.say(segment, units, over, failure)
             if over:
                 del each.speaking[segment.number]
         for each in list(self._answers):
-            if self._goes_on(each):
-                each.answer.finish()
+            each.answer.finish()
             if each.answer.finished:
                 self.drop(each.answer)
-
-    @staticmethod
-    def _goes_on(each: _Open) -> bool:
-        if each.answer.cancelled:
-            each.answer.cancel()
-        return not each.answer.finished
 
     def _write(self, each: _Open, decode: TextDecode) -> list[Segment]:
         """Write one token; the segments that are known to have ended with it."""

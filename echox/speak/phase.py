@@ -87,13 +87,7 @@ class PhaseStream:
         keeps, more = min(self._group, len(seen_TF)), (len(seen_TF) - 1) * self._hop
         held_L, squares_TW = F.pad(self._held_W, (0, more)), (self._window_W**2).expand(len(seen_TF), -1)
         scale_L = (F.pad(self._weight_W, (0, more)) + self._added(squares_TW)).clamp_min(_LEAST).reciprocal()
-        spectrum_TF, before_TF = self._begin(seen_TF, held_L), torch.zeros(())
-        for _ in range(self._iterations):
-            wave_L = (held_L + self._added(self._frames(spectrum_TF))) * scale_L
-            found_TF = self._spectrum(wave_L)
-            ahead_TF = found_TF - before_TF * (MOMENTUM / (1 + MOMENTUM))
-            before_TF = found_TF
-            spectrum_TF = ahead_TF * (seen_TF / ahead_TF.abs().clamp_min(_LEAST))
+        spectrum_TF = self._iterated(self._begin(seen_TF, held_L), seen_TF, held_L, scale_L)
         self._waiting_TF, self._begun_KF = self._waiting_TF[keeps:], spectrum_TF[keeps:]
         done = keeps * self._hop
         kept_TW, squares_TW = self._frames(spectrum_TF[:keeps]), squares_TW[:keeps]
@@ -104,6 +98,32 @@ class PhaseStream:
         )
         self._held_W, self._weight_W = held_L[done:], weight_L[done:]
         return self._finished(held_L[:done], weight_L[:done])
+
+    def _iterated(self, spectrum_TF: Tensor, seen_TF: Tensor, held_L: Tensor, scale_L: Tensor) -> Tensor:
+        """The spectra after all rounds, written without temporary tensors: a round is a dozen small operators.
+
+        Frames, padded to a transform, and waves are each written into one buffer; that of the waves has a line for each
+        part of a window, moved by as many hops, so that their sum over the lines lays the frames over each other.
+        """
+        frames, size = len(seen_TF), len(self._window_W)
+        parts = size // self._hop
+        padded_TN = torch.zeros(frames, self._n_fft)
+        lines_PL = torch.zeros(parts, len(held_L))
+        laid_TPH = lines_PL.as_strided((frames, parts, self._hop), (self._hop, len(held_L) + self._hop, 1))
+        window_PH, base_L = self._window_W.view(parts, self._hop), held_L * scale_L
+        before_TF = torch.zeros_like(spectrum_TF)
+        for _ in range(self._iterations):
+            frames_TN = torch.fft.irfft(spectrum_TF, self._n_fft)
+            torch.mul(frames_TN[:, :size].unflatten(1, (parts, self._hop)), window_PH, out=laid_TPH)
+            wave_L = torch.addcmul(base_L, lines_PL.sum(0), scale_L)
+            torch.mul(wave_L.unfold(0, size, self._hop), self._window_W, out=padded_TN[:, :size])
+            found_TF = torch.fft.rfft(padded_TN)
+            spectrum_TF = torch.sub(found_TF, before_TF, alpha=MOMENTUM / (1 + MOMENTUM))
+            before_TF = found_TF
+            # abs() of complex numbers writes complex ones first.
+            squares_TF = torch.addcmul(spectrum_TF.real.square(), spectrum_TF.imag, spectrum_TF.imag)
+            spectrum_TF.mul_(squares_TF.clamp_min_(_LEAST**2).rsqrt_().mul_(seen_TF))
+        return spectrum_TF
 
     def _begin(self, seen_TF: Tensor, held_L: Tensor) -> Tensor:
         """Spectra to begin with: those of the last group's look-ahead, then what the wave so far has there.

@@ -114,7 +114,11 @@ class SpeechToSpeech:
             stage = build_stage(recipe, text)
             load_tensors(stage, read_tensors(weights))
         assert isinstance(stage, S2TStage | EchoStage)
-        return cls(recipe, stage.to(device or best_device()), text)
+        stage = stage.eval().to(device or best_device())
+        weight = next(stage.s2t.causal_lm.parameters())
+        if weight.device.type == "cpu" and weight.dtype == torch.float32:  # bf16 would round a part of the updates away
+            stage.s2t.merge()
+        return cls(recipe, stage, text)
 
     def _batch(self, clips: Sequence[NDArray[np.float32]], task: str, turns: Dialogues | None = None) -> SpeechBatch:
         count = len(clips)
@@ -237,17 +241,20 @@ class SpeechToSpeech:
         vocoder: Vocoder | None = None,
         sampling: SeededSampling = GREEDY,
         max_new: int = STREAMED_TOKENS,
+        cancelled: Callable[[], bool] | None = None,
     ) -> Answer:
-        """Hear a question and let an engine answer it, see `stream`.
+        """Hear a question and let an engine answer it, see `stream`; one that is cancelled meanwhile has ended.
 
         Raises:
             DataError: `history` is no list of turns.
         """
         stage = self._speaking()
         batch = self._batch([question], "sqa", [history] if history else None)
-        decode = stage.s2t.begin_text(stage.s2t.encode_speech(batch), batch, self._text.prompt.end)
-        answer = Answer(IncrementalText(self._plain), stage.cutter(), vocoder)
-        engine.begin(answer, decode, sampling.choose(max_new), max_new)
+        answer = Answer(IncrementalText(self._plain), stage.cutter(), vocoder, cancelled)
+        batch = stage.s2t.hear(batch)
+        if answer.goes_on():
+            decode = stage.s2t.begin_text(stage.s2t.encode_speech(batch), batch, self._text.prompt.end)
+            engine.begin(answer, decode, sampling.choose(max_new), max_new)
         return answer
 
     def stream(
@@ -270,17 +277,19 @@ class SpeechToSpeech:
             vocoder: makes `Audio` of the units; None for units alone.
             sampling: how the next token is picked.
             max_new: most text tokens.
-            cancelled: asked before every step; once true, `Done` comes next.
+            cancelled: asked before every step, the first one after the speech encoder; once true, `Done` comes next.
 
         Raises:
             CheckpointError: the run is an S2T run, which does not speak.
             DataError: `history` is no list of turns.
         """
         engine = self.engine()
-        answer = self.begin(engine, question, history, vocoder=vocoder, sampling=sampling, max_new=max_new)
+        answer = self.begin(
+            engine, question, history, vocoder=vocoder, sampling=sampling, max_new=max_new, cancelled=cancelled
+        )
         try:
+            yield from answer.take()
             while not answer.finished:
-                answer.cancelled = cancelled is not None and cancelled()
                 engine.turn()
                 yield from answer.take()
         finally:

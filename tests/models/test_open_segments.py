@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from echox.models.greedy import DecodeStep
 from echox.models.open_segments import OpenSegments
 from echox.models.t2c import T2CDecoder, TextPart
 from tests import tiny
@@ -134,3 +135,17 @@ def test_a_text_that_leaves_no_room_says_nothing_and_has_no_end() -> None:
     opened.open([0], text, torch.tensor([9]))
     (said,) = opened.run()
     assert said.words.dtype == np.int64 and said.words.tolist() == [] and said.ended is False
+
+
+def test_no_word_is_computed_after_the_end_of_all_that_are_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, steps = decoder_of("by columns"), []
+    step = DecodeStep.__call__
+    monkeypatch.setattr(DecodeStep, "__call__", lambda self: (steps.append(1), step(self))[1])
+    ends = [number for number in range(len(LENGTHS)) if alone(decoder, number)[1]]
+    for group in ([ends[0]], [ends[1], ends[2]]):
+        words = [alone(decoder, number)[0] for number in group]
+        opened: OpenSegments[int] = OpenSegments(decoder)
+        opened.open(group, text_of(group, decoder), torch.tensor([LIMITS[number] for number in group]))
+        steps.clear()
+        assert [said.words.tolist() for said in opened.run(100)] == words
+        assert len(steps) == max(map(len, words)) + 1

@@ -176,6 +176,35 @@ def test_cancel_ends_the_answer_at_once_and_the_next_question_is_answered(
         assert take(client)[0][-1]["why"] in ("end", "limit")
 
 
+def test_one_who_barges_in_while_a_question_is_encoded_need_not_wait_for_the_next_one(
+    model: SpeechToSpeech, vocoder: UnitMelVocoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder, heard_of, encoding = model.stage.s2t.front_end.encoder, [], []  # type: ignore[var-annotated]
+    forward = encoder.forward
+    worker = Worker(model, vocoder, LIMITS)
+    sessions = [
+        worker.ask(Question(audio=clips()[n], tokens=2), lambda event, n=n: heard_of.append((n, event)))  # type: ignore[misc]
+        for n in range(2)
+    ]
+
+    def interrupted(*args: Any) -> Any:
+        found = forward(*args)
+        encoding.append(len(heard_of))
+        if len(encoding) == 1:
+            worker.cancel(sessions[0])
+        return found
+
+    monkeypatch.setattr(encoder, "forward", interrupted)
+    worker.start()
+    began = time.monotonic()
+    while not (heard_of and heard_of[-1][0] == 1 and isinstance(heard_of[-1][1], Done)):
+        assert time.monotonic() - began < 60
+        time.sleep(0.01)
+    worker.stop()
+    assert heard_of[0] == (0, Done("", "cancelled", 0, 0, 0)) and {n for n, _ in heard_of[1:]} == {1}
+    assert encoding == [0, 1], "it is told before the next question is encoded"
+
+
 def test_one_who_waits_leaves_the_queue_at_once(
     model: SpeechToSpeech, vocoder: UnitMelVocoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

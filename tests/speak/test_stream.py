@@ -183,11 +183,36 @@ def test_an_answer_that_is_closed_anywhere_leaves_nothing_behind(
 
 
 def test_a_flag_ends_an_answer_before_the_next_step(model: SpeechToSpeech, long: Any) -> None:
-    asked = iter([False, False, False, True])
+    asked = iter([False, False, False, False, True])  # after the speech encoder, and before each turn
     events = streamed(model, long, cancelled=lambda: next(asked))
     done = done_of(events)
     assert done.why == "cancelled" and done.tokens == 3
     assert done.text == text_of(events) and model.answer([long])[0].text.startswith(done.text)
+
+
+def test_a_question_that_is_cancelled_while_it_is_encoded_goes_no_further(
+    model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch, long: Any
+) -> None:
+    front_end = model.stage.s2t.front_end
+    encoded, aligned, cancelled = [], [], [False]
+    forward, align = front_end.encoder.forward, front_end.alignment.forward
+
+    def interrupted(*args: Any) -> Any:
+        found = forward(*args)
+        encoded.append(found)
+        cancelled[0] = True
+        return found
+
+    monkeypatch.setattr(front_end.encoder, "forward", interrupted)
+    monkeypatch.setattr(front_end.alignment, "forward", lambda *args: aligned.append(args) or align(*args))
+    engine = model.engine()
+    answer = model.begin(engine, long, cancelled=lambda: cancelled[0])
+    assert answer.finished and len(engine) == 0
+    assert list(answer.take()) == [Done("", "cancelled", 0, 0, 0)]
+    assert [type(event) for event in streamed(model, long, cancelled=lambda: cancelled[0])] == [Done]
+    assert len(encoded) == 2 and not aligned, "nothing follows the encoder"
+    assert text_of(streamed(model, long)) == model.answer([long])[0].text
+    assert aligned
 
 
 def test_one_that_is_cancelled_does_not_disturb_the_others(model: SpeechToSpeech, long: Any) -> None:
@@ -198,7 +223,7 @@ def test_one_that_is_cancelled_does_not_disturb_the_others(model: SpeechToSpeech
     first.cancelled = True
     while len(engine):
         engine.turn()
-    assert done_of(first.take()).why == "cancelled"
+    assert done_of(list(first.take())).why == "cancelled"
     said = units_of(second.take())
     assert said == units_of(streamed(model, long[:-500])) and said
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from echox.errors import DataError
 from echox.speak.blocks import Blocks
-from echox.speak.phase import GROUP, LOOK_AHEAD, PhaseStream
+from echox.speak.phase import GROUP, LOOK_AHEAD, MOMENTUM, PhaseStream
 from echox.speak.unit_mel import HOP
 from echox.speak.unit_mel_stream import FRAMES, UNITS, UnitMelStream
 from echox.speak.vocoder import CodeHifiGan, UnitMelVocoder, Vocoder, sees_frames
@@ -162,6 +162,24 @@ def test_a_sine_keeps_its_pitch_and_size_across_groups() -> None:
     assert float(error) < 0.1
     loudness = [float(np.abs(wave[start : start + 320]).max()) for start in range(640, len(wave) - 640, 320)]
     assert min(loudness) > 0.4 and max(loudness) < 0.6
+
+
+def test_rounds_are_those_of_griffin_and_lim() -> None:
+    torch.manual_seed(0)
+    window, seen_TF = torch.hann_window(640), torch.rand(6, 513)
+    begun_TF = torch.polar(seen_TF, 6 * torch.rand(6, 513))
+    held_L, scale_L = torch.randn(640 + 5 * HOP), 1 + torch.rand(640 + 5 * HOP)
+    found = PhaseStream(window, 1024, HOP, iterations=3)._iterated(begun_TF, seen_TF, held_L, scale_L)
+    spectrum, before = begun_TF, torch.zeros(6, 513)
+    for _ in range(3):
+        wave = held_L.clone()
+        for frame, row in enumerate(spectrum):
+            wave[frame * HOP : frame * HOP + 640] += torch.fft.irfft(row, 1024)[:640] * window
+        frames = [(wave * scale_L)[frame * HOP : frame * HOP + 640] * window for frame in range(6)]
+        now = torch.fft.rfft(torch.stack(frames), 1024)
+        ahead = now - before * (MOMENTUM / (1 + MOMENTUM))
+        spectrum, before = torch.polar(seen_TF, ahead.angle()), now
+    torch.testing.assert_close(found, spectrum, rtol=0, atol=1e-4)
 
 
 def test_blocks_have_their_neighbours_and_begin_at_fixed_places() -> None:
