@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from echox.evaluate.normalization import error_rate_name
 from echox.evaluate.quality import PARTS
 from echox.evaluate.scores import ENTITY_AND_ANSWER
 
@@ -59,6 +60,12 @@ COLUMNS = (
         "How the speech sounds, whatever it says: the opinion of listeners, 1 to 5, that DNSMOS P.835 predicts (ovrl).",
     ),
 )
+_CHARACTER_ERRORS = Column(
+    "wer",
+    "CER",
+    "Character error rate, for the language has no spaces between words, of what is heard against the model's text; of "
+    "recordings, of its transcript. Lower is better.",
+)
 RELATION_COLUMNS = (
     Column("n", "n", "Number of questions."),
     Column("s2t_strict", "S2T strict", ""),
@@ -81,6 +88,13 @@ METRICS = (
     "entity_n",
 )
 """Scores of a set that are numbers."""
+
+
+def columns(language: str) -> tuple[Column, ...]:
+    """The columns of a set in a language, by Whisper's code: its error rate is of words, or of characters."""
+    if error_rate_name(language) == _CHARACTER_ERRORS.label:
+        return tuple(_CHARACTER_ERRORS if each.key == "wer" else each for each in COLUMNS)
+    return COLUMNS
 
 
 def metrics(row: Mapping[str, Any]) -> dict[str, float]:
