@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.config.languages import ENGLISH, LANGUAGES
-from echox.evaluate.columns import QUALITY_COLUMNS, Column, cell, columns, percent
+from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, Column, cell, in_language, percent
 from echox.evaluate.normalization import error_rate_name
 from echox.evaluate.quality import MODEL as DNSMOS
 from echox.evaluate.quality import PARTS, VOICES
@@ -114,7 +114,7 @@ def _of_set(name: str, row: Mapping[str, Any], result: Mapping[str, Any]) -> Ite
     interval = row.get("interval_95")
     found = [
         (_type(column), column.label, row[column.key], {"n": row.get("n"), "judge": result.get("judge")})
-        for column in columns(_told(result))
+        for column in in_language(COLUMNS, _told(result))
         if column.key in _TYPES and row.get(column.key) is not None
     ]
     found += [("dnsmos", f"DNSMOS {part}", own[part], {"n": own["n"]}) for part in PARTS if own]
@@ -143,7 +143,7 @@ def _type(column: Column) -> str:
 
 
 def _shown(result: Mapping[str, Any]) -> Iterator[Column]:
-    return (column for column in columns(_told(result)) if column.key in _OF_CARD)
+    return (column for column in in_language(COLUMNS, _told(result)) if column.key in _OF_CARD)
 
 
 def _model(facts: Mapping[str, StageFacts]) -> str:

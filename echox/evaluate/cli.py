@@ -240,12 +240,12 @@ def report(args: argparse.Namespace) -> int:
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores as a table, a line a score with what it means."""
     from echox.config.languages import ENGLISH
-    from echox.evaluate.columns import aligned, cell, columns, note, percent
+    from echox.evaluate.columns import COLUMNS, aligned, cell, in_language, note, percent
     from echox.evaluate.normalization import error_rate_name
     from echox.evaluate.report import streaming_rows
 
     sets, language = scores["sets"], scores.get("language") or ENGLISH
-    shown = columns(language)
+    shown = in_language(COLUMNS, language)
     table = [["", *sets], ["", *(note(row) for row in sets.values())]]
     table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in shown]
     meanings = ["", "", *(column.meaning for column in shown)]

@@ -60,12 +60,6 @@ COLUMNS = (
         "How the speech sounds, whatever it says: the opinion of listeners, 1 to 5, that DNSMOS P.835 predicts (ovrl).",
     ),
 )
-_CHARACTER_ERRORS = Column(
-    "wer",
-    "CER",
-    "Character error rate, for the language has no spaces between words, of what is heard against the model's text; of "
-    "recordings, of its transcript. Lower is better.",
-)
 RELATION_COLUMNS = (
     Column("n", "n", "Number of questions."),
     Column("s2t_strict", "S2T strict", ""),
@@ -90,11 +84,17 @@ METRICS = (
 """Scores of a set that are numbers."""
 
 
-def columns(language: str) -> tuple[Column, ...]:
-    """The columns of a set in a language, by Whisper's code: its error rate is of words, or of characters."""
-    if error_rate_name(language) == _CHARACTER_ERRORS.label:
-        return tuple(_CHARACTER_ERRORS if each.key == "wer" else each for each in COLUMNS)
-    return COLUMNS
+def in_language(columns: Sequence[Column], language: str) -> tuple[Column, ...]:
+    """The columns of scores in a language, by Whisper's code: its error rate is of words, or of characters."""
+    name = error_rate_name(language)
+
+    def named(column: Column) -> Column:
+        if column.key != "wer" or name == column.label:
+            return column
+        meaning = column.meaning.replace("Word error rate", "Character error rate, for it has no spaces between words,")
+        return Column(column.key, name, meaning)
+
+    return tuple(map(named, columns))
 
 
 def metrics(row: Mapping[str, Any]) -> dict[str, float]:

@@ -72,7 +72,10 @@ class TextReader:
 
     @torch.no_grad()
     def say(self, texts: Sequence[str]) -> list[tuple[Units, bool]]:
-        """Greedy units of each text, uint16, and whether they came to an end within the words that it may have."""
+        """Greedy units of each text, uint16, and whether they came to an end within the words that it may have.
+
+        A text without a token has no units.
+        """
         language = self._text.language
         assert language is not None
         ids = [self._text.tokenize(text) for text in texts]
@@ -82,6 +85,7 @@ class TextReader:
         part = self._stage.text(tokens_BT, lengths_to_mask(lengths_B, tokens_BT.shape[1]))
         limit_B = (lengths_B * self._words_per_token).ceil().long() + SPARE_WORDS
         found = self._stage.t2c.greedy(part.left_padded(), limit_B, part.starts_NS)
-        words = [row[mask].cpu().numpy() for row, mask in zip(found.words_NM, found.mask_NM, strict=True)]
+        told_BM = found.mask_NM & (lengths_B > 0)[:, None]
+        words = [row[mask].cpu().numpy() for row, mask in zip(found.words_NM, told_BM, strict=True)]
         units = [np.asarray(language.decode(row), dtype=np.uint16) for row in words]
-        return list(zip(units, found.ended_N.tolist(), strict=True))
+        return list(zip(units, (found.ended_N | (lengths_B == 0)).tolist(), strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.config.languages import ENGLISH
-from echox.evaluate.columns import QUALITY_COLUMNS, RELATION_COLUMNS, Column, cell, columns, note, percent
+from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, RELATION_COLUMNS, Column, cell, in_language, note, percent
 from echox.evaluate.normalization import error_rate_name
 from echox.evaluate.players import listening
 from echox.evaluate.quality import VOICES
@@ -82,7 +82,7 @@ def _results(result: Mapping[str, Any], commands: Mapping[str, str]) -> str:
         return ""
     about = {name: "; ".join(filter(None, (note(row), row.get("about")))) for name, row in sets.items()}
     language = result.get("language") or ENGLISH
-    shown = columns(language)
+    shown = in_language(COLUMNS, language)
     meanings = "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in shown)
     told = "" if language == ENGLISH else f", told that the language is {html.escape(language)}"
     name = html.escape(result.get("judge") or "")

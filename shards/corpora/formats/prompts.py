@@ -38,7 +38,8 @@ def festvox_rows(folder: Path) -> Iterator[Line]:
     """
     if folder.is_file():
         fix = "name the folder that has etc and wav in it"
-        raise DataError("the recordings of a festvox list lie in the wav folder beside its own", where=str(folder), fix=fix)
+        what = "the recordings of a festvox list lie in the wav folder beside its own"
+        raise DataError(what, where=str(folder), fix=fix)
     lines = ((where, line) for where, line in text_lines(folder / _PROMPTS) if not _is_comment(line))
     return _read(lines, _prompt)
 
