@@ -6,6 +6,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable
+from typing import Any
 
 from echox.config.languages import ENGLISH
 
@@ -29,9 +30,10 @@ def _normalizer(language: str) -> Callable[[str], str]:
     if language == ENGLISH:
         # Its spelling table (colour to color) is data of a model's folder; both sides of a comparison go without.
         return EnglishTextNormalizer({})
-    basic = BasicTextNormalizer(split_letters=language in SPACELESS)
+    basic: Any = BasicTextNormalizer(split_letters=language in SPACELESS)
     basic.clean = _by_yo if language == "ru" else _without_symbols
-    return basic
+    normalizer: Callable[[str], str] = basic
+    return normalizer
 
 
 def normalize(text: str, language: str = ENGLISH) -> str:

@@ -1,4 +1,4 @@
-"""`python -m echox.vocoder.fit`: a vocoder of any shards that kept their audio, or a sentence and an exit code."""
+"""`python -m echox.speak.fit_vocoder`: a vocoder of shards that kept their audio, or a sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from echox.audio.io import encode_flac
+from echox.speak.fit_vocoder import main
 from echox.speak.vocoder import load_vocoder
 from echox.stream.format.writer import write_shards
 from echox.units.identity import UnitSetIdentity, read_unit_set, write_unit_set
-from echox.vocoder.fit import main
 
 UNITS = UnitSetIdentity(features="log_mel", clusters=5, centroids="aa")
 

@@ -1,4 +1,4 @@
-"""`python -m echox.vocoder.fit`: fits the embedded vocoder, in a minute on a processor, on shards of one voice."""
+"""`python -m echox.speak.fit_vocoder`: fits the embedded vocoder on shards of one voice, in minutes on a processor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from echox.errors import EchoXError, printable
 def main(words: Sequence[str] | None = None) -> int:
     """Fit, and print where the vocoder is; a user's error is a sentence and its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m echox.vocoder.fit",
+        prog="python -m echox.speak.fit_vocoder",
         description="Fit the embedded vocoder (echox/speak/unit_mel.py) on answer.flac, answer.units and "
         "answer.durations of one voice. Clear enough to hear what units say; `echox vocoder train` sounds better.",
-        epilog="example: python -m echox.vocoder.fit data/voice vocoder/",
+        epilog="example: python -m echox.speak.fit_vocoder data/voice vocoder/",
     )
     parser.add_argument("shards", type=Path, help="folder of shards, or a name below $ECHOX_CACHE/data")
     parser.add_argument("folder", type=Path, help="where the vocoder goes")
