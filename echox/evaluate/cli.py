@@ -18,11 +18,21 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         help="score a run on the demo's held-out sets, or on benchmarks",
         description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge. "
-        "With --benchmark, by the protocol of UltraEval-Audio.",
+        "With --benchmark, by the protocol of UltraEval-Audio; with --sentences, a t2c run reads them. The language is "
+        "that of the run's recipe.",
         epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/demo/demo-echo "
-        "--benchmark llama-questions --data llama-questions=questions/",
+        "--benchmark llama-questions --data llama-questions=questions/; echox evaluate runs/t2c --sentences data/voice",
     )
-    parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint folder of the echo stage")
+    parser.add_argument(
+        "trained",
+        metavar="RUN",
+        help="run, URL of a run, or checkpoint folder of the echo stage; with --sentences of the t2c stage",
+    )
+    parser.add_argument(
+        "--sentences",
+        metavar="DATASET",
+        help="let a t2c run read these held-out sentences: folder of shards with answer.flac and answer.units, or name",
+    )
     parser.add_argument("--limit", type=int, help="most items of each set")
     parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
     parser.add_argument("--corpus", default="demo", help="folder of the sets below $ECHOX_CACHE/data; default: demo")
@@ -95,12 +105,36 @@ def evaluate(args: argparse.Namespace) -> int:
     """Score, save, print."""
     from echox.errors import DataError
 
+    if args.benchmark is not None and args.sentences is not None:
+        raise DataError("--sentences and --benchmark score different stages", fix="give one of them")
     if args.benchmark is not None:
         return _evaluate_benchmarks(args)
-    alone = [f"--{name.replace('_', '-')}" for name in _OF_BENCHMARKS if getattr(args, name) is not None]
+    given = [name for name in _OF_BENCHMARKS if getattr(args, name) is not None]
+    alone = [f"--{name.replace('_', '-')}" for name in given if name != "judge" or args.sentences is None]
     if alone:
         raise DataError(f"{', '.join(alone)} needs --benchmark", fix="name a benchmark, or leave it out")
-    return _evaluate_demo(args)
+    return _evaluate_demo(args) if args.sentences is None else _read_sentences(args)
+
+
+def _read_sentences(args: argparse.Namespace) -> int:
+    from echox.engine.object_store.reading import local_run
+    from echox.errors import DataError
+    from echox.evaluate.sentences import lines, read_sentences
+    from echox.files import write_atomically
+    from echox.speak.vocoder import default_vocoder
+
+    if args.limit is not None and args.limit < 2:
+        raise DataError(f"--limit {args.limit} leaves no other sentence to compare with", fix="give 2 or more")
+    run = local_run(args.trained)
+    chosen = {name: getattr(args, name) for name in ("judge", "limit") if getattr(args, name) is not None}
+    vocoder = args.vocoder or default_vocoder(args.corpus)
+    found = read_sentences(run, args.sentences, vocoder, progress=_watch, **chosen)
+    folder = args.out or run.parent / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "sentences.json", json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
+    for line in [json.dumps(found.to_json())] if args.json else lines(found):
+        print(line)
+    return 0
 
 
 def _evaluate_benchmarks(args: argparse.Namespace) -> int:
@@ -195,19 +229,22 @@ def report(args: argparse.Namespace) -> int:
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores as a table, a line a score with what it means."""
-    from echox.evaluate.columns import COLUMNS, aligned, cell, note, percent
+    from echox.config.languages import ENGLISH
+    from echox.evaluate.columns import COLUMNS, aligned, cell, in_language, note, percent
+    from echox.evaluate.normalization import error_rate_name
     from echox.evaluate.report import streaming_rows
 
-    sets = scores["sets"]
+    sets, language = scores["sets"], scores.get("language") or ENGLISH
+    shown = in_language(COLUMNS, language)
     table = [["", *sets], ["", *(note(row) for row in sets.values())]]
-    table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in COLUMNS]
-    meanings = ["", "", *(column.meaning for column in COLUMNS)]
+    table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in shown]
+    meanings = ["", "", *(column.meaning for column in shown)]
     lines = [f"{row}  {meaning}".rstrip() for row, meaning in zip(aligned(table), meanings, strict=True)]
     taught, exact = (percent(scores[f"t2c_heldout_{name}"]) for name in ("wer", "exact"))
     again, original = (percent(scores[name]) for name in ("resynthesis_wer", "original_wer"))
     lines.append(
-        f"held-out sentences: the teacher's WER {taught} ({exact} heard word for word), true units spoken again "
-        f"{again}, original audio {original}"
+        f"held-out sentences: the teacher's {error_rate_name(language)} {taught} ({exact} heard word for word), true "
+        f"units spoken again {again}, original audio {original}"
     )
     streamed = ", ".join(f"{label} {value}" for label, value in streaming_rows(scores.get("streaming", {})))
     return [*lines, f"streamed: {streamed}"] if streamed else lines

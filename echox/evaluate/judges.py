@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.audio.io import SAMPLE_RATE
+from echox.config.languages import ENGLISH
 from echox.config.paths import resolve_model
 from echox.errors import MissingModelError
 from echox.files import sha256_files
@@ -74,7 +75,7 @@ class TransformersWhisper:
         language: what is spoken; None lets the model decide.
 
     Raises:
-        MissingModelError: the folder holds no such model.
+        MissingModelError: the folder holds no such model, or one that hears English only and is told otherwise.
     """
 
     def __init__(self, folder: Path, language: str | None = None) -> None:
@@ -96,7 +97,12 @@ class TransformersWhisper:
                 where=str(folder),
                 fix="name a folder of openai/whisper-large-v3, or of its kind, or one in ONNX form",
             ) from error
-        self._options: dict[str, Any] = {} if language is None else {"language": language}
+        known = getattr(model.generation_config, "lang_to_id", None) or {}
+        if language not in (None, ENGLISH) and f"<|{language}|>" not in known:
+            fix = "name a multilingual Whisper as the judge, and a language by its code, such as de"
+            raise MissingModelError(f"the judge does not know the language {language!r}", where=str(folder), fix=fix)
+        # One that hears English only is not to be told so.
+        self._options: dict[str, Any] = {} if language is None or not known else {"language": language}
         self._pipe = pipeline(
             "automatic-speech-recognition",
             model=model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +91,21 @@ def test_the_language_is_named_only_where_one_is_given(whisper: Path, monkeypatc
         {"return_timestamps": True, "generate_kwargs": {}},
         {"return_timestamps": True, "generate_kwargs": {"language": "de"}},
     ]
+
+
+def test_a_language_that_it_does_not_know_is_refused_and_english_only_is_told_nothing(
+    whisper: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MissingModelError, match="does not know the language 'fr'"):
+        NamedJudge.find(str(whisper)).open("fr")
+    alone = shutil.copytree(whisper, tmp_path / "english")
+    config = json.loads((alone / "generation_config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in ("lang_to_id", "task_to_id")}
+    (alone / "generation_config.json").write_text(json.dumps({**kept, "is_multilingual": False}))
+    with pytest.raises(MissingModelError, match="does not know the language 'de'"):
+        NamedJudge.find(str(alone)).open("de")
+    judge = NamedJudge.find(str(alone)).open("en")
+    assert isinstance(judge, TransformersWhisper) and judge._options == {}
 
 
 def test_a_folder_that_is_no_whisper_is_refused(tmp_path: Path) -> None:
