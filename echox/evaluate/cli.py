@@ -7,18 +7,22 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from echox.evaluate.demo import Evaluation
 
 
 def add_parser(subparsers: Any) -> None:
     """Register both commands."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="score a run on the demo's held-out sets, or on benchmarks",
+        help="score a run on the demo's held-out sets, on your own, or on benchmarks",
         description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge. "
-        "With --benchmark, by the protocol of UltraEval-Audio.",
-        epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/demo/demo-echo "
-        "--benchmark llama-questions --data llama-questions=questions/",
+        "With --questions, those of shards of your own; with --benchmark, by the protocol of UltraEval-Audio.",
+        epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/mine-echo --questions "
+        "data/questions-test --sentences data/voice-test --vocoder runs/vocoder/vocoder; echox evaluate "
+        "runs/demo/demo-echo --benchmark llama-questions --data llama-questions=questions/",
     )
     parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint folder of the echo stage")
     parser.add_argument("--limit", type=int, help="most items of each set")
@@ -33,7 +37,9 @@ def add_parser(subparsers: Any) -> None:
         type=_from_zero,
         help="answers of a set whose sound DNSMOS rates, at even distances; 0 for none; default: 12, 50 of a benchmark",
     )
+    parser.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    _add_own_options(parser)
     _add_benchmark_options(parser)
     parser.set_defaults(run=evaluate)
     page = subparsers.add_parser(
@@ -47,6 +53,15 @@ def add_parser(subparsers: Any) -> None:
     page.add_argument("--out", type=Path, help="HTML file; default: report.html in the folder. The card is beside it")
     page.add_argument("--track", action="store_true", help="add scores, report and card to the echo run in MLflow")
     page.set_defaults(run=report)
+
+
+def _add_own_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("your own sets", "Folders of shards that `echox shards build` wrote.")
+    group.add_argument("--questions", metavar="FOLDER[,FOLDER]", help="held-out questions with the text of an answer")
+    group.add_argument("--sentences", metavar="FOLDER", type=Path, help="held-out sentences of the voice, with units")
+    group.add_argument(
+        "--language", metavar="CODE", help="that is spoken in them, as Whisper names it; default: the judge decides"
+    )
 
 
 def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +78,6 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="folder or file of a benchmark; default: its name below $ECHOX_CACHE/data",
     )
-    group.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
     group.add_argument(
         "--sampling", choices=["release"], help="sample too, as the released code does: T=0.2, top-p 0.9"
     )
@@ -79,7 +93,8 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--track", action="store_true", default=None, help="add the scores to the run in MLflow")
 
 
-_OF_BENCHMARKS = ("data", "judge", "sampling", "repeats", "max_new", "batch", "shard", "track")
+_OF_OWN = ("sentences", "language")
+_OF_BENCHMARKS = ("data", "sampling", "repeats", "max_new", "batch", "shard", "track")
 
 
 def _positive(text: str) -> int:
@@ -105,12 +120,25 @@ def evaluate(args: argparse.Namespace) -> int:
     """Score, save, print."""
     from echox.errors import DataError
 
+    if args.benchmark is not None and args.questions is not None:
+        raise DataError("--benchmark and --questions are two evaluations", fix="give one of them")
+    _refuse_alone(args, _OF_OWN, "questions", "name a folder of questions")
+    of_benchmarks = _OF_BENCHMARKS if args.questions is not None else ("judge", *_OF_BENCHMARKS)
+    _refuse_alone(args, of_benchmarks, "benchmark", "name a benchmark")
     if args.benchmark is not None:
         return _evaluate_benchmarks(args)
-    alone = [f"--{name.replace('_', '-')}" for name in _OF_BENCHMARKS if getattr(args, name) is not None]
-    if alone:
-        raise DataError(f"{', '.join(alone)} needs --benchmark", fix="name a benchmark, or leave it out")
+    if args.questions is not None:
+        return _evaluate_own(args)
     return _evaluate_demo(args)
+
+
+def _refuse_alone(args: argparse.Namespace, options: tuple[str, ...], of: str, fix: str) -> None:
+    """Raise DataError where options are given without the one that they belong to."""
+    from echox.errors import DataError
+
+    alone = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
+    if alone and getattr(args, of) is None:
+        raise DataError(f"{', '.join(alone)} needs --{of}", fix=f"{fix}, or leave it out")
 
 
 def _evaluate_benchmarks(args: argparse.Namespace) -> int:
@@ -154,6 +182,30 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_own(args: argparse.Namespace) -> int:
+    from echox.engine.object_store.reading import local_run
+    from echox.errors import DataError
+    from echox.evaluate.own import OwnSets, evaluate_own
+    from echox.speak.vocoder import default_vocoder
+
+    if args.sentences is None:
+        fix = "name a folder of held-out sentences, with answer.flac and answer.units, by --sentences"
+        raise DataError("--questions alone has no ceilings to compare with", fix=fix)
+    if args.limit is not None and args.limit < 1:
+        raise DataError(f"--limit {args.limit} leaves no question", fix="give a number from 1 on, or leave it out")
+    chosen = {name: getattr(args, name) for name in ("judge", "rated") if getattr(args, name) is not None}
+    sets = OwnSets(
+        run=local_run(args.trained),
+        questions=tuple(Path(each) for each in args.questions.split(",") if each),
+        sentences=args.sentences,
+        vocoder=args.vocoder or default_vocoder(args.corpus),
+        language=args.language,
+        limit=args.limit,
+        **chosen,
+    )
+    return _saved(args, sets.run, evaluate_own(sets, _watch))
+
+
 def _watch(name: str, done: int, total: int) -> None:
     print(f"{name} {done}/{total}", file=sys.stderr)
 
@@ -161,11 +213,17 @@ def _watch(name: str, done: int, total: int) -> None:
 def _evaluate_demo(args: argparse.Namespace) -> int:
     from echox.engine.object_store.reading import local_run
     from echox.evaluate.demo import evaluate_demo
-    from echox.evaluate.store import save_evaluation
 
     run = local_run(args.trained)
     chosen = {} if args.rated is None else {"rated": args.rated}
     found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus, **chosen)
+    return _saved(args, run, found)
+
+
+def _saved(args: argparse.Namespace, run: Path, found: Evaluation) -> int:
+    """Keep an evaluation for the report, and print its scores."""
+    from echox.evaluate.store import save_evaluation
+
     scores = found.to_json()
     save_evaluation(args.out or run.parent / "evaluation", scores, found.samples())
     if args.json:
