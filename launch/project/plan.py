@@ -153,10 +153,10 @@ def remarks(project: Project, llm: Llm, voice: Recordings, questions: Recordings
 
 def _expected(hours: float) -> str:
     """Words read wrong, at the amounts of speech that were measured, and on which side of them this voice is."""
-    measured = " and ".join(f"{rate:.1%} with {amount:g} h" for amount, rate in MEASURED.items())
+    measured = " and ".join(f"{rate:.1%} after {amount:g} h" for amount, rate in MEASURED.items())
     side = "is less: more errors" if hours < min(MEASURED) else "is more" if hours > max(MEASURED) else "lies between"
     return (
-        f"a T2C of one voice reads new sentences with {measured} of words wrong, as measured on the demo's voice; "
+        f"words of new sentences that a T2C reads wrong: {measured} of speech, as measured on the demo's voice; "
         f"{hours:.2f} h {side}"
     )
 

@@ -81,7 +81,7 @@ def test_what_is_in_a_strangers_folder(voice: Path, questions: Path) -> None:
     assert "voice: 3 without text need --transcribe WHISPER, or a text" in said
     assert "missing: a voice (--speak VOICE.onnx) for 40 questions without sound" in said
     assert "held out: 20%" in said and "judge of what the model says: some/whisper" in said
-    assert "22.7% with 1.8 h and 11.3% with 6.7 h of words wrong" in said and "0.01 h is less: more errors" in said
+    assert "22.7% after 1.8 h and 11.3% after 6.7 h of speech" in said and "0.01 h is less: more errors" in said
     nothing = "\n".join(remarks(project(voice.parent, voice, None), replace(LLM, has_template=False), found, None))
     assert "missing: questions with answers" in nothing and "missing: a chat template" in nothing
 
