@@ -59,9 +59,6 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("your own sets", "Folders of shards that `echox shards build` wrote.")
     group.add_argument("--questions", metavar="FOLDER[,FOLDER]", help="held-out questions with the text of an answer")
     group.add_argument("--sentences", metavar="FOLDER", type=Path, help="held-out sentences of the voice, with units")
-    group.add_argument(
-        "--language", metavar="CODE", help="that is spoken in them, as Whisper names it; default: the judge decides"
-    )
 
 
 def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +90,7 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--track", action="store_true", default=None, help="add the scores to the run in MLflow")
 
 
-_OF_OWN = ("sentences", "language")
+_OF_OWN = ("sentences",)
 _OF_BENCHMARKS = ("data", "sampling", "repeats", "max_new", "batch", "shard", "track")
 
 
@@ -199,7 +196,6 @@ def _evaluate_own(args: argparse.Namespace) -> int:
         questions=tuple(Path(each) for each in args.questions.split(",") if each),
         sentences=args.sentences,
         vocoder=args.vocoder or default_vocoder(args.corpus),
-        language=args.language,
         limit=args.limit,
         **chosen,
     )

@@ -29,7 +29,6 @@ class OwnSets:
         sentences: folder of shards with answer.flac and answer.units of the voice.
         vocoder: vocoder folder.
         judge: model that listens, by folder or by name below the cache's models.
-        language: that is spoken, as Whisper names it ("de"); None lets the judge decide for each clip.
         limit: most items of each set.
         rated: questions of each set whose speech is rated by DNSMOS, where that was fetched; 0 for none.
     """
@@ -39,7 +38,6 @@ class OwnSets:
     sentences: Path
     vocoder: Path
     judge: str = JUDGE
-    language: str | None = None
     limit: int | None = None
     rated: int = RATED
 
@@ -51,7 +49,6 @@ class OwnSets:
             "--sentences": self.sentences,
             "--vocoder": self.vocoder,
             "--judge": self.judge,
-            "--language": self.language,
             "--limit": self.limit,
             "--rated": self.rated if self.rated != RATED else None,
         }
@@ -81,7 +78,7 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
         raise DataError("two sets of questions have one name", where=str(sets.questions[0]), fix="rename a folder")
     asked = {each: take(folder, sets.limit) for each, folder in named.items()}
     heldout = take(sets.sentences, min(sets.limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
-    listener = Listener(load_vocoder(sets.vocoder), judge.open(sets.language))
+    listener = Listener(load_vocoder(sets.vocoder), judge.open(None))
     rater = Dnsmos.find() if sets.rated else None
     model = SpeechToSpeech.load(sets.run)
     check_vocoder(sets.vocoder, [model.units, UnitPart(str(sets.sentences), read_unit_set(sets.sentences))])

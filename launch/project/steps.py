@@ -125,10 +125,9 @@ def _showing(project: Project) -> Iterator[Step]:
         return
     asked = ("--questions", str(_shards(project, "questions", "test")))
     said = ("--sentences", str(_shards(project, "voice", "test")))
-    judge = ("--judge", project.judge, *(("--language", project.language) if project.language else ()))
     after = ("echo", "vocoder", "questions-test", "voice-test")
     scores = project.runs / "evaluation"
-    words = ("evaluate", run, *asked, *said, *vocoder, *judge, "--limit", MOST_ASKED)
+    words = ("evaluate", run, *asked, *said, *vocoder, "--judge", project.judge, "--limit", MOST_ASKED)
     yield Step("evaluate", words, after=after, makes=scores)
     report = ("report", str(project.runs), "--out", str(project.report))
     yield Step("report", report, after=("evaluate",), makes=project.report)

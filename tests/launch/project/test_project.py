@@ -318,7 +318,7 @@ def test_steps_of_a_project_come_behind_those_they_hang_on(tmp_path: Path, voice
             assert "--valid-share 0.2 --test-share 0.2" in words[name]
         data = tmp_path / "mine" / "data"
         assert f"--questions {data / 'questions-test'} --sentences {data / 'voice-test'}" in words["evaluate"]
-        assert "--judge some/whisper --language de --limit 150" in words["evaluate"]
+        assert "--judge some/whisper --limit 150" in words["evaluate"]
         assert words["report"] == f"report {made.runs} --out {made.report}" and found[-1].name == "report"
     assert "echo" not in {step.name for step in steps(project(tmp_path, voice, None), 200)}
 
