@@ -92,7 +92,7 @@ def steps_run(said: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 def test_a_project_is_stopped_in_a_training_goes_on_there_and_does_what_a_change_asks_for(mine: Path) -> None:
     running = start(mine)
     before: list[str] = []
