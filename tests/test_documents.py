@@ -59,7 +59,7 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
     if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
 )
-GUIDES = (*DOCUMENTS, "launch/deploy/fabric.md")
+GUIDES = (*DOCUMENTS, "launch/deploy/fabric.md", "launch/another_language.md")
 """All whose commands, files and links are checked; the further ones are reached from a document of their folder."""
 ROOMS = ("shards/README.md", "launch/README.md", "echox/stream/README.md", "echox/engine/README.md")
 MOST_LINES = 170

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from echox.audio.io import SAMPLE_RATE
+from echox.builders.characters import token_characters
 from echox.builders.data import open_sources, train_reader, transcripts, valid_readers
 from echox.builders.dialogue import DialogueTemplate
 from echox.builders.encoded import check_encoded, encoding_identity
@@ -30,6 +31,7 @@ from echox.builders.stages import (
 )
 from echox.builders.unit_sets import check_units, run_files
 from echox.builders.word_limit import settle
+from echox.config.languages import full_stop
 from echox.config.model_schema import T2cConfig
 from echox.config.paths import is_url, resolve_data_file
 from echox.config.schema import Recipe
@@ -115,7 +117,7 @@ class TextTools:
     Attributes:
         tokenizer: the LLM's.
         prompt: template around a spoken turn.
-        stop: id of the full stop, the streaming trigger.
+        stop: id of the full stop of the recipe's language, or of its last byte: the streaming trigger.
         prefix, header: T2C template tokens; empty where the recipe has no T2C.
         language: unit language, where the recipe has a T2C.
         dialogue: renders the turns before a spoken one.
@@ -174,7 +176,7 @@ class TextTools:
         return cls(
             tokenizer,
             prompt,
-            ids(".")[-1],
+            ids(full_stop(recipe.language))[-1],
             ids(t2c.prefix) if t2c else [],
             ids(t2c.unit_header) if t2c else [],
             language,
@@ -194,7 +196,7 @@ class TextTools:
         """Characters of each token of the vocabulary, where a T2C places its text by them."""
         if t2c.units_per_character is None:
             return None
-        return [len(self.tokenizer.decode([token])) for token in range(len(self.tokenizer))]
+        return token_characters(self.tokenizer)
 
     @property
     def words(self) -> int:

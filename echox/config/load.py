@@ -353,7 +353,8 @@ def _mistake(schema: Schema, detail: ErrorDetails) -> Mistake:
         rule = "a section with keys"
     if kind == "too_short":
         rule = f"a list of at least {detail['ctx']['min_length']}"
-    return Mistake(f"{key}={shown(value)}", f"must be {rule}{about}", f"write {_example(annotation)}")
+    fix = detail.get("ctx", {}).get("fix") or f"write {_example(annotation)}"
+    return Mistake(f"{key}={shown(value)}", f"must be {rule}{about}", fix)
 
 
 def _example(annotation: Any) -> str:

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from echox.config.languages import ENGLISH, Language
 from echox.config.locations import unfit_places
 from echox.config.model_schema import ModelConfig, T2cConfig
 from echox.config.paths import is_url
@@ -337,6 +338,11 @@ class Recipe(Section):
     )
     stage: StageName = Field(description="s2t: Stage I, speech to text; t2c: Stage II, text to units; echo: Stage III")
     scale: Free[str] = Field(description="demo, 3b, 8b or your own; a tag to compare runs by")
+    language: Language = Field(
+        ENGLISH,
+        description="language heard and spoken, by Whisper's code: its full stop is the trigger's, the judge of an "
+        "evaluation is told it, and texts are compared by its rules",
+    )
     seed: Guarded[int] = Field(17, description="random seed of new weights, of dropout and of the order of the data")
     storage: Free[str] = Field(
         "runs", description="folder of runs, on a cluster one that every node sees; or URL such as s3://bucket/runs"

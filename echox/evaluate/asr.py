@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echox.config.languages import ENGLISH
 from echox.errors import MissingModelError
 from echox.evaluate.onnx import open_session
 
@@ -30,8 +31,9 @@ MARGIN_S = 1.0
 """Silence a clip must have inside its window; with less, Whisper is inclined to go on after the end."""
 WINDOWS_S = (4.0, 6.0, 10.0, _FULL_S)
 """Windows the encoder reads; a clip takes the smallest that leaves the margin."""
-TOKENS_PER_S = 8
-"""Most text tokens for a second of sound; English has four at most, runaway repetition has no end."""
+TOKENS_PER_S, TOKENS_PER_S_ELSEWHERE = 8, 40
+"""Most text tokens for a second of sound, for runaway repetition has no end. English has four at most; of Burmese or
+Georgian a letter is up to three, thirteen letters a second."""
 BATCH = 8
 """Most clips at once; fewer in long windows, whose attention maps the exported graph all keeps."""
 _BATCH_S2 = 800.0
@@ -48,6 +50,9 @@ class Judge:
         threads: CPU threads; default: all.
         windows_s: windows to choose from, seconds; (30,) for Whisper's own input only.
         language: what is spoken, as Whisper names it ("en"); None lets a multilingual model decide for each clip.
+
+    Raises:
+        MissingModelError: the model does not know the language.
     """
 
     def __init__(
@@ -55,7 +60,7 @@ class Judge:
         folder: Path,
         threads: int | None = None,
         windows_s: Sequence[float] = WINDOWS_S,
-        language: str | None = "en",
+        language: str | None = ENGLISH,
     ) -> None:
         from tokenizers import Tokenizer
 
@@ -76,9 +81,13 @@ class Judge:
         self._end = int(generation["eos_token_id"])
         self._suppress = np.array(generation.get("suppress_tokens") or [], dtype=np.int64)
         self._suppress_first = np.array(generation.get("begin_suppress_tokens") or [], dtype=np.int64)
-        spoken = f"<|{language or 'en'}|>"  # in the place of the language that is found
+        spoken = f"<|{language or ENGLISH}|>"  # in the place of the language that is found
         prompt_names = ("<|startoftranscript|>", spoken, "<|transcribe|>", "<|notimestamps|>")
         prompt = [self._tokenizer.token_to_id(name) for name in prompt_names]
+        self._english: int | None = self._tokenizer.token_to_id("<|en|>")
+        if prompt[1] is None and (self._english is not None or language not in (None, ENGLISH)):
+            fix = "name a multilingual Whisper as the judge, and a language by its code, such as de"
+            raise MissingModelError(f"the judge does not know the language {language!r}", where=str(folder), fix=fix)
         # English-only models have no language and task tokens.
         self._prompt = np.array([token for token in prompt if token is not None], dtype=np.int64)
         known = () if language or prompt[1] is None else (generation.get("lang_to_id") or {}).values()
@@ -86,11 +95,11 @@ class Judge:
         self._features = _feature_extractor(folder)
 
     @classmethod
-    def load(cls, folder: str | Path, threads: int | None = None, language: str | None = "en") -> Judge:
+    def load(cls, folder: str | Path, threads: int | None = None, language: str | None = ENGLISH) -> Judge:
         """Open a model folder.
 
         Raises:
-            MissingModelError: a file of it is absent.
+            MissingModelError: a file of it is absent, or it does not know the language.
         """
         return cls(Path(folder), threads, language=language)
 
@@ -139,8 +148,11 @@ class Judge:
         """Texts of clips in one window; None for one that did not come to an end by itself."""
         mel_BMT = self._features(list(clips))[:, :, : round(window * 2 * _FRAMES_PER_S)]
         (hidden_BTD,) = self._encoder(window).run(["last_hidden_state"], {"input_features": mel_BMT})
-        limit = min(int(max(len(clip) for clip in clips) / _RATE * TOKENS_PER_S) + 8, 440)
-        rows, ended_B = self._greedy(hidden_BTD, limit)
+        prompt_BN = self._prompts(hidden_BTD)
+        in_english = self._english is None or bool((prompt_BN[:, 1] == self._english).all())
+        tokens_per_s = TOKENS_PER_S if in_english else TOKENS_PER_S_ELSEWHERE
+        limit = min(int(max(len(clip) for clip in clips) / _RATE * tokens_per_s) + 8, 440)
+        rows, ended_B = self._greedy(hidden_BTD, prompt_BN, limit)
         return [
             self._tokenizer.decode(row, skip_special_tokens=True).strip() if ended or keep_unended else None
             for row, ended in zip(rows, ended_B.tolist(), strict=True)
@@ -158,11 +170,13 @@ class Judge:
             self._encoders[window] = open_session(self._encoder_path, self._threads, replaced)
         return self._encoders[window]
 
-    def _greedy(self, hidden_BTD: Floats, limit: int) -> tuple[list[list[int]], NDArray[np.bool_]]:
+    def _greedy(
+        self, hidden_BTD: Floats, prompt_BN: NDArray[np.int64], limit: int
+    ) -> tuple[list[list[int]], NDArray[np.bool_]]:
         """Most probable token at each step, with a key-value cache, until every row has ended; and which have."""
         batch = len(hidden_BTD)
         past = self._no_past(batch)
-        tokens_BN = self._prompts(hidden_BTD)
+        tokens_BN = prompt_BN
         rows: list[list[int]] = [[] for _ in range(batch)]
         ended_B = np.zeros(batch, dtype=bool)
         for step in range(limit):

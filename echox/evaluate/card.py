@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, Column, cell, percent
+from echox.config.languages import ENGLISH, LANGUAGES
+from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, Column, cell, in_language, percent
+from echox.evaluate.normalization import error_rate_name
 from echox.evaluate.quality import MODEL as DNSMOS
 from echox.evaluate.quality import PARTS, VOICES
 from echox.evaluate.report import STAGES, streaming_rows
@@ -86,7 +88,7 @@ def _header(name: str, facts: Mapping[str, StageFacts], result: Mapping[str, Any
     results = [each for name, row in result.get("sets", {}).items() for each in _of_set(name, row, result)]
     data = ModelCardData(
         model_name=name,
-        language="en",
+        language=_language(facts),
         license="other",
         license_name="see-licences-of-the-parts",
         pipeline_tag="audio-to-audio",
@@ -97,6 +99,12 @@ def _header(name: str, facts: Mapping[str, StageFacts], result: Mapping[str, Any
     return data.to_yaml().rstrip()
 
 
+def _language(facts: Mapping[str, StageFacts]) -> str:
+    """Of the last stage's recipe, by its code; a folder from elsewhere may name none."""
+    named = [fact.recipe.get("language") for fact in facts.values()]
+    return next((str(code) for code in reversed(named) if code in LANGUAGES), ENGLISH)
+
+
 def _of_set(name: str, row: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[EvalResult]:
     """The model's own scores on a set, without those that others are measured by."""
     from huggingface_hub import EvalResult
@@ -105,8 +113,8 @@ def _of_set(name: str, row: Mapping[str, Any], result: Mapping[str, Any]) -> Ite
     own = (row.get("quality") or {}).get("echo") or {}
     interval = row.get("interval_95")
     found = [
-        (_TYPES[column.key], column.label, row[column.key], {"n": row.get("n"), "judge": result.get("judge")})
-        for column in COLUMNS
+        (_type(column), column.label, row[column.key], {"n": row.get("n"), "judge": result.get("judge")})
+        for column in in_language(COLUMNS, _told(result))
         if column.key in _TYPES and row.get(column.key) is not None
     ]
     found += [("dnsmos", f"DNSMOS {part}", own[part], {"n": own["n"]}) for part in PARTS if own]
@@ -125,8 +133,17 @@ def _of_set(name: str, row: Mapping[str, Any], result: Mapping[str, Any]) -> Ite
         )
 
 
-def _shown() -> Iterator[Column]:
-    return (column for column in COLUMNS if column.key in _OF_CARD)
+def _told(result: Mapping[str, Any]) -> str:
+    """The language that the judge was told."""
+    return str(result.get("language") or ENGLISH)
+
+
+def _type(column: Column) -> str:
+    return column.label.lower() if column.key == "wer" else _TYPES[column.key]
+
+
+def _shown(result: Mapping[str, Any]) -> Iterator[Column]:
+    return (column for column in in_language(COLUMNS, _told(result)) if column.key in _OF_CARD)
 
 
 def _model(facts: Mapping[str, StageFacts]) -> str:
@@ -138,6 +155,7 @@ def _model(facts: Mapping[str, StageFacts]) -> str:
         rows.append((title, steps, size, fact.precision or "–", str(at(fact.recipe, "seed", default="–"))))
     recipe: Mapping[str, Any] = next((fact.recipe for fact in reversed(list(facts.values())) if fact.recipe), {})
     parts = [
+        ("language", _language(facts)),
         ("text model", at(recipe, "model", "llm", "path")),
         ("speech encoder", at(recipe, "model", "speech_encoder", "path")),
         ("LoRA rank", at(recipe, "model", "llm", "lora", "r")),
@@ -179,10 +197,11 @@ def _scores(result: Mapping[str, Any]) -> str:
     sets: Mapping[str, Mapping[str, Any]] = result.get("sets", {})
     if not sets:
         return ""
-    shown = list(_shown())
+    shown = list(_shown(result))
     rows = [(name, str(row.get("n", "–")), *(cell(column.key, row) for column in shown)) for name, row in sets.items()]
     meanings = "\n".join(f"- {column.label}: {column.meaning}" for column in shown)
-    judge = f"Judge: {_code(result['judge'])}. " if result.get("judge") else ""
+    judge = f"Judge: {_code(result['judge'])}, told that the language is {_code(_told(result))}. "
+    judge = judge if result.get("judge") else ""
     about = "Each set was used for nothing but testing where its role is `test`."
     roles = [(name, str(row.get("role") or "–"), str(row.get("about") or "–")) for name, row in sets.items()]
     quality = [
@@ -217,7 +236,9 @@ def _teacher(result: Mapping[str, Any]) -> str:
         "original_wer": "the original recordings",
     }
     rows = [(label, percent(result[name])) for name, label in names.items() if result.get(name) is not None]
-    return f"Held-out sentences, words heard wrong:\n\n{_table(('spoken by', 'WER'), rows)}" if rows else ""
+    rate = error_rate_name(_told(result))
+    wrong = {"WER": "words", "CER": "characters"}[rate]
+    return f"Held-out sentences, {wrong} heard wrong:\n\n{_table(('spoken by', rate), rows)}" if rows else ""
 
 
 def _latency(result: Mapping[str, Any]) -> str:

@@ -19,12 +19,29 @@ def add_parser(subparsers: Any) -> None:
         "evaluate",
         help="score a run on the demo's held-out sets, on your own, or on benchmarks",
         description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge. "
-        "With --questions, those of shards of your own; with --benchmark, by the protocol of UltraEval-Audio.",
+        "With --questions, those of shards of your own; with --benchmark, by the protocol of UltraEval-Audio; with "
+        "--sentences alone, a t2c run reads them. The language is that of the run's recipe.",
         epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/mine-echo --questions "
         "data/questions-test --sentences data/voice-test --vocoder runs/vocoder/vocoder; echox evaluate "
-        "runs/demo/demo-echo --benchmark llama-questions --data llama-questions=questions/",
+        "runs/demo/demo-echo --benchmark llama-questions --data llama-questions=questions/; echox evaluate runs/t2c "
+        "--sentences data/voice",
     )
-    parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint folder of the echo stage")
+    parser.add_argument(
+        "trained",
+        metavar="RUN",
+        help="run, URL of a run, or checkpoint folder of the echo stage; with --sentences alone of the t2c stage",
+    )
+    parser.add_argument(
+        "--questions",
+        metavar="FOLDER[,FOLDER]",
+        help="ask these held-out questions: folders of shards with question.flac and the text of an answer",
+    )
+    parser.add_argument(
+        "--sentences",
+        metavar="DATASET",
+        help="held-out sentences of the voice: folder of shards with answer.flac and answer.units, or name; alone, a "
+        "t2c run reads them",
+    )
     parser.add_argument("--limit", type=int, help="most items of each set")
     parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
     parser.add_argument("--corpus", default="demo", help="folder of the sets below $ECHOX_CACHE/data; default: demo")
@@ -39,7 +56,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
-    _add_own_options(parser)
     _add_benchmark_options(parser)
     parser.set_defaults(run=evaluate)
     page = subparsers.add_parser(
@@ -53,12 +69,6 @@ def add_parser(subparsers: Any) -> None:
     page.add_argument("--out", type=Path, help="HTML file; default: report.html in the folder. The card is beside it")
     page.add_argument("--track", action="store_true", help="add scores, report and card to the echo run in MLflow")
     page.set_defaults(run=report)
-
-
-def _add_own_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("your own sets", "Folders of shards that `echox shards build` wrote.")
-    group.add_argument("--questions", metavar="FOLDER[,FOLDER]", help="held-out questions with the text of an answer")
-    group.add_argument("--sentences", metavar="FOLDER", type=Path, help="held-out sentences of the voice, with units")
 
 
 def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +100,7 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--track", action="store_true", default=None, help="add the scores to the run in MLflow")
 
 
-_OF_OWN = ("sentences",)
-_OF_BENCHMARKS = ("data", "sampling", "repeats", "max_new", "batch", "shard", "track")
+_OF_BENCHMARKS = ("data", "judge", "sampling", "repeats", "max_new", "batch", "shard", "track")
 
 
 def _positive(text: str) -> int:
@@ -117,25 +126,39 @@ def evaluate(args: argparse.Namespace) -> int:
     """Score, save, print."""
     from echox.errors import DataError
 
-    if args.benchmark is not None and args.questions is not None:
-        raise DataError("--benchmark and --questions are two evaluations", fix="give one of them")
-    _refuse_alone(args, _OF_OWN, "questions", "name a folder of questions")
-    of_benchmarks = _OF_BENCHMARKS if args.questions is not None else ("judge", *_OF_BENCHMARKS)
-    _refuse_alone(args, of_benchmarks, "benchmark", "name a benchmark")
+    if sum(each is not None for each in (args.benchmark, args.questions or args.sentences)) > 1:
+        raise DataError("--benchmark is an evaluation of its own", fix="leave out --questions and --sentences, or it")
+    own = args.questions is not None or args.sentences is not None
+    given = [name for name in _OF_BENCHMARKS if getattr(args, name) is not None]
+    alone = [f"--{name.replace('_', '-')}" for name in given if name != "judge" or not own]
+    if alone and args.benchmark is None:
+        raise DataError(f"{', '.join(alone)} needs --benchmark", fix="name a benchmark, or leave it out")
     if args.benchmark is not None:
         return _evaluate_benchmarks(args)
     if args.questions is not None:
         return _evaluate_own(args)
-    return _evaluate_demo(args)
+    return _evaluate_demo(args) if args.sentences is None else _read_sentences(args)
 
 
-def _refuse_alone(args: argparse.Namespace, options: tuple[str, ...], of: str, fix: str) -> None:
-    """Raise DataError where options are given without the one that they belong to."""
+def _read_sentences(args: argparse.Namespace) -> int:
+    from echox.engine.object_store.reading import local_run
     from echox.errors import DataError
+    from echox.evaluate.sentences import lines, read_sentences
+    from echox.files import write_atomically
+    from echox.speak.vocoder import default_vocoder
 
-    alone = [f"--{name.replace('_', '-')}" for name in options if getattr(args, name) is not None]
-    if alone and getattr(args, of) is None:
-        raise DataError(f"{', '.join(alone)} needs --{of}", fix=f"{fix}, or leave it out")
+    if args.limit is not None and args.limit < 2:
+        raise DataError(f"--limit {args.limit} leaves no other sentence to compare with", fix="give 2 or more")
+    run = local_run(args.trained)
+    chosen = {name: getattr(args, name) for name in ("judge", "limit") if getattr(args, name) is not None}
+    vocoder = args.vocoder or default_vocoder(args.corpus)
+    found = read_sentences(run, args.sentences, vocoder, progress=_watch, **chosen)
+    folder = args.out or run.parent / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "sentences.json", json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
+    for line in [json.dumps(found.to_json())] if args.json else lines(found):
+        print(line)
+    return 0
 
 
 def _evaluate_benchmarks(args: argparse.Namespace) -> int:
@@ -180,6 +203,7 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
 
 
 def _evaluate_own(args: argparse.Namespace) -> int:
+    from echox.config.paths import resolve_data
     from echox.engine.object_store.reading import local_run
     from echox.errors import DataError
     from echox.evaluate.own import OwnSets, evaluate_own
@@ -194,7 +218,7 @@ def _evaluate_own(args: argparse.Namespace) -> int:
     sets = OwnSets(
         run=local_run(args.trained),
         questions=tuple(Path(each) for each in args.questions.split(",") if each),
-        sentences=args.sentences,
+        sentences=resolve_data(args.sentences),
         vocoder=args.vocoder or default_vocoder(args.corpus),
         limit=args.limit,
         **chosen,
@@ -259,19 +283,22 @@ def report(args: argparse.Namespace) -> int:
 
 def score_lines(scores: Mapping[str, Any]) -> list[str]:
     """The scores as a table, a line a score with what it means."""
-    from echox.evaluate.columns import COLUMNS, aligned, cell, note, percent
+    from echox.config.languages import ENGLISH
+    from echox.evaluate.columns import COLUMNS, aligned, cell, in_language, note, percent
+    from echox.evaluate.normalization import error_rate_name
     from echox.evaluate.report import streaming_rows
 
-    sets = scores["sets"]
+    sets, language = scores["sets"], scores.get("language") or ENGLISH
+    shown = in_language(COLUMNS, language)
     table = [["", *sets], ["", *(note(row) for row in sets.values())]]
-    table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in COLUMNS]
-    meanings = ["", "", *(column.meaning for column in COLUMNS)]
+    table += [[column.label, *(cell(column.key, row) for row in sets.values())] for column in shown]
+    meanings = ["", "", *(column.meaning for column in shown)]
     lines = [f"{row}  {meaning}".rstrip() for row, meaning in zip(aligned(table), meanings, strict=True)]
     taught, exact = (percent(scores[f"t2c_heldout_{name}"]) for name in ("wer", "exact"))
     again, original = (percent(scores[name]) for name in ("resynthesis_wer", "original_wer"))
     lines.append(
-        f"held-out sentences: the teacher's WER {taught} ({exact} heard word for word), true units spoken again "
-        f"{again}, original audio {original}"
+        f"held-out sentences: the teacher's {error_rate_name(language)} {taught} ({exact} heard word for word), true "
+        f"units spoken again {again}, original audio {original}"
     )
     streamed = ", ".join(f"{label} {value}" for label, value in streaming_rows(scores.get("streaming", {})))
     return [*lines, f"streamed: {streamed}"] if streamed else lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from echox.evaluate.normalization import error_rate_name
 from echox.evaluate.quality import PARTS
 from echox.evaluate.scores import ENTITY_AND_ANSWER
 
@@ -81,6 +82,19 @@ METRICS = (
     "entity_n",
 )
 """Scores of a set that are numbers."""
+
+
+def in_language(columns: Sequence[Column], language: str) -> tuple[Column, ...]:
+    """The columns of scores in a language, by Whisper's code: its error rate is of words, or of characters."""
+    name = error_rate_name(language)
+
+    def named(column: Column) -> Column:
+        if column.key != "wer" or name == column.label:
+            return column
+        meaning = column.meaning.replace("Word error rate", "Character error rate, for it has no spaces between words,")
+        return Column(column.key, name, meaning)
+
+    return tuple(map(named, columns))
 
 
 def metrics(row: Mapping[str, Any]) -> dict[str, float]:

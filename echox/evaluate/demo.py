@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from echox.audio.io import encode_wav, read_audio
+from echox.config.languages import ENGLISH
 from echox.config.paths import cache_dir, resolve_data, resolve_model
 from echox.evaluate.listening import Listener
 from echox.evaluate.quality import Dnsmos, spread_over
@@ -92,6 +93,7 @@ class Evaluation:
         command: the command that makes these numbers.
         judge: the model that listened.
         corpus: whose sets these are.
+        language: of the run, by Whisper's code: what the judge was told.
     """
 
     sets: dict[HeldOutSet, SetScore]
@@ -103,6 +105,7 @@ class Evaluation:
     command: str = ""
     judge: str = JUDGE
     corpus: str = "demo"
+    language: str = ENGLISH
 
     def to_json(self) -> dict[str, Any]:
         """Scores without audio."""
@@ -118,6 +121,7 @@ class Evaluation:
             "command": self.command,
             "judge": self.judge,
             "corpus": self.corpus,
+            "language": self.language,
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -156,9 +160,10 @@ def evaluate_demo(
 
     root = cache_dir() / "data" / corpus
     folder = vocoder or root / "vocoder"
-    listener = Listener(load_vocoder(folder), Judge.load(resolve_model(JUDGE)))
-    rater = Dnsmos.find() if rated else None
+    speaker, rater = load_vocoder(folder), Dnsmos.find() if rated else None
     model = SpeechToSpeech.load(run)
+    language = model.recipe.language
+    listener = Listener(speaker, Judge.load(resolve_model(JUDGE), language=language))
     sentences = resolve_data(f"{corpus}/{RESYNTHESIS_SET}")
     check_vocoder(folder, [model.units, UnitPart(f"{corpus}/{RESYNTHESIS_SET}", read_unit_set(sentences))])
     ceilings = json.loads((root / "corpus.json").read_text()).get("text_llm_acc", {})
@@ -188,13 +193,13 @@ def evaluate_demo(
         recordings = take(root / ASR_SET.name, limit)
         sets[ASR_SET] = score_transcription(model, recordings, progress=watch(ASR_SET.name))
     heldout = take(sentences, min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
-    again, original = resynthesis_wer(heldout, listener, progress=watch(RESYNTHESIS_SET))
+    again, original = resynthesis_wer(heldout, listener, language=language, progress=watch(RESYNTHESIS_SET))
     teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
     spoken = [row for each, score in sets.items() for row in played(each.name, score.items, listener)]
     streamed = _streamed_questions(asked)
     streaming = score_streaming(model, listener.vocoder, streamed)
     command = _command(run, vocoder, limit, corpus, rated)
-    return Evaluation(sets, again, original, teacher, spoken, streaming, command, corpus=corpus)
+    return Evaluation(sets, again, original, teacher, spoken, streaming, command, corpus=corpus, language=language)
 
 
 def _command(run: Path, vocoder: Path | None, limit: int | None, corpus: str, rated: int) -> str:

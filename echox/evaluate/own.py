@@ -78,9 +78,10 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
         raise DataError("two sets of questions have one name", where=str(sets.questions[0]), fix="rename a folder")
     asked = {each: take(folder, sets.limit) for each, folder in named.items()}
     heldout = take(sets.sentences, min(sets.limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
-    listener = Listener(load_vocoder(sets.vocoder), judge.open(None))
-    rater = Dnsmos.find() if sets.rated else None
+    speaker, rater = load_vocoder(sets.vocoder), Dnsmos.find() if sets.rated else None
     model = SpeechToSpeech.load(sets.run)
+    language = model.recipe.language
+    listener = Listener(speaker, judge.open(language))
     check_vocoder(sets.vocoder, [model.units, UnitPart(str(sets.sentences), read_unit_set(sets.sentences))])
 
     def watch(name: str) -> Callable[[int, int], None] | None:
@@ -93,7 +94,7 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
         each: score_questions(model, samples, listener, rater=rater, rated=sets.rated, progress=watch_phases(each.name))
         for each, samples in asked.items()
     }
-    again, original = resynthesis_wer(heldout, listener, progress=watch(sets.sentences.name))
+    again, original = resynthesis_wer(heldout, listener, language=language, progress=watch(sets.sentences.name))
     teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
     clips = [read_audio(sample["question.flac"]) for sample in next(iter(asked.values()))[:STREAMED]]
     return Evaluation(
@@ -106,4 +107,5 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
         command=sets.command,
         judge=sets.judge,
         corpus="",
+        language=language,
     )

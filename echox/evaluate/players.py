@@ -6,21 +6,23 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from echox.config.languages import ENGLISH
 from echox.evaluate.text import word_edits
 from echox.html import player
 
 
-def listening(samples: Sequence[Mapping[str, Any]]) -> str:
+def listening(samples: Sequence[Mapping[str, Any]], language: str = ENGLISH) -> str:
     """The part of a page with the samples of an evaluation, grouped by their set; empty without any.
 
     Args:
         samples: see `write_report`.
+        language: of their texts, by Whisper's code.
     """
     if not samples:
         return ""
     groups: dict[str, list[str]] = {}
     for sample in samples:
-        groups.setdefault(str(sample.get("set") or ""), []).append(_sample(sample))
+        groups.setdefault(str(sample.get("set") or ""), []).append(_sample(sample, language))
     shown = "".join(
         f"<h3>{html.escape(name)}</h3>{''.join(rows)}" if name else "".join(rows) for name, rows in groups.items()
     )
@@ -32,10 +34,10 @@ def listening(samples: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def marked_words(wanted: str, heard: str) -> str:
+def marked_words(wanted: str, heard: str, language: str = ENGLISH) -> str:
     """What was heard, with the words that differ from the text marked; a text from outside is escaped."""
     parts = []
-    for missed, got in word_edits(wanted, heard):
+    for missed, got in word_edits(wanted, heard, language):
         if missed == got:
             parts.append(html.escape(got))
             continue
@@ -44,16 +46,22 @@ def marked_words(wanted: str, heard: str) -> str:
     return " ".join(parts) or "(nothing)"
 
 
-def _sample(sample: Mapping[str, Any]) -> str:
+def _sample(sample: Mapping[str, Any], language: str) -> str:
     right = bool(sample["ok"])
     text, reference = sample["answer_text"] or "", sample["reference_text"] or ""
     heard = sample.get("judged_text") or ""
     columns = [
         ("Question, recorded", html.escape(sample["question_text"] or ""), player(sample.get("question_wav"))),
-        _voice("Text model by the cascade", text, sample.get("cascade_text"), sample.get("cascade_wav")),
-        _voice("Reference, its units spoken again", reference, sample.get("copy_text"), sample.get("reference_wav")),
+        _voice("Text model by the cascade", text, sample.get("cascade_text"), sample.get("cascade_wav"), language),
+        _voice(
+            "Reference, its units spoken again",
+            reference,
+            sample.get("copy_text"),
+            sample.get("reference_wav"),
+            language,
+        ),
         ("Our answer, by Echo", html.escape(text), player(sample.get("answer_wav"))),
-        _transcript(sample),
+        _transcript(sample, language),
     ]
     cells = "".join(f"<div><h4>{title}</h4><p>{shown}</p>{sound}</div>" for title, shown, sound in columns)
     verdict = "right" if right else "wrong"
@@ -64,17 +72,17 @@ def _sample(sample: Mapping[str, Any]) -> str:
     )
 
 
-def _transcript(sample: Mapping[str, Any]) -> tuple[str, str, str]:
+def _transcript(sample: Mapping[str, Any], language: str) -> tuple[str, str, str]:
     """What was heard of Echo; of a recording that was only to be transcribed, what was written of it."""
     text = sample["answer_text"] or ""
     if sample.get("answer_wav") or sample.get("cascade_text") is not None:
-        return "What was heard of it", marked_words(text, sample.get("judged_text") or ""), ""
-    return "What was written of it", marked_words(sample["reference_text"] or "", text), ""
+        return "What was heard of it", marked_words(text, sample.get("judged_text") or "", language), ""
+    return "What was written of it", marked_words(sample["reference_text"] or "", text, language), ""
 
 
-def _voice(title: str, text: str, heard: str | None, wav: bytes | None) -> tuple[str, str, str]:
+def _voice(title: str, text: str, heard: str | None, wav: bytes | None, language: str) -> tuple[str, str, str]:
     """A column that is also judged: its text, and below what was heard of it where that differs."""
     shown = html.escape(text)
-    if heard is not None and any(missed != got for missed, got in word_edits(text, heard)):
-        shown += f"<br><small>{marked_words(text, heard)}</small>"
+    if heard is not None and any(missed != got for missed, got in word_edits(text, heard, language)):
+        shown += f"<br><small>{marked_words(text, heard, language)}</small>"
     return title, shown, player(wav)

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, RELATION_COLUMNS, Column, cell, note, percent
+from echox.config.languages import ENGLISH
+from echox.evaluate.columns import COLUMNS, QUALITY_COLUMNS, RELATION_COLUMNS, Column, cell, in_language, note, percent
+from echox.evaluate.normalization import error_rate_name
 from echox.evaluate.players import listening
 from echox.evaluate.quality import VOICES
 from echox.html import as_svg, write_page
@@ -47,7 +49,7 @@ def write_report(
     Args:
         path: the HTML file.
         result: what `result.json` holds: `sets` (name to the rows of `SetScore`, with `role` and `about` where known),
-            and where known `phases`, `reused`, `peak_memory_gib`, `resynthesis_wer`, `original_wer` and
+            and where known `language`, `phases`, `reused`, `peak_memory_gib`, `resynthesis_wer`, `original_wer` and
             `t2c_heldout_wer`, `streaming` of `score_streaming`, `judge`, and `command`, which made all these. Shares
             are between 0 and 1.
         curves: stage to rows of `step` and metrics; names that start with `loss/` or `valid/loss/` are drawn.
@@ -66,7 +68,7 @@ def write_report(
         "This page shows how the training went, how well the result does on questions it has never heard, and what it "
         "sounds like.</p>",
         _results(result, known),
-        listening(samples),
+        listening(samples, result.get("language") or ENGLISH),
         _curves(curves, known),
         _streaming(result, known),
         _costs(result, known),
@@ -79,15 +81,19 @@ def _results(result: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     if not sets:
         return ""
     about = {name: "; ".join(filter(None, (note(row), row.get("about")))) for name, row in sets.items()}
-    meanings = "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in COLUMNS)
-    judge = f"<p>Judge, who hears the speech: <b>{html.escape(result['judge'])}</b>.</p>" if result.get("judge") else ""
+    language = result.get("language") or ENGLISH
+    shown = in_language(COLUMNS, language)
+    meanings = "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in shown)
+    told = "" if language == ENGLISH else f", told that the language is {html.escape(language)}"
+    name = html.escape(result.get("judge") or "")
+    judge = f"<p>Judge, who hears the speech: <b>{name}</b>{told}.</p>" if name else ""
     made = _made_by(commands, "evaluation") + (
         _made_by(commands, "text_llm_acc", "The text model's column")
         if any(row.get("text_llm_acc") is not None for row in sets.values())
         else ""
     )
     return (
-        f"<h2>Results on held-out sets</h2>{judge}{_score_table('set', COLUMNS, sets, about)}{_ceiling(result)}{made}"
+        f"<h2>Results on held-out sets</h2>{judge}{_score_table('set', shown, sets, about)}{_ceiling(result)}{made}"
         f"<h3>What the columns mean</h3><dl>{meanings}</dl>{_quality(sets)}{_relations(sets)}"
     )
 
@@ -148,9 +154,10 @@ def _ceiling(result: Mapping[str, Any]) -> str:
         else f" When the frozen T2C teacher speaks the same sentences from their text, it is <b>{percent(taught)}</b>, "
         f"and <b>{percent(exact)}</b> of them are heard word for word; the Echo decoder learns from what it says."
     )
+    rate = "character error rate" if error_rate_name(result.get("language") or ENGLISH) == "CER" else "word error rate"
     return (
         f"<p><b>How well units can be spoken at all.</b> The true units of held-out sentences, spoken again by the "
-        f"vocoder, have a word error rate of <b>{percent(again)}</b>; the original recordings have "
+        f"vocoder, have a {rate} of <b>{percent(again)}</b>; the original recordings have "
         f"<b>{percent(original)}</b> under the same recogniser. No model that speaks through these units can be "
         f"clearer than the first number.{teacher}</p>"
     )

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from echox.evaluate.text import answer_match, normalize, strict_match, strictly_said, wer
+from echox.config.languages import ENGLISH
+from echox.evaluate.normalization import normalize
+from echox.evaluate.text import answer_match, strict_match, strictly_said, wer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +34,7 @@ class SpokenItem:
         heard, cascade_heard, copy_heard: the judge's transcripts of the three.
         entity: accepted forms of what the question is about; empty where that is not known.
         relation: what is asked of it; empty where that is not known.
+        language: of all texts, by Whisper's code.
     """
 
     id: str
@@ -48,6 +51,7 @@ class SpokenItem:
     copy_heard: str | None = None
     entity: list[str] = field(default_factory=list)
     relation: str = ""
+    language: str = ENGLISH
 
     @property
     def text_right(self) -> bool:
@@ -67,7 +71,7 @@ class SpokenItem:
     @property
     def speech_strict(self) -> bool:
         """Entity and gold answer are heard in the model's speech."""
-        return strictly_said(self.heard, self.text, self.golds, self.entity)
+        return strictly_said(self.heard, self.text, self.golds, self.entity, self.language)
 
     @property
     def cascade_strict(self) -> bool | None:
@@ -82,10 +86,12 @@ class SpokenItem:
     @property
     def exact(self) -> bool:
         """The judge's transcript is the model's text, both normalised."""
-        return normalize(self.heard) == normalize(self.text)
+        return normalize(self.heard, self.language) == normalize(self.text, self.language)
 
     def _said(self, heard: str | None, text: str) -> bool | None:
-        return None if heard is None else strictly_said(heard, text, self.golds, self.entity)
+        if heard is None:
+            return None
+        return strictly_said(heard, text, self.golds, self.entity, self.language)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +152,7 @@ def question_score(items: Sequence[SpokenItem], text_llm_acc: float | None = Non
     rule = ENTITY_AND_ANSWER if with_entity == len(items) else MIXED if with_entity else ANSWER_ALONE
     return SetScore(
         n=len(items),
-        wer=wer([item.text for item in items], [item.heard for item in items]),
+        wer=wer([item.text for item in items], [item.heard for item in items], _language(items)),
         text_llm_acc=text_llm_acc,
         s2t_acc=s2t,
         s2s_acc=s2s,
@@ -169,7 +175,7 @@ def question_score(items: Sequence[SpokenItem], text_llm_acc: float | None = Non
 
 def transcription_score(items: Sequence[SpokenItem]) -> SetScore:
     """Word error rate of transcripts against what was said."""
-    rate = wer([item.reference for item in items], [item.text for item in items])
+    rate = wer([item.reference for item in items], [item.text for item in items], _language(items))
     return SetScore(n=len(items), wer=rate, items=list(items))
 
 
@@ -210,6 +216,10 @@ def wilson(right: int, n: int) -> list[float] | None:
     reach = _Z_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
     # Where all or none are right the bound is exact, and rounding must not take it past the share itself.
     return [middle - reach if right else 0.0, middle + reach if right < n else 1.0]
+
+
+def _language(items: Sequence[SpokenItem]) -> str:
+    return items[0].language if items else ENGLISH
 
 
 def _ratio(part: float | None, whole: float | None) -> float | None:

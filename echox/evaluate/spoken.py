@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.audio.io import read_audio
+from echox.config.languages import ENGLISH
 from echox.evaluate.listening import Listener
+from echox.evaluate.normalization import normalize
 from echox.evaluate.quality import Dnsmos, rate_voices
 from echox.evaluate.scores import SetScore, SpokenItem, question_score, transcription_score
-from echox.evaluate.text import normalize, wer
+from echox.evaluate.text import wer
 from echox.stream.dialogue import heard_turns
 from echox.stream.storage.store import Sample, ShardStore, open_catalogue, read_folder
 
@@ -83,7 +85,7 @@ def score_questions(
     for chunk in _chunks(samples, batch):
         questions = [read_audio(sample["question.flac"]) for sample in chunk]
         for sample, question, answer in zip(chunk, questions, _answers(model, chunk, questions), strict=True):
-            item = _item(sample, question, answer.text)
+            item = _item(sample, question, answer.text, model.recipe.language)
             copy = _reference_units(sample, copies or {})
             items.append(replace(item, units=answer.units, cascade_units=answer.cascade, copy_units=copy))
         if progress:
@@ -102,7 +104,8 @@ def score_transcription(
     items: list[SpokenItem] = []
     for chunk in _chunks(samples, batch):
         clips = [read_audio(sample["question.flac"]) for sample in chunk]
-        items += [_item(*each) for each in zip(chunk, clips, model.write(clips, "asr"), strict=True)]
+        written = zip(chunk, clips, model.write(clips, "asr"), strict=True)
+        items += [_item(*each, model.recipe.language) for each in written]
         if progress:
             progress(len(items), len(samples))
     return transcription_score(items)
@@ -115,12 +118,18 @@ def score_teacher(
     ordered = sorted(texts, key=len)
     units = [each for start in range(0, len(ordered), batch) for each in model.say(ordered[start : start + batch])]
     heard = listener.hear(units)
-    same = [normalize(text) == normalize(words) for text, words in zip(ordered, heard, strict=True)]
-    return TeacherScore(wer(ordered, heard), float(np.mean(same)), len(ordered))
+    language = model.recipe.language
+    same = [normalize(text, language) == normalize(words, language) for text, words in zip(ordered, heard, strict=True)]
+    return TeacherScore(wer(ordered, heard, language), float(np.mean(same)), len(ordered))
 
 
 def resynthesis_wer(
-    samples: Sequence[Sample], listener: Listener, *, batch: int = BATCH, progress: Progress | None = None
+    samples: Sequence[Sample],
+    listener: Listener,
+    *,
+    language: str = ENGLISH,
+    batch: int = BATCH,
+    progress: Progress | None = None,
 ) -> tuple[float, float]:
     """The vocoder's ceiling: WER of true units spoken again, and of the original audio, under the same judge."""
     references, again, original = [], [], []
@@ -130,7 +139,7 @@ def resynthesis_wer(
         original += listener.judge.transcribe([read_audio(sample["answer.flac"]) for sample in chunk])
         if progress:
             progress(len(references), len(samples))
-    return wer(references, again), wer(references, original)
+    return wer(references, again, language), wer(references, original, language)
 
 
 def take(location: str | Path, limit: int | None) -> list[Sample]:
@@ -203,7 +212,7 @@ def _units(sample: Sample) -> Units:
     return np.frombuffer(sample[UNITS], dtype="<u2")
 
 
-def _item(sample: Sample, question: NDArray[np.float32], text: str) -> SpokenItem:
+def _item(sample: Sample, question: NDArray[np.float32], text: str, language: str) -> SpokenItem:
     meta = sample.meta
     return SpokenItem(
         id=meta["id"],
@@ -214,6 +223,7 @@ def _item(sample: Sample, question: NDArray[np.float32], text: str) -> SpokenIte
         text=text,
         entity=entity_of(meta),
         relation=relation_of(meta),
+        language=language,
     )
 
 

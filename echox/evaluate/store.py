@@ -20,7 +20,7 @@ _WAVS = ("question_wav", "answer_wav", "reference_wav", "cascade_wav")
 _WAV_NAME = re.compile(r"[0-9A-Za-z_-]+\.wav")
 _TEXTS = ("question_text", "answer_text", "reference_text")
 _MORE_TEXTS = ("set", "judged_text", "cascade_text", "copy_text")
-_OF_ALL = ("command", "judge", "corpus", "phases_command")
+_OF_ALL = ("command", "judge", "corpus", "language", "phases_command")
 _SHARES = ("resynthesis_wer", "original_wer", "t2c_heldout_wer", "t2c_heldout_exact", "peak_memory_gib")
 _LARGEST_WAV = 64 << 20
 

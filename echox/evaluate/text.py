@@ -1,58 +1,51 @@
-"""Compares texts: English normalisation, word error rate, and whether a reply has the answer about the right thing."""
+"""Compares texts: word error rate, and whether a reply has the answer about the right thing."""
 
 from __future__ import annotations
 
-import functools
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from echox.config.languages import ENGLISH
 from echox.errors import DataError
+from echox.evaluate.normalization import normalize
+
+_SPACELESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff]"
+)
+"""Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana, Han."""
 
 
-@functools.cache
-def _normalizer() -> Callable[[str], str]:
-    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
-
-    # Its spelling table (colour to color) is data of a model's folder; both sides of a comparison go without.
-    return EnglishTextNormalizer({})
-
-
-def normalize(text: str) -> str:
-    """Whisper's English text normalisation: case, punctuation, contractions, numbers as digits, fillers removed.
-
-    Source: the Whisper paper (arXiv 2212.04356, appendix C), as in transformers.
-    """
-    # It leaves a full stop standing where no word is before it.
-    words = _normalizer()(text).split()
-    return " ".join(word for word in words if any(character.isalnum() for character in word))
-
-
-def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+def wer(references: Sequence[str], hypotheses: Sequence[str], language: str = ENGLISH) -> float:
     """Word errors over reference words, both normalised, over the whole corpus; 1.0 is 100 %.
 
-    References with no words left after normalisation count by what is inserted; without any reference word the result
-    is 0.0 where nothing was heard either, else 1.0.
+    In languages written without spaces it is the character error rate, see `error_rate_name`. References with no words
+    left after normalisation count by what is inserted; without any reference word the result is 0.0 where nothing was
+    heard either, else 1.0.
 
     Raises:
         DataError: the two have different lengths.
     """
-    import jiwer
-
     if len(references) != len(hypotheses):
         raise DataError(f"{len(references)} references cannot be compared with {len(hypotheses)} hypotheses")
-    expected = [normalize(text) for text in references]
-    heard = [normalize(text) for text in hypotheses]
-    words = sum(len(text.split()) for text in expected)
-    if words == 0:
-        return float(any(heard))
-    # jiwer refuses an empty reference, whose words heard are all insertions.
-    insertions = sum(len(text.split()) for want, text in zip(expected, heard, strict=True) if not want)
-    pairs = [(want, text) for want, text in zip(expected, heard, strict=True) if want]
-    output = jiwer.process_words([want for want, _ in pairs], [text for _, text in pairs])
-    return (output.substitutions + output.deletions + output.insertions + insertions) / words
+    counted = [word_errors(*pair, language) for pair in zip(references, hypotheses, strict=True)]
+    errors, words = (sum(column) for column in zip(*counted, strict=True)) if counted else (0, 0)
+    return errors / words if words else float(errors > 0)
 
 
-def word_edits(wanted: str, heard: str) -> list[tuple[str, str]]:
+def word_errors(reference: str, hypothesis: str, language: str = ENGLISH) -> tuple[int, int]:
+    """Word errors of one text, and words of its reference; characters in languages written without spaces."""
+    import jiwer
+
+    expected, heard = normalize(reference, language), normalize(hypothesis, language)
+    if not expected:  # jiwer refuses it; all that was heard is inserted
+        return len(heard.split()), 0
+    found = jiwer.process_words([expected], [heard])
+    return found.substitutions + found.deletions + found.insertions, len(expected.split())
+
+
+def word_edits(wanted: str, heard: str, language: str = ENGLISH) -> list[tuple[str, str]]:
     """Two texts side by side as word error rates count them: both normalised, by the least number of edits.
 
     Returns:
@@ -61,7 +54,7 @@ def word_edits(wanted: str, heard: str) -> list[tuple[str, str]]:
     """
     import jiwer
 
-    first, second = normalize(wanted), normalize(heard)
+    first, second = normalize(wanted, language), normalize(heard, language)
     if not first or not second:  # jiwer refuses an empty reference
         return [(first, second)] if first or second else []
     compared = jiwer.process_words([first], [second])
@@ -73,15 +66,19 @@ def word_edits(wanted: str, heard: str) -> list[tuple[str, str]]:
 
 
 def _tokens(text: str) -> list[str]:
-    """Lower-case runs of letters, digits and marks; any other visible character is a token of its own."""
+    """Lower-case runs of letters, digits and marks; any other visible character is a token of its own.
+
+    So is a letter, with its marks, of a script without spaces: a run of them is a sentence.
+    """
     tokens: list[str] = []
-    in_word = False
+    in_word = may_grow = False
     for character in unicodedata.normalize("NFD", text):
-        kind = unicodedata.category(character)[0]
-        if kind in "LNM" and in_word:
+        kind, alone = unicodedata.category(character)[0], _SPACELESS.match(character) is not None
+        if in_word and (kind == "M" or kind in "LN" and may_grow and not alone):
             tokens[-1] += character
         elif kind not in "ZC":
             tokens.append(character)
+            may_grow = not alone
         in_word = kind in "LNM"
     return [token.lower() for token in tokens]  # of a whole word: a sigma at its end is another letter
 
@@ -126,7 +123,9 @@ def strict_match(reply: str, golds: str | Sequence[str], entity: str | Sequence[
     return any(set(answer).isdisjoint(name) for answer in answers for name in named)
 
 
-def strictly_said(heard: str, text: str, golds: str | Sequence[str], entity: str | Sequence[str] = ()) -> bool:
+def strictly_said(
+    heard: str, text: str, golds: str | Sequence[str], entity: str | Sequence[str] = (), language: str = ENGLISH
+) -> bool:
     """Whether speech counts strictly right: what was heard does, or is all of a text that does.
 
     The recogniser spells as it likes; where its transcript and the text are the same once normalised, nothing was lost
@@ -136,7 +135,8 @@ def strictly_said(heard: str, text: str, golds: str | Sequence[str], entity: str
         heard: transcript of the speech.
         text: what was to be said.
         golds, entity: see `strict_match`.
+        language: of all of them, by Whisper's code.
     """
     if strict_match(heard, golds, entity):
         return True
-    return strict_match(text, golds, entity) and normalize(heard) == normalize(text)
+    return strict_match(text, golds, entity) and normalize(heard, language) == normalize(text, language)

@@ -55,6 +55,13 @@ def _add_units(subparsers: Any) -> None:
     fit.add_argument("--clusters", type=int, default=500, help="number of units (default: %(default)s)")
     fit.add_argument("--max-frames", type=int, default=400_000, help="most frames to fit on, 50 a second")
     fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument(
+        "--switch",
+        type=_cost,
+        default=0.0,
+        help="what a change of unit costs, in mean squared distances of a frame: longer units, so that fewer are to be "
+        "learned; the demo's 0.8 nearly halves them (default: %(default)g)",
+    )
     _common(fit, run_units_fit)
     example = "echox units import mhubert_km1000.bin units/ --model voidful/mhubert-base --layer 11"
     published = _command(actions, "import", "take over published k-means centroids", example)
@@ -110,6 +117,13 @@ def _common(parser: Any, run: Callable[[argparse.Namespace], int]) -> None:
     parser.set_defaults(run=run)
 
 
+def _cost(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1000")
+    return value
+
+
 def run_units_fit(args: argparse.Namespace) -> int:
     """`echox units fit`."""
     from echox.units.extract import fit_extractor
@@ -118,7 +132,13 @@ def run_units_fit(args: argparse.Namespace) -> int:
     config = FeatureConfig(kind=args.features, model=args.model, layer=args.layer)
     audio = [clip for _, clip in read_recordings(args.source)]
     extractor = fit_extractor(
-        audio, config, args.clusters, seed=args.seed, max_frames=args.max_frames, progress=Progress()
+        audio,
+        config,
+        args.clusters,
+        seed=args.seed,
+        max_frames=args.max_frames,
+        switch=args.switch,
+        progress=Progress(),
     )
     unit_set = extractor.save(args.folder)
     seconds = sum(map(len, audio)) / 16_000

@@ -180,6 +180,7 @@ def fit_extractor(
     *,
     seed: int = 0,
     max_frames: int = 400_000,
+    switch: float = 0.0,
     progress: Progress | None = None,
 ) -> UnitExtractor:
     """Fit k-means on the frames of clips.
@@ -190,6 +191,7 @@ def fit_extractor(
         clusters: number of units K.
         seed: of k-means, and of the choice of clips where there are more frames than `max_frames`.
         max_frames: most frames to fit on; 400,000 are 2.2 hours.
+        switch: what a change of unit costs, see `KMeans.fit`.
         progress: called with (what, done, of).
 
     Raises:
@@ -209,7 +211,8 @@ def fit_extractor(
             progress("frames for k-means", min(start + _GROUP, len(order)), len(order))
     if not frames:
         raise DataError("No audio to fit units on", fix="Give at least one recording.")
-    return UnitExtractor(features, KMeans.fit(np.concatenate(frames)[:max_frames], clusters, seed=seed))
+    kmeans = KMeans.fit(np.concatenate(frames)[:max_frames], clusters, seed=seed, switch=switch)
+    return UnitExtractor(features, kmeans)
 
 
 def fit_units(

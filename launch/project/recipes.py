@@ -35,7 +35,8 @@ storage: {_quoted(project.runs)}
 
 
 def _stage_head(project: Project, stage: str, what: str) -> str:
-    return _head(project, project.run(stage).name, stage, what)
+    spoken = f"language: {_quoted(project.language)}\n" if project.language else ""
+    return _head(project, project.run(stage).name, stage, what) + spoken
 
 
 def _llm(project: Project) -> str:

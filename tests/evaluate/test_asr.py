@@ -222,6 +222,40 @@ def test_the_language_of_each_clip_is_found_unless_it_is_named(
     assert decoder.prompts == [[[4, PROMPT[name], 6, 7] for name in spoken]]
 
 
+@pytest.mark.parametrize(("language", "most"), [("en", 16), ("de", 48), (None, 16)])
+def test_other_languages_may_have_more_tokens_a_second(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str | None, most: int
+) -> None:
+    """A clip of a second that never ends: English has 8 tokens and a spare 8, Burmese or Georgian need 40."""
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    languages = {name: PROMPT[name] for name in ("<|en|>", "<|de|>")}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**generation, "lang_to_id": languages}))
+    decoder = Polyglot()
+    decoder.steps = {0.1: 60}
+    monkeypatch.setattr(asr, "open_session", lambda path, threads, replaced=None: decoder)
+    (heard,) = Judge.load(tmp_path, language=language).transcribe([sound(0.1, 1.0)])
+    assert len(heard.split()) == most
+
+
+@pytest.mark.parametrize(("known", "language"), [(PROMPT, "fr"), (PROMPT, "german"), ({"<|transcribe|>": 6}, "de")])
+def test_a_judge_that_does_not_know_the_language_is_refused(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: dict[str, int], language: str
+) -> None:
+    """Without its token it would transcribe all the same, in any language or none."""
+    monkeypatch.setattr(Words, "token_to_id", lambda self, name: known.get(name))
+    with pytest.raises(MissingModelError, match=f"does not know the language '{language}'"):
+        Judge.load(tmp_path, language=language)
+
+
+@pytest.mark.parametrize("language", ["en", None])
+def test_an_english_only_judge_hears_english(
+    judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str | None
+) -> None:
+    known = {name: PROMPT[name] for name in ("<|startoftranscript|>", "<|notimestamps|>")}
+    monkeypatch.setattr(Words, "token_to_id", lambda self, name: known.get(name))
+    assert Judge.load(tmp_path, language=language)._prompt.tolist() == [4, 7]
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingModelError, match="encoder_model.onnx"):
         Judge.load(tmp_path)

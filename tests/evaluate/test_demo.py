@@ -31,8 +31,13 @@ class Stand:
     """Model, vocoder and judge: a unit is the number of an answer, 10 more from the teacher, 20 more in the corpus."""
 
     sample_rate = 16000
+    recipe = SimpleNamespace(language="ru")
     units = UnitPart("run demo-echo", UNITS)
     heard = {0: "Timbabwe is in Africa", 1: ANSWERS[1], 10: ANSWERS[0], 11: ANSWERS[1], 20: ANSWERS[0], 21: "no"}
+
+    def listen(self, folder: Path, language: str) -> Stand:
+        assert language == self.recipe.language, "the judge is told the language of the run"
+        return self
 
     def answer(self, clips: list[Any], turns: Any = None, cascade: bool = False) -> list[SpokenAnswer]:
         numbers = [len(clip) // 1600 - 1 for clip in clips]
@@ -80,7 +85,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (root / "corpus.json").write_text('{"text_llm_acc": {"sqa-heldout-phrasing": 0.75}}')
     stand = Stand()
     monkeypatch.setenv("ECHOX_CACHE", str(tmp_path))
-    monkeypatch.setattr("echox.evaluate.asr.Judge", SimpleNamespace(load=lambda folder: stand))
+    monkeypatch.setattr("echox.evaluate.asr.Judge", SimpleNamespace(load=stand.listen))
     monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: stand)
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech", SimpleNamespace(load=lambda folder: stand))
     monkeypatch.setattr(demo, "resolve_model", lambda ref: tmp_path)

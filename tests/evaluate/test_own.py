@@ -31,6 +31,7 @@ class Stand:
 
     sample_rate = 16000
     units = UnitPart("run mine-echo", UNITS)
+    recipe = SimpleNamespace(language="de")
     heard = {0: "Timbabwe is in Africa", 1: ANSWERS[1], 10: ANSWERS[0], 11: ANSWERS[1], 20: ANSWERS[0], 21: "no"}
     languages: list[str | None] = []
 
@@ -100,7 +101,7 @@ def test_own_questions_are_scored_beside_the_cascade_and_the_ceilings_of_the_voi
     assert row["wer"] == pytest.approx(1 / 9)
     assert (scores["resynthesis_wer"], scores["t2c_heldout_wer"], scores["t2c_heldout_n"]) == (5 / 9, 0.0, 2)
     assert scores["streaming"]["n"] == 2 and scores["corpus"] == ""
-    assert Stand.languages == [None], "the judge finds the language of each clip"
+    assert Stand.languages == ["de"] == [scores["language"]], "the judge is told what the recipe says"
     assert {"questions-test answered", "questions-test heard", "voice-test"} == set(seen)
     assert [each["set"] for each in found.samples()] == ["questions-test"] * 2
     assert [each["ok"] for each in found.samples()] == [False, True]
@@ -131,9 +132,8 @@ def test_what_cannot_be_scored_is_refused(place: Path, capsys: pytest.CaptureFix
     run = str(place / "runs" / "mine-echo")
     for words, said in (
         (["--questions", "x"], "--questions alone has no ceilings"),
-        (["--sentences", "x"], "--sentences needs --questions"),
         (["--questions", "x", "--shard", "0/2"], "--shard needs --benchmark"),
-        (["--questions", "x", "--benchmark", "trivia-qa"], "are two evaluations"),
+        (["--questions", "x", "--benchmark", "trivia-qa"], "--benchmark is an evaluation of its own"),
     ):
         assert cli.main(["evaluate", run, *words]) == DataError.exit_code
         assert said in capsys.readouterr().err

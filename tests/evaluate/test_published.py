@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from echox.cli import main
 from echox.engine.checkpoint.manifest import WEIGHTS, read_manifest, write_manifest
 from echox.errors import DataError
+from echox.evaluate.published import write_pages
 from echox.evaluate.store import load_evaluation, save_evaluation
 from echox.tracking.run import open_run
 from tests.evaluate.test_report import RESULT, SAMPLES
@@ -101,6 +102,29 @@ def _trained(run: Path) -> int:
     """Parameters in the checkpoint's own file of weights."""
     checkpoint = next((run / "checkpoints").iterdir())
     return sum(tensor.size for tensor in load_file(checkpoint / WEIGHTS).values())
+
+
+@pytest.mark.parametrize(
+    ("named", "language", "rate"), [("zh", "zh", "CER"), ("ru", "ru", "WER"), (None, "en", "WER"), ("<b>", "en", "WER")]
+)
+def test_card_and_report_say_the_language_and_what_the_error_rate_counts(
+    tmp_path: Path, named: str | None, language: str, rate: str
+) -> None:
+    run = tmp_path / "zh-echo"
+    run.mkdir()
+    (run / "recipe.json").write_text(json.dumps({} if named is None else {"language": named}))
+    told = {"sets": {"asr": {"n": 2, "wer": 0.25}}, "judge": "some/judge", "original_wer": 0.1, "resynthesis_wer": 0.2}
+    if language == named:
+        told["language"] = language
+    pages = write_pages(tmp_path, {"echo": run}, told, [])
+    card = ModelCard.load(pages.card)
+    assert card.data.to_dict()["language"] == language and f"| language | {language} |" in card.text
+    assert [(each.metric_name, each.metric_type) for each in card.data.eval_results] == [(rate, rate.lower())]
+    assert f"told that the language is `{language}`" in card.text
+    assert f"| spoken by | {rate} |" in card.text and f"- {rate}: " in card.text
+    page = pages.report.read_text(encoding="utf-8")
+    assert f"<th>{rate}</th>" in page and ("told that the language is" in page) == (language != "en")
+    assert ("have a character error rate of" in page) == (rate == "CER")
 
 
 def test_a_card_without_evaluated_sets_or_run_folders_is_still_one(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from echox.evaluate.report import COLUMNS, write_report
+from echox.evaluate.columns import COLUMNS
+from echox.evaluate.report import write_report
 
 RESULT: dict[str, Any] = {
     "sets": {

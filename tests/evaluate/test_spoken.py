@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,8 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 class Model:
     """Knows all but Egypt, by the length of the question; its units are the country's number, the teacher's 5 more."""
+
+    recipe = SimpleNamespace(language="en")
 
     def answer(self, clips: list[Any], turns: Any = None, cascade: bool = False) -> list[SpokenAnswer]:
         assert turns is None and cascade
@@ -188,6 +191,8 @@ def test_metrics_of_a_killed_run_are_read_up_to_the_cut(tmp_path: Path) -> None:
 
 class Heard:
     """Answers each question by its length, and remembers how questions came."""
+
+    recipe = SimpleNamespace(language="en")
 
     def __init__(self, texts: dict[int, str]) -> None:
         self.texts, self.batches = texts, []
@@ -320,6 +325,7 @@ class Facts:
     """Answers about countries by the length of the question; the judge hears by the first unit."""
 
     sample_rate = 16000
+    recipe = SimpleNamespace(language="en")
     texts = {1: "Ghana is in Africa.", 2: "Peru is in Africa.", 3: "Oslo is the capital of Norway."}
 
     def __init__(self, heard: dict[int, str]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import jiwer
 import pytest
 
 from echox.errors import DataError
-from echox.evaluate.text import answer_match, normalize, strict_match, strictly_said, wer, word_edits
+from echox.evaluate.text import answer_match, strict_match, strictly_said, wer, word_edits
 
 
 def edit_distance(reference: list[str], heard: list[str]) -> int:
@@ -20,12 +21,6 @@ def edit_distance(reference: list[str], heard: list[str]) -> int:
     return row[-1]
 
 
-def test_normalize_makes_the_same_of_what_sounds_the_same() -> None:
-    assert normalize("The Capital, of France is PARIS!") == "the capital of france is paris"
-    assert normalize("It's twenty one miles.") == normalize("it is 21 miles")
-    assert normalize("Um,  Brasília ...") == "brasilia"
-
-
 def test_wer_is_edit_distance_over_reference_words() -> None:
     chance = random.Random(0)
     words = ["lima", "paris", "cat", "dog", "green", "house"]
@@ -33,6 +28,25 @@ def test_wer_is_edit_distance_over_reference_words() -> None:
     heard = [" ".join(chance.choices(words, k=chance.randint(0, 9))) for _ in range(30)]
     errors = sum(edit_distance(r.split(), h.split()) for r, h in zip(references, heard, strict=True))
     assert wer(references, heard) == pytest.approx(errors / sum(len(r.split()) for r in references))
+
+
+def test_wer_in_a_language_without_spaces_is_of_characters() -> None:
+    """Five of six characters as they are, the last one another, and one more: 2 of 6. In words, all would be wrong."""
+    assert wer(["利马是首都。"], ["利马是首府吗"], "zh") == pytest.approx(2 / 5)
+    assert wer(["利马是首都。"], ["利马是首府吗"], "en") == 1.0
+    assert wer(["น้ำตก"], ["น้ำตา"], "th") == pytest.approx(1 / 4)
+    assert word_edits("利马是首都。", "利马是首府", "zh") == [("利 马 是 首", "利 马 是 首"), ("都", "府")]
+
+
+def test_wer_in_other_languages_is_that_of_jiwer_on_texts_normalised_by_hand() -> None:
+    references = ["Всё, что он сказал: «Да»!", "Что ж?"]
+    heard = ["все что она сказала да", "Что ж."]
+    by_hand = jiwer.wer(["все что он сказал да", "что ж"], ["все что она сказала да", "что ж"])
+    assert wer(references, heard, "ru") == pytest.approx(by_hand) == pytest.approx(2 / 7)
+    by_hand = jiwer.cer(["مرحبا يا صديقي"], ["مرحبا صديقي"])
+    assert by_hand == pytest.approx(3 / 14)  # of characters, spaces too, as jiwer counts them
+    assert wer(["مَرْحَبًا، يَا صَدِيقِي!"], ["مرحبا صديقي"], "ar") == pytest.approx(1 / 3)
+    assert wer(["東京は高い。"], ["東京は安い"], "ja") == jiwer.cer("東京は高い", "東京は安い") == pytest.approx(1 / 5)
 
 
 def test_wer_at_the_edges() -> None:
@@ -73,6 +87,17 @@ def test_wer_at_the_edges() -> None:
         ("$5", "5", True),
         ("5$", "$", True),
         ("a\u200bb", "b", True),
+        ("秘鲁的首都是利马。", "利马", True),
+        ("秘鲁的首都是利马。", "马利", False),
+        ("เมืองหลวงคือลิมา", "ลิมา", True),
+        ("これはペルーです", "ペル", True),  # a mark of length is a letter of its own
+        ("これはペルーです", "へルー", False),
+        ("Столица Перу — Лима.", "лима", True),
+        ("Столица Перу — Лима.", "лим", False),
+        ("लीमा पेरू में है", "लीमा", True),
+        ("लीमा पेरू में है", "लीम", False),
+        ("CPU是A", "cpu", True),
+        ("CPU是A", "是 a", True),
     ],
 )
 def test_answer_match(prediction: str, golds: str | list[str], expected: bool) -> None:

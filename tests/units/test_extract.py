@@ -12,6 +12,7 @@ import torch
 from transformers import HubertConfig, HubertModel, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from echox.audio.io import write_audio
+from echox.cli import main
 from echox.errors import DataError, MissingModelError
 from echox.units.extract import UnitExtractor, fit_extractor, fit_units
 from echox.units.features import FeatureConfig, load_features
@@ -228,3 +229,24 @@ def test_a_recording_that_is_none_is_named_and_left_out(tmp_path: Path, capsys: 
     (tmp_path / "c.opus").unlink()
     with pytest.raises(DataError, match="Not one of 2 recordings can be used"):
         list(read_recordings(tmp_path))
+
+
+def test_a_change_of_unit_costs_what_the_command_says(tmp_path: Path) -> None:
+    """The same centroids; what a change costs only lets units last longer."""
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        write_audio(tmp_path / "in" / f"{number}.wav", tone(2.0, number))
+    fit = ["units", "fit", str(tmp_path / "in"), "--features", "log_mel", "--clusters", "16"]
+    assert main([*fit[:3], str(tmp_path / "free"), *fit[3:]]) == 0
+    assert main([*fit[:3], str(tmp_path / "costly"), *fit[3:], "--switch", "3"]) == 0
+    free, costly = (UnitExtractor.load(tmp_path / name) for name in ("free", "costly"))
+    np.testing.assert_array_equal(free.kmeans.centroids_KD, costly.kmeans.centroids_KD)
+    assert free.kmeans.switch_cost == 0 < costly.kmeans.switch_cost
+    (many, _), (few, _) = (extractor.extract([tone(2.0, 7)])[0] for extractor in (free, costly))
+    assert len(few) < 0.8 * len(many)
+
+
+@pytest.mark.parametrize("given", ["-1", "nan", "1e9"])
+def test_no_other_cost_is_taken(tmp_path: Path, given: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["units", "fit", str(tmp_path), str(tmp_path / "out"), f"--switch={given}"])

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from echox.engine.checkpoint.checkpointer import find_weights
+from echox.engine.checkpoint.recorded import recipe_of
 from echox.errors import DataError
 from echox.evaluate.benchmarks.catalogue import BENCHMARKS, PROTOCOL, PUBLISHED, PUBLISHED_JUDGE
 from echox.evaluate.benchmarks.decoding import Decoding, decodings
@@ -165,8 +167,9 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
             found.setdefault(benchmark.name, []).append((decoding, answers))
     if any(len(answers) < len(each.items) for each in benchmarks for _, answers in found[each.name]):
         return None
-    items = {each.name: [judged(each, answers) for _, answers in found[each.name]] for each in benchmarks}
-    results = _results(request, benchmarks, ways, items)
+    language = recipe_of(find_weights(request.run).parent).language
+    items = {each.name: [judged(each, answers, language) for _, answers in found[each.name]] for each in benchmarks}
+    results = _results(request, benchmarks, ways, items, language)
     greedy = {name: rows[0] for name, rows in items.items()}
     speaker = load_vocoder(vocoder)
     sounds = {each.name: _sounds(each, greedy[each.name], speaker) for each in benchmarks}
@@ -184,11 +187,12 @@ def _results(
     benchmarks: list[Benchmark],
     ways: list[Decoding],
     items: Mapping[str, list[list[Judged]]],
+    language: str,
 ) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for benchmark in benchmarks:
         name = benchmark.name
-        scores = [score(rows) for rows in items[name]]
+        scores = [score(rows, language) for rows in items[name]]
         runs = [
             {**_decoding(decoding), "command": request.command(name, decoding), **each.row()}
             for decoding, each in zip(ways, scores, strict=True)
@@ -207,6 +211,7 @@ def _results(
     return {
         "run": request.run.name,
         "judge": request.judge,
+        "language": language,
         "protocol": PROTOCOL,
         "benchmarks": shown,
         "pooled": pooled([rows[0] for rows in items.values()]),

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echox.audio.io import encode_wav
+from echox.config.languages import ENGLISH
 from echox.evaluate.benchmarks.catalogue import PUBLISHED_JUDGE
 from echox.evaluate.benchmarks.scoring import Judged
 from echox.evaluate.benchmarks.table import COLUMNS, cell, row_name, spread
-from echox.evaluate.columns import percent
+from echox.evaluate.columns import Column, in_language, percent
 from echox.html import player, write_page
 
 if TYPE_CHECKING:
@@ -49,29 +50,30 @@ def write_benchmark_page(
         items: by benchmark, every question with its greedy answer.
         sounds: by benchmark, those of the first questions.
     """
+    columns = in_language(COLUMNS, results.get("language") or ENGLISH)
     parts = [
         "<h1>Spoken-question benchmarks</h1>",
         f"<p>Run <b>{html.escape(results['run'])}</b>, judge <b>{html.escape(results['judge'])}</b>, which finds the "
         f"language of each clip itself. Protocol: {html.escape(results['protocol'])}. DNSMOS rates some of the "
         "answers, at even distances, where it was fetched.</p>",
-        *(_benchmark(name, found, results["judge"]) for name, found in results["benchmarks"].items()),
-        _meanings(),
+        *(_benchmark(name, found, results["judge"], columns) for name, found in results["benchmarks"].items()),
+        _meanings(columns),
         *(_questions(name, rows, sounds.get(name, ())) for name, rows in items.items()),
     ]
     return write_page(path, "EchoX benchmarks", parts)
 
 
-def _benchmark(name: str, found: Mapping[str, Any], judge: str) -> str:
-    head = "".join(f"<th>{column.label}</th>" for column in COLUMNS)
+def _benchmark(name: str, found: Mapping[str, Any], judge: str, columns: Sequence[Column]) -> str:
+    head = "".join(f"<th>{column.label}</th>" for column in columns)
     shown = "".join(
         f"<tr><td>{html.escape(row_name(row))}<br><small>judge {html.escape(judge)}</small></td>"
-        + "".join(f"<td>{cell(column.key, row)}</td>" for column in COLUMNS)
-        + f'</tr><tr><td colspan="{len(COLUMNS) + 1}"><small><code>{html.escape(row["command"])}</code></small></td>'
+        + "".join(f"<td>{cell(column.key, row)}</td>" for column in columns)
+        + f'</tr><tr><td colspan="{len(columns) + 1}"><small><code>{html.escape(row["command"])}</code></small></td>'
         + "</tr>"
         for row in found["runs"]
     )
     if found["repeated"]:
-        cells = "".join(f"<td>{spread(column.key, found['repeated'])}</td>" for column in COLUMNS)
+        cells = "".join(f"<td>{spread(column.key, found['repeated'])}</td>" for column in columns)
         shown += f"<tr><td>mean ± sd of {found['repeated']['runs']}</td>{cells}</tr>"
     title = html.escape(found["title"])
     return (
@@ -94,10 +96,10 @@ def _published(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _meanings() -> str:
+def _meanings(columns: Sequence[Column]) -> str:
     return (
         "<h3>What the columns mean</h3><dl>"
-        + "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in COLUMNS)
+        + "".join(f"<dt>{column.label}</dt><dd>{column.meaning}</dd>" for column in columns)
         + "</dl>"
     )
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from echox.config.languages import ENGLISH
 from echox.evaluate.benchmarks.records import Answered
 from echox.evaluate.benchmarks.survey import Benchmark, Item
+from echox.evaluate.normalization import normalize
 from echox.evaluate.quality import PARTS, Quality, mean_quality
 from echox.evaluate.scores import share, wilson
-from echox.evaluate.text import answer_match, normalize, wer
+from echox.evaluate.text import answer_match, wer
 from echox.stream.sampling.keyed_rng import permutation
 
 CHANCE_SEED, CHANCE_SHIFTS = 17, 10
@@ -37,7 +39,7 @@ class Judged:
     silent: bool
 
     @classmethod
-    def of(cls, item: Item, answer: Answered) -> Judged:
+    def of(cls, item: Item, answer: Answered, language: str = ENGLISH) -> Judged:
         """Judge an answer by the rule of UltraEval-Audio's `qa-exist-match`, see `answer_match`."""
         return cls(
             item=item,
@@ -45,7 +47,7 @@ class Judged:
             text_right=answer_match(answer.text, item.golds),
             speech_right=answer_match(answer.heard, item.golds),
             cascade_right=answer_match(answer.cascade_heard, item.golds),
-            silent=not normalize(answer.heard),
+            silent=not normalize(answer.heard, language),
         )
 
 
@@ -97,13 +99,13 @@ REPEATED = ("s2t", "s2s", "cascade", "retention", "wer", "silent", "seconds", "d
 """Scores of which repeated runs have a mean and a standard deviation."""
 
 
-def judged(benchmark: Benchmark, answers: Mapping[int, Answered]) -> list[Judged]:
+def judged(benchmark: Benchmark, answers: Mapping[int, Answered], language: str = ENGLISH) -> list[Judged]:
     """The questions of a benchmark that has an answer to each, in their order."""
-    return [Judged.of(item, answers[number]) for number, item in enumerate(benchmark.items)]
+    return [Judged.of(item, answers[number], language) for number, item in enumerate(benchmark.items)]
 
 
-def score(items: Sequence[Judged]) -> Score:
-    """The scores of one decoding."""
+def score(items: Sequence[Judged], language: str = ENGLISH) -> Score:
+    """The scores of one decoding, whose answers are in a language."""
     s2t, s2s = share(each.text_right for each in items), share(each.speech_right for each in items)
     golds = [each.item.golds for each in items]
     opinions = mean_quality(Quality(*each.answer.quality) if each.answer.quality else None for each in items) or {}
@@ -117,7 +119,7 @@ def score(items: Sequence[Judged]) -> Score:
         retention_paired=share(each.speech_right for each in items if each.text_right),
         chance_s2t=chance([each.answer.text for each in items], golds),
         chance_s2s=chance([each.answer.heard for each in items], golds),
-        wer=wer([each.answer.text for each in items], [each.answer.heard for each in items]),
+        wer=wer([each.answer.text for each in items], [each.answer.heard for each in items], language),
         silent=share(each.silent for each in items),
         seconds=statistics.fmean(each.answer.seconds for each in items),
         failed=share(each.answer.failed > 0 for each in items),

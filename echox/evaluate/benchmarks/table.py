@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from echox.config.languages import ENGLISH
 from echox.evaluate.benchmarks.catalogue import PUBLISHED_JUDGE
-from echox.evaluate.columns import Column, aligned, percent
+from echox.evaluate.columns import Column, aligned, in_language, percent
 
 COLUMNS = (
     Column("n", "n", "Number of questions."),
@@ -67,13 +68,13 @@ def row_name(row: Mapping[str, Any]) -> str:
 
 def lines(results: Mapping[str, Any]) -> Iterator[str]:
     """The results as a table for a terminal, benchmark by benchmark."""
-    judge = results["judge"]
+    judge, columns = results["judge"], in_language(COLUMNS, results.get("language") or ENGLISH)
     for name, found in results["benchmarks"].items():
-        heads = [f"{name}, judge {judge}", *(column.label for column in COLUMNS)]
-        rows = [[row_name(row), *(cell(column.key, row) for column in COLUMNS)] for row in found["runs"]]
+        heads = [f"{name}, judge {judge}", *(column.label for column in columns)]
+        rows = [[row_name(row), *(cell(column.key, row) for column in columns)] for row in found["runs"]]
         if found["repeated"]:
             count = found["repeated"]["runs"]
-            rows.append([f"mean ± sd of {count}", *(spread(column.key, found["repeated"]) for column in COLUMNS)])
+            rows.append([f"mean ± sd of {count}", *(spread(column.key, found["repeated"]) for column in columns)])
         yield from (line.rstrip() for line in aligned([heads, *rows]))
         if found["published"]:
             shown = ", ".join(f"{each['system']} {percent(each['s2s'])}" for each in found["published"])

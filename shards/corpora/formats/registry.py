@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.corpora.formats import kaldi, lhotse, messages, moshi, recordings, subtitles, tables
+from shards.corpora.formats import kaldi, lhotse, messages, moshi, prompts, recordings, subtitles, tables
 from shards.corpora.formats.rows import Line, Row, array_rows, beginning, first_object, json_rows, renamed
 
 
@@ -53,6 +53,8 @@ def _table_rows(path: Path) -> Iterator[Line]:
 FORMATS = (
     Format("Kaldi folder", lambda path: (path / "wav.scp").is_file(), kaldi.rows, from_root=True),
     Format("Lhotse cuts", lambda path: lhotse.is_cut(_first(path)), lhotse.rows, from_root=True),
+    Format("festvox voice", prompts.is_festvox, prompts.festvox_rows),
+    Format("LJSpeech", prompts.is_ljspeech, prompts.ljspeech_rows),
     Format("audiofolder of Hugging Face", lambda path: bool(tables.metadata(path)), tables.audiofolder_rows),
     Format("Common Voice", lambda path: bool(tables.common_voice(path)), tables.common_voice_rows),
     Format("parquet of Hugging Face", lambda path: bool(tables.parquets(path)), tables.parquet_rows),

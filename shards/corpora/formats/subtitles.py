@@ -11,8 +11,8 @@ from shards.corpus import sorted_paths
 
 _CAPTIONS = (".srt", ".vtt", ".ass")
 _SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
-_ASIDE = re.compile(r"\[[^\]]*\]|\([^)]*\)|♪[^♪]*♪?")
-"""What nobody says: [music], (laughs)."""
+_ASIDE = re.compile(r"[\[［【][^\]］】]*[\]］】]|[(（][^)）]*[)）]|♪[^♪]*♪?")
+"""What nobody says: [music], (laughs), （笑い）."""
 _LARGEST = 64 << 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from echox.evaluate.benchmarks.records import Answered
 from echox.evaluate.benchmarks.scoring import chance, judged, pooled, repeated, score
 from echox.evaluate.benchmarks.survey import Benchmark, Item
+from echox.evaluate.benchmarks.table import lines
 
 GOLDS = ("Paris", "Lima", "Oslo", "Rome", "Cairo")
 TEXTS = ("It is Paris.", "It is Lima.", "It is Oslo", "I do not know", "")
@@ -41,6 +43,16 @@ def test_every_score_is_what_it_says() -> None:
     p, n, z = 3 / 5, 5, 1.959963984540054
     centre, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert found.s2s_interval_95 == pytest.approx([(centre + s * reach) / (1 + z * z / n) for s in (-1, 1)])
+
+
+def test_answers_in_another_language_are_compared_by_its_rules() -> None:
+    one = Answered(number=0, text="利马是首都。", heard="利马是首府", cascade_heard="", units=[], seconds=0, failed=0)
+    said = {n: replace(one, number=n) for n in range(5)}
+    assert score(judged(benchmark(), said, "zh"), "zh").wer == pytest.approx(1 / 5)
+    assert score(judged(benchmark(), said)).wer == 1.0
+    results = {"judge": "j", "language": "zh", "benchmarks": {"b": {"runs": [], "repeated": {}, "published": []}}}
+    (head,) = lines(results)
+    assert " CER " in head and " WER " not in head and " WER " in next(lines({**results, "language": "en"}))
 
 
 def test_nothing_right_in_text_has_no_retention() -> None:

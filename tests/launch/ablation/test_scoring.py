@@ -31,6 +31,7 @@ class Stand:
 
     sample_rate = 16000
     units = UnitPart("run echo-s17", UNITS)
+    recipe = SimpleNamespace(language="en")
     heard = {0: "Ghana is in Asia", 1: ANSWERS[1], 2: ANSWERS[2], 10: ANSWERS[0], 11: ANSWERS[1], 12: "no"}
 
     def __init__(self) -> None:

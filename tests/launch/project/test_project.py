@@ -136,7 +136,7 @@ def test_recipes_are_right_and_say_what_they_stand_on(tmp_path: Path, voice: Pat
     heard = Recordings(voice, "x", count=1000, hours=hours)
     asked = Recordings(voice, "x", count=640)
     folder = tmp_path / "mine: a #1"
-    made = project(folder, voice, voice, gpus=gpus)
+    made = project(folder, voice, voice, gpus=gpus, language="de")
     size = sizes(heard, asked, gpus)
     store.write_recipes(made, recipes(made, LLM, heard, size))
     store.write(made, size.clusters, ["a remark"])
@@ -150,6 +150,7 @@ def test_recipes_are_right_and_say_what_they_stand_on(tmp_path: Path, voice: Pat
     assert vocoder.optim.steps == (100_000 if gpus else 1000)
     assert store.read(folder) == (made, size.clusters)
     assert "- a remark" in (folder / "README.md").read_text()
+    assert (s2t.language, t2c.language, echo.language) == ("de",) * 3
     with pytest.raises(RecipeError, match="there is a project already"):
         store.write_recipes(made, {})
 

@@ -320,6 +320,67 @@ def test_a_folder_of_recordings_with_texts_beside_some(tmp_path: Path) -> None:
     assert rejected["silent.wav"] == "no answer text", "nobody has written it down"
 
 
+def festvox(folder: Path, lines: str) -> Path:
+    """A voice as festvox lays it out: labels and features lie beside the recordings, and say nothing of the words."""
+    put(folder / "etc" / "txt.done.data", lines)
+    put(folder / "lab" / "ru_0001.lab", "#\n0.34 125 pau\n0.39 125 k\n")
+    for number in range(1, 5):
+        put(folder / "wav" / f"ru_{number:04d}.wav", encoded(clip(number)))
+    return folder
+
+
+def test_festvox_voice_reads_its_list_and_not_its_labels(tmp_path: Path) -> None:
+    lines = (
+        '( ru_0001 "Она завела, прядь волнистых волос за ухо." )\n'
+        "; a comment\n\n"
+        '(ru_0002 "Он сказал: \\"да\\", и ушёл (домой)." )\r\n'
+        '( ru_0003 "Без конца )\n'
+        "ru_0004 Без скобок\n"
+        '( ru_0005 "Нет записи." )\n'
+        '( ../ru_0004 "Снаружи." )\n'
+    )
+    samples, rejected = made(festvox(tmp_path / "voice", lines), "festvox voice", task="tts")
+    assert {name: sample["json"]["answer_text"] for name, sample in samples.items()} == {
+        "ru_0001": "Она завела, прядь волнистых волос за ухо.",
+        "ru_0002": 'Он сказал: "да", и ушёл (домой).',
+    }
+    assert tone(samples["ru_0001"], "answer.flac") == (220, 0.3)
+    assert tone(samples["ru_0002"], "answer.flac") == (240, 0.3)
+    broken = 'not ( name "what was said" )'
+    assert rejected["line 5 of txt.done.data"] == rejected["line 6 of txt.done.data"] == broken
+    assert len(rejected) == 4 and "../ru_0004" in rejected
+
+
+def test_the_list_of_a_festvox_voice_alone_is_refused_with_the_folder_to_name(tmp_path: Path) -> None:
+    place = festvox(tmp_path / "voice", '( ru_0001 "Да." )\n') / "etc" / "txt.done.data"
+    with pytest.raises(DataError, match="name the folder that has etc and wav in it"):
+        build("manifest", place, tmp_path / "out", task="tts")
+
+
+def test_ljspeech_takes_what_is_said_and_is_no_audiofolder(tmp_path: Path) -> None:
+    lines = (
+        'LJ001-0001|Printing, in 1455|Printing, in fourteen "fifty-five"\nLJ001-0002|only written|\nx|two|three|four\n'
+    )
+    put(tmp_path / "lj" / "metadata.csv", lines + "LJ001-0003.wav|with its ending\nalone\n")
+    for number in range(1, 4):
+        put(tmp_path / "lj" / "wavs" / f"LJ001-{number:04d}.wav", encoded(clip(number)))
+    samples, rejected = made(tmp_path / "lj", "LJSpeech", task="tts")
+    assert [sample["json"]["answer_text"] for sample in samples.values()] == [
+        'Printing, in fourteen "fifty-five"', "only written", "with its ending"]  # fmt: skip
+    assert tone(samples["LJ001-0003"], "answer.flac") == (260, 0.3)
+    assert list(rejected) == ["line 3 of metadata.csv", "line 5 of metadata.csv"]
+    put(tmp_path / "lj" / "metadata.csv", "file_name,transcription\nwavs/LJ001-0001.wav,a | b\n")
+    samples, _ = made(tmp_path / "lj", "audiofolder of Hugging Face", task="tts", replace=True)
+    assert [sample["json"]["answer_text"] for sample in samples.values()] == ["a | b"]
+
+
+def test_captions_leave_out_what_nobody_says_in_any_brackets(folder: Path, tmp_path: Path) -> None:
+    put(tmp_path / "talk" / "0.wav", (folder / "clips" / "0.wav").read_bytes())
+    put(tmp_path / "talk" / "0.srt", "1\n00:00:00,000 --> 00:00:00,200\n（笑い）そうです【音楽】［拍手］ね\n")
+    samples, _ = made(tmp_path / "talk", "subtitles")
+    assert [sample["json"]["question_text"] for sample in samples.values()] == ["そうです ね"]
+
+
 def test_a_folder_in_no_format_is_refused(tmp_path: Path) -> None:
     put(tmp_path / "in" / "a.doc", encoded(clip(1)))
     with pytest.raises(DataError, match="Cannot find manifest"):
