@@ -11,7 +11,7 @@ from typing import Any
 
 from echox.arguments import positive
 from echox.audio.io import SAMPLE_RATE
-from shards.builder.hold_out import PARTS, part_of
+from shards.builder.hold_out import PARTS, Shares, part_of
 from shards.corpora.registry import CORPORA
 from shards.corpus import Corpus
 
@@ -64,7 +64,10 @@ def _add(corpora: Any, corpus: Corpus) -> None:
         )
         parser.add_argument("--part", choices=PARTS, help="of the list: what is held out, or the rest; default: all")
         parser.add_argument(
-            "--valid-share", type=_share, default=0.05, help="of the list that --part holds out (default: %(default)g)"
+            "--valid-share", type=_share, default=0.05, help="of the list in part valid (default: %(default)g)"
+        )
+        parser.add_argument(
+            "--test-share", type=_share, default=0.0, help="of the list in part test (default: %(default)g)"
         )
         parser.add_argument(
             "--transcribe", metavar="MODEL", help="Whisper that writes down what has no text: a folder, or its name"
@@ -134,7 +137,7 @@ def _completed(corpus: Corpus, args: argparse.Namespace) -> Corpus:
     from shards.builder.missing import Maker, Missing
 
     if getattr(args, "part", None) is not None:
-        corpus = part_of(corpus, args.part, args.valid_share)
+        corpus = part_of(corpus, args.part, Shares(args.valid_share, args.test_share))
     transcribe, speak = getattr(args, "transcribe", None), getattr(args, "speak", None)
     recogniser = synthesiser = None
     if transcribe is not None:

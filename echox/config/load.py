@@ -111,9 +111,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def fingerprint(recipe: Recipe) -> str:
+def fingerprint(recipe: Section) -> str:
     """sha256 over all keys but the free ones: equal for recipes that ask for the same training; 64 hex digits."""
-    kept = {key: value for key, value in leaves(resolved(recipe)) if change_of(key) is not Change.FREE}
+    schema = type(recipe)
+    kept = {key: value for key, value in leaves(resolved(recipe)) if change_of(key, schema) is not Change.FREE}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

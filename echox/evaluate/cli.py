@@ -7,7 +7,10 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from echox.evaluate.demo import Evaluation
 
 from echox.arguments import from_zero, positive
 
@@ -16,22 +19,30 @@ def add_parser(subparsers: Any) -> None:
     """Register both commands."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="score a run on the demo's held-out sets, or on benchmarks",
+        help="score a run on the demo's held-out sets, on your own, or on benchmarks",
         description="Ask held-out questions by voice, let the run answer aloud, let an independent ASR model judge. "
-        "With --benchmark, by the protocol of UltraEval-Audio; with --sentences, a t2c run reads them. The language is "
-        "that of the run's recipe.",
-        epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/demo/demo-echo "
-        "--benchmark llama-questions --data llama-questions=questions/; echox evaluate runs/t2c --sentences data/voice",
+        "With --questions, those of shards of your own; with --benchmark, by the protocol of UltraEval-Audio; with "
+        "--sentences alone, a t2c run reads them. The language is that of the run's recipe.",
+        epilog="examples: echox evaluate runs/demo/demo-echo --limit 10; echox evaluate runs/mine-echo --questions "
+        "data/questions-test --sentences data/voice-test --vocoder runs/vocoder/vocoder; echox evaluate "
+        "runs/demo/demo-echo --benchmark llama-questions --data llama-questions=questions/; echox evaluate runs/t2c "
+        "--sentences data/voice",
     )
     parser.add_argument(
         "trained",
         metavar="RUN",
-        help="run, URL of a run, or checkpoint folder of the echo stage; with --sentences of the t2c stage",
+        help="run, URL of a run, or checkpoint folder of the echo stage; with --sentences alone of the t2c stage",
+    )
+    parser.add_argument(
+        "--questions",
+        metavar="FOLDER[,FOLDER]",
+        help="ask these held-out questions: folders of shards with question.flac and the text of an answer",
     )
     parser.add_argument(
         "--sentences",
         metavar="DATASET",
-        help="let a t2c run read these held-out sentences: folder of shards with answer.flac and answer.units, or name",
+        help="held-out sentences of the voice: folder of shards with answer.flac and answer.units, or name; alone, a "
+        "t2c run reads them",
     )
     parser.add_argument("--limit", type=int, help="most items of each set")
     parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
@@ -45,6 +56,7 @@ def add_parser(subparsers: Any) -> None:
         type=from_zero,
         help="answers of a set whose sound DNSMOS rates, at even distances; 0 for none; default: 12, 50 of a benchmark",
     )
+    parser.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     _add_benchmark_options(parser)
     parser.set_defaults(run=evaluate)
@@ -75,7 +87,6 @@ def _add_benchmark_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="folder or file of a benchmark; default: its name below $ECHOX_CACHE/data",
     )
-    group.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
     group.add_argument(
         "--sampling", choices=["release"], help="sample too, as the released code does: T=0.2, top-p 0.9"
     )
@@ -105,14 +116,17 @@ def evaluate(args: argparse.Namespace) -> int:
     """Score, save, print."""
     from echox.errors import DataError
 
-    if args.benchmark is not None and args.sentences is not None:
-        raise DataError("--sentences and --benchmark score different stages", fix="give one of them")
+    if sum(each is not None for each in (args.benchmark, args.questions or args.sentences)) > 1:
+        raise DataError("--benchmark is an evaluation of its own", fix="leave out --questions and --sentences, or it")
+    own = args.questions is not None or args.sentences is not None
+    given = [name for name in _OF_BENCHMARKS if getattr(args, name) is not None]
+    alone = [f"--{name.replace('_', '-')}" for name in given if name != "judge" or not own]
+    if alone and args.benchmark is None:
+        raise DataError(f"{', '.join(alone)} needs --benchmark", fix="name a benchmark, or leave it out")
     if args.benchmark is not None:
         return _evaluate_benchmarks(args)
-    given = [name for name in _OF_BENCHMARKS if getattr(args, name) is not None]
-    alone = [f"--{name.replace('_', '-')}" for name in given if name != "judge" or args.sentences is None]
-    if alone:
-        raise DataError(f"{', '.join(alone)} needs --benchmark", fix="name a benchmark, or leave it out")
+    if args.questions is not None:
+        return _evaluate_own(args)
     return _evaluate_demo(args) if args.sentences is None else _read_sentences(args)
 
 
@@ -178,6 +192,30 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluate_own(args: argparse.Namespace) -> int:
+    from echox.config.paths import resolve_data
+    from echox.engine.object_store.reading import local_run
+    from echox.errors import DataError
+    from echox.evaluate.own import OwnSets, evaluate_own
+    from echox.speak.vocoder import default_vocoder
+
+    if args.sentences is None:
+        fix = "name a folder of held-out sentences, with answer.flac and answer.units, by --sentences"
+        raise DataError("--questions alone has no ceilings to compare with", fix=fix)
+    if args.limit is not None and args.limit < 1:
+        raise DataError(f"--limit {args.limit} leaves no question", fix="give a number from 1 on, or leave it out")
+    chosen = {name: getattr(args, name) for name in ("judge", "rated") if getattr(args, name) is not None}
+    sets = OwnSets(
+        run=local_run(args.trained),
+        questions=tuple(Path(each) for each in args.questions.split(",") if each),
+        sentences=resolve_data(args.sentences),
+        vocoder=args.vocoder or default_vocoder(args.corpus),
+        limit=args.limit,
+        **chosen,
+    )
+    return _saved(args, sets.run, evaluate_own(sets, _watch))
+
+
 def _watch(name: str, done: int, total: int) -> None:
     print(f"{name} {done}/{total}", file=sys.stderr)
 
@@ -185,11 +223,17 @@ def _watch(name: str, done: int, total: int) -> None:
 def _evaluate_demo(args: argparse.Namespace) -> int:
     from echox.engine.object_store.reading import local_run
     from echox.evaluate.demo import evaluate_demo
-    from echox.evaluate.store import save_evaluation
 
     run = local_run(args.trained)
     chosen = {} if args.rated is None else {"rated": args.rated}
     found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus, **chosen)
+    return _saved(args, run, found)
+
+
+def _saved(args: argparse.Namespace, run: Path, found: Evaluation) -> int:
+    """Keep an evaluation for the report, and print its scores."""
+    from echox.evaluate.store import save_evaluation
+
     scores = found.to_json()
     save_evaluation(args.out or run.parent / "evaluation", scores, found.samples())
     if args.json:

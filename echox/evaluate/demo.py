@@ -195,7 +195,7 @@ def evaluate_demo(
     heldout = take(sentences, min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
     again, original = resynthesis_wer(heldout, listener, language=language, progress=watch(RESYNTHESIS_SET))
     teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
-    spoken = [row for each, score in sets.items() for row in _samples(each.name, score.items, listener)]
+    spoken = [row for each, score in sets.items() for row in played(each.name, score.items, listener)]
     streamed = _streamed_questions(asked)
     streaming = score_streaming(model, listener.vocoder, streamed)
     command = _command(run, vocoder, limit, corpus, rated)
@@ -229,8 +229,8 @@ def _reference_texts(asked: dict[HeldOutSet, list[Sample]]) -> set[str]:
     return {sample.meta["answer_text"] for samples in asked.values() for sample in samples}
 
 
-def _samples(name: str, items: Sequence[SpokenItem], listener: Listener) -> list[dict[str, Any]]:
-    """Some items of a set, with the waveforms of what was said and of the reference."""
+def played(name: str, items: Sequence[SpokenItem], listener: Listener) -> list[dict[str, Any]]:
+    """Some items of a set, with the waveforms of what was said and of the reference: what the report plays."""
     chosen = [items[index] for index in spread_over(len(items), PER_SET)]
     return [
         {

@@ -21,9 +21,9 @@ from echox.config.load import load_recipe
 from echox.device import usable_gpus
 from echox.errors import LaunchError
 from echox.tracking.names import tracking_uri
+from launch import run_state
 from launch.ablation.answers import annotated_sources
 from launch.ablation.arms import BASE, Arm
-from launch.demo import run_state
 from launch.paths import make_absolute
 
 if TYPE_CHECKING:

@@ -27,10 +27,9 @@ from echox.config.paths import cache_dir
 from echox.engine.checkpoint.manifest import newest_manifest
 from echox.errors import EchoXError
 from echox.evaluate.columns import COLUMNS, cell, note, percent
-from launch import paths
+from launch import paths, run_state
 from launch.client import local_head
 from launch.client.follow import follow
-from launch.demo import run_state
 from launch.demo.phases import MemoryWatch, Phases
 
 if TYPE_CHECKING:

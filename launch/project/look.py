@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections import Counter
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ LOOKED_AT = 2000
 """Recordings whose headers are read; the hours of more are estimated."""
 _LONGEST_S = 24 * 3600
 """Of a recording: a header may claim anything."""
+HOLDS_SOUND = (".parquet", ".tar")
 SHOWN = 10
 """Broken ones that are named."""
 
@@ -42,6 +44,7 @@ class Recordings:
         untold: without text.
         unanswered: without an answer, of questions.
         silent: without sound.
+        characters: of the texts that are to be spoken.
         broken: names of those that cannot be used, and why.
     """
 
@@ -54,6 +57,7 @@ class Recordings:
     untold: int = 0
     unanswered: int = 0
     silent: int = 0
+    characters: int = 0
     broken: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -103,6 +107,7 @@ def look_at(place: Path, task: str) -> Recordings:
         found.speakers |= {str(each.extra.get("fields", {}).get("speaker", ""))} - {""}
         found.untold += sound is not None and not text
         found.silent += sound is None
+        found.characters += len(each.answer_text or "")
         found.unanswered += task == "sqa" and not each.answer_text
         if each.problem:
             found.broken[each.id] = each.problem
@@ -119,6 +124,27 @@ def look_at(place: Path, task: str) -> Recordings:
     spoken = found.count - found.silent
     found.hours = seconds / 3600 * (spoken / looked if looked > 0 and spoken > looked else 1)
     return found
+
+
+def sounds(place: Path, task: str) -> tuple[Path, ...]:
+    """Audio files that a list names; none of a folder, whose files are all seen, or of a file that holds them itself.
+
+    Args:
+        place: as of `look_at`.
+        task: as of `look_at`.
+
+    Raises:
+        DataError: it is no such list.
+    """
+    if place.is_dir() or place.suffix in HOLDS_SOUND:
+        return ()
+    found: list[Path] = []
+    for each in CORPORA["manifest"].discover(place, Request(task=task, answers=True)):
+        sound = each.answer if task == "tts" else each.question
+        if isinstance(sound, FileAudio) and not each.problem:
+            with contextlib.suppress(ValueError):  # of one outside, nothing is read
+                found.append(sound.inside())
+    return tuple(dict.fromkeys(found))
 
 
 def _header(sound: Audio) -> tuple[int, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,13 @@ SMALL_HOURS = 20.0
 """Below, a T2C decoder of the demo's size, with what keeps it from reciting; above, the published one."""
 CLUSTERS = ((1.0, 200), (math.inf, 500))
 """Hours of speech up to which a k-means has so many units."""
-MEASURED = "the demo's T2C, of 1.8 h of one voice, reads new sentences with a word error rate of 23 %"
-"""The one amount of speech that was measured (launch/demo)."""
+MEASURED = {1.8: 0.227, 6.7: 0.113}
+"""Hours of one voice, and the word error rate of the T2C decoder on new sentences: of the demo, and of `make small`. No
+other amount of speech was measured (launch/demo)."""
+HELD_OUT, FEW = 0.05, 0.2
+"""Share of a list that each of validation and test gets, and the most of a short one."""
+LEAST_HELD_OUT = 8
+"""Utterances that such a part has in the mean: a test of fewer says nothing, and by chance there might be none."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Project:
         whisper: encoder of Stage I and frames of the units.
         recogniser: Whisper that writes down recordings without text; None where none is wanted.
         speaker: Piper voice for questions without sound; None where none is wanted.
+        judge: Whisper that scores what the model says; None where there is none.
+        held_out: share of recordings and of questions that validation gets, and again that the test gets.
         gpus: of the cluster; 0 trains on this machine's processors.
     """
 
@@ -41,7 +49,33 @@ class Project:
     whisper: str
     recogniser: str | None
     speaker: Path | None
+    judge: str | None
+    held_out: float
     gpus: int
+
+    @property
+    def title(self) -> str:
+        """What its runs are called after: the folder's name, as far as a run may have it."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.folder.name).strip("-._") or "project"
+
+    @property
+    def runs(self) -> Path:
+        """Folder of its runs."""
+        return self.folder / "runs"
+
+    def run(self, stage: str) -> Path:
+        """Folder of a stage's run."""
+        return self.runs / f"{self.title}-{stage}"
+
+    @property
+    def vocoder(self) -> Path:
+        """Folder of its vocoder."""
+        return self.runs / "vocoder" / "vocoder"
+
+    @property
+    def report(self) -> Path:
+        """The page that its last step writes."""
+        return self.folder / "report.html"
 
 
 @dataclass(frozen=True)
@@ -66,6 +100,12 @@ class Sizes:
     align_steps: int
     vocoder_steps: int
     workers: int
+
+
+def share_held_out(*lists: Recordings | None) -> float:
+    """Share of each list for validation, and again for the test: more of a short one."""
+    least = min((found.count for found in lists if found is not None), default=0)
+    return round(min(FEW, max(HELD_OUT, LEAST_HELD_OUT / max(1, least))), 3)
 
 
 def sizes(voice: Recordings, questions: Recordings | None, gpus: int) -> Sizes:
@@ -98,7 +138,7 @@ def remarks(project: Project, llm: Llm, voice: Recordings, questions: Recordings
     yield from _of("voice", voice, project.recogniser)
     if len(voice.speakers) > 1:
         yield f"the voice has {len(voice.speakers)} speakers by name; it will learn a mixture: leave one"
-    yield f"to expect: {MEASURED}; less speech, more errors"
+    yield f"to expect: {_expected(voice.hours)}"
     if questions is None:
         yield "missing: questions with answers, spoken or as text with --speak; name them in project.yaml"
     else:
@@ -107,6 +147,29 @@ def remarks(project: Project, llm: Llm, voice: Recordings, questions: Recordings
             yield f"missing: a voice (--speak VOICE.onnx) for {questions.silent} questions without sound"
         if questions.unanswered:
             yield f"{questions.unanswered} questions without answer_text are left out"
+        yield f"held out: {project.held_out:.0%} of questions and recordings for validation, as many for the test"
+        yield _judged(project)
+
+
+def _expected(hours: float) -> str:
+    """Words read wrong, at the amounts of speech that were measured, and on which side of them this voice is."""
+    measured = " and ".join(f"{rate:.1%} after {amount:g} h" for amount, rate in MEASURED.items())
+    side = "is less: more errors" if hours < min(MEASURED) else "is more" if hours > max(MEASURED) else "lies between"
+    return (
+        f"words of new sentences that a T2C reads wrong: {measured} of speech, as measured on the demo's voice; "
+        f"{hours:.2f} h {side}"
+    )
+
+
+def _judged(project: Project) -> str:
+    if project.judge is None:
+        return (
+            "missing: a judge, a Whisper that scores what the model says: name one as `judge` in project.yaml; "
+            "without, there are no scores and no report"
+        )
+    same = " (which also wrote down the recordings)" if project.judge == project.recogniser else ""
+    heard = "; it is the model's own ear: a larger one would be independent" if project.judge == project.whisper else ""
+    return f"judge of what the model says: {project.judge}{same}{heard}"
 
 
 def _of(what: str, found: Recordings, recogniser: str | None) -> Iterator[str]:

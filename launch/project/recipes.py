@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from launch.project.look import Llm, Recordings
 from launch.project.plan import Project, Sizes
 
@@ -17,21 +19,30 @@ def recipes(project: Project, llm: Llm, voice: Recordings, size: Sizes) -> dict[
     }
 
 
-def _head(project: Project, stage: str, what: str) -> str:
-    name = project.folder.name
+def _quoted(value: object) -> str:
+    """A text as YAML reads it back, whatever is in it."""
+    return json.dumps(str(value), ensure_ascii=False)
+
+
+def _head(project: Project, name: str, stage: str, what: str) -> str:
     return f"""\
 # {what}
-name: {stage}
+name: {_quoted(name)}
 stage: {stage}
-scale: {name}
-storage: {project.folder / "runs"}
+scale: {_quoted(project.title)}
+storage: {_quoted(project.runs)}
 """
+
+
+def _stage_head(project: Project, stage: str, what: str) -> str:
+    spoken = f"language: {_quoted(project.language)}\n" if project.language else ""
+    return _head(project, project.run(stage).name, stage, what) + spoken
 
 
 def _llm(project: Project) -> str:
     return f"""\
   llm:
-    path: {project.llm} # the prompt is its chat template; write `prompt:` to have another
+    path: {_quoted(project.llm)} # the prompt is its chat template; write `prompt:` to have another
 """
 
 
@@ -42,7 +53,7 @@ def _model(project: Project, size: Sizes) -> str:
     return f"""\
 model:
 {_llm(project)}  speech_encoder:
-    path: {project.whisper}
+    path: {_quoted(project.whisper)}
     precomputed: {str(on_cpu).lower()}{encoded if on_cpu else ""}
   ctc:
     vocabulary: {head}
@@ -67,9 +78,9 @@ def _t2c_model(project: Project, llm: Llm, size: Sizes) -> str:
 """
     return f"""\
   t2c:
-{small if size.small else large}    prefix: {llm.begin!r} # special tokens of the LLM around the text
-    unit_header: {llm.end!r}
-    unit_language: {project.folder / "unit_language.json"}
+{small if size.small else large}    prefix: {_quoted(llm.begin)} # special tokens of the LLM around the text
+    unit_header: {_quoted(llm.end)}
+    unit_language: {_quoted(project.folder / "unit_language.json")}
 """
 
 
@@ -92,7 +103,7 @@ engine:
 scaling:
   workers: {size.workers}
 {gpus}tracking:
-  parent_run: {project.folder.name}
+  parent_run: {_quoted(project.title)}
 """
 
 
@@ -101,9 +112,9 @@ def _data(project: Project, task: str, name: str) -> str:
     return f"""\
 data:
   train:
-    - {{path: {data / f"{name}-train"}, task: {task}}}
+    - {{path: {_quoted(data / f"{name}-train")}, task: {task}}}
   valid:
-    - {{path: {data / f"{name}-valid"}, task: {task}}}
+    - {{path: {_quoted(data / f"{name}-valid")}, task: {task}}}
 """
 
 
@@ -112,7 +123,7 @@ def _s2t(project: Project, size: Sizes, model: str) -> str:
     model += f"    align_steps: {align} # before the words are aligned, the LLM would learn to ignore the audio\n"
     rates = "{align: 3e-3, adapters: 5e-4, lora: 1e-3}" if size.small else "{adapters: 1e-4, lora: 1e-4}"
     return (
-        _head(project, "s2t", "Stage I: hears a question, writes the answer.")
+        _stage_head(project, "s2t", "Stage I: hears a question, writes the answer.")
         + model
         + _data(project, "sqa", "questions")
         + _training(project, size, size.s2t_steps, rates)
@@ -121,7 +132,7 @@ def _s2t(project: Project, size: Sizes, model: str) -> str:
 
 def _t2c(project: Project, llm: Llm, voice: Recordings, size: Sizes) -> str:
     return (
-        _head(project, "t2c", f"Stage II: reads text in the units of {voice.hours:.2f} h of the voice.")
+        _stage_head(project, "t2c", f"Stage II: reads text in the units of {voice.hours:.2f} h of the voice.")
         + "model:\n"
         + _llm(project)
         + _t2c_model(project, llm, size)
@@ -131,8 +142,7 @@ def _t2c(project: Project, llm: Llm, voice: Recordings, size: Sizes) -> str:
 
 
 def _echo(project: Project, llm: Llm, size: Sizes, model: str) -> str:
-    runs = project.folder / "runs"
-    init = f"init:\n  s2t: {runs / 's2t'}\n  t2c: {runs / 't2c'}\n"
+    init = f"init:\n  s2t: {_quoted(project.run('s2t'))}\n  t2c: {_quoted(project.run('t2c'))}\n"
     echo = f"""\
   echo:
     denoising: {{align_steps: {size.align_steps}}} # first steps, of the Denoising Adapter alone
@@ -140,7 +150,7 @@ def _echo(project: Project, llm: Llm, size: Sizes, model: str) -> str:
     small = "{lora: 1e-4, denoising: 1e-3, echo: 1e-3}"
     rates = small if size.small else "{lora: 1e-4, denoising: 2e-4, echo: 2e-4}"
     return (
-        _head(project, "echo", "Stage III: joins the two, and answers speech with speech.")
+        _stage_head(project, "echo", "Stage III: joins the two, and answers speech with speech.")
         + init
         + model
         + _t2c_model(project, llm, size)
@@ -162,8 +172,8 @@ discriminators:
   channels: 64
 """
     return (
-        _head(project, "vocoder", "A unit HiFi-GAN of the voice: units to waveforms.")
-        + f"data:\n  train: [{data / 'voice-train'}]\n  valid: {data / 'voice-valid'}\n"
+        _head(project, project.vocoder.parent.name, "vocoder", "A unit HiFi-GAN of the voice: units to waveforms.")
+        + f"data:\n  train: [{_quoted(data / 'voice-train')}]\n  valid: {_quoted(data / 'voice-valid')}\n"
         + f"  global_batch: {4 * size.workers if project.gpus else 4}\n  micro_batch: 4\n"
         + ("" if project.gpus else small)
         + f"optim:\n  steps: {size.vocoder_steps}\n  lr: {'2.0e-4' if project.gpus else '1.0e-3'}\n"

@@ -24,10 +24,11 @@ _OTHER_NAMES = {"audio_filepath": "audio", "audio_file": "audio", "transcript": 
 _SOUNDS = ("audio", "answer_audio")
 _TEXTS = (*_SOUNDS, "text", "answer_text", "split")
 _SPAN = ("offset", "duration", "channel")
-_FIELDS = (*_TEXTS, "id", "turns", *_SPAN, *(f"answer_{name}" for name in _SPAN))
+_FIELDS = (*_TEXTS, "id", "turns", "answers", *_SPAN, *(f"answer_{name}" for name in _SPAN))
 _LONGEST_S = 1e6
 _LONGEST_EXTRA = 1000
 """Characters of a further field that is kept."""
+_MOST_ANSWERS = 100
 
 
 def discover(source: Path, request: Request) -> Iterator[Utterance]:
@@ -191,7 +192,16 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
         label = clean(name)
         if name not in _FIELDS and label and finite and len(str(kept)) <= _LONGEST_EXTRA:
             short[label] = kept
-    return {"fields": short} if short else {}
+    answers = _answers(row)
+    return {**({"fields": short} if short else {}), **({"answers": answers} if answers else {})}
+
+
+def _answers(row: Mapping[str, Any]) -> list[str]:
+    """Accepted answers to a question, by which replies in other words are scored; what is no short text is left out."""
+    given = row.get("answers")
+    listed = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    texts = [clean(each) for each in listed[:_MOST_ANSWERS] if isinstance(each, str)]
+    return [text for text in texts if text and len(text) <= _LONGEST_EXTRA]
 
 
 def _task(asked: Audio | str | None, answered: Audio | str | None, answer_text: str | None) -> str:
@@ -218,9 +228,9 @@ Paths are relative to the file, and lead to files below its folder or --audio-ro
 transcribe (asr), the second a question with its answer (sqa), the third an answer to learn to speak (tts); a recipe
 takes of the shards what its task can use. "answer_audio" may be added to a question; "id" (else the path), "split",
 "offset" and "duration" in seconds, "channel" (from 0; otherwise the mean of all), these three with "answer_" before
-them for "answer_audio", and "turns" ({"role", "text"} of the dialogue before, with "audio" for
---history-audio) are optional; "audio_filepath" is read as "audio", and further short fields are kept as "fields". With
---task tts, "audio" and "text" are read as a spoken answer too.""",
+them for "answer_audio", "answers" (a list of those that scores accept), and "turns" ({"role", "text"} of the dialogue
+before, with "audio" for --history-audio) are optional; "audio_filepath" is read as "audio", and further short fields
+are kept as "fields". With --task tts, "audio" and "text" are read as a spoken answer too.""",
     tasks=("", "asr", "sqa", "tts"),
     discover=discover,
     kind=_kind,

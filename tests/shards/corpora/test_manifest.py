@@ -109,6 +109,19 @@ def test_manifests_of_nemo_are_read_with_their_segments_and_speakers(manifest: P
     assert rejected == {"long-0.9": "question: 0.00 s of audio, outside 0.1 to 120 s"}
 
 
+def test_accepted_answers_are_kept_where_scores_look_for_them(manifest: Path, tmp_path: Path) -> None:
+    put(tmp_path / "a.wav", encoded(clip(1)))
+    odd: list[Any] = [["Paris", " the city of Paris ", 3, "", None], "Paris", [], {"a": 1}, [["x"]], "x" * 2000, None]
+    rows = [
+        {"id": f"q{number}", "audio": "a.wav", "text": "which?", "answer_text": "It is Paris.", "answers": answers}
+        for number, answers in enumerate(odd)
+    ]
+    samples, rejected = build("manifest", put_lines(manifest, rows), tmp_path / "out", task="")
+    kept = [samples[f"q{number}"]["json"].get("answers") for number in range(len(odd))]
+    assert kept == [["Paris", "the city of Paris"], ["Paris"], None, None, None, None, None] and not rejected
+    assert not any("fields" in sample["json"] for sample in samples.values())
+
+
 def test_audio_lies_in_the_folder_of_the_manifest_or_where_it_was_said(tmp_path: Path) -> None:
     put(tmp_path / "else" / "secret.wav", encoded(clip(1)))
     folder = tmp_path / "data"

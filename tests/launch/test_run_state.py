@@ -9,8 +9,8 @@ import pytest
 
 from echox.config.load import load_recipe, resolved
 from echox.config.schema import Recipe
-from launch import paths
-from launch.demo import run_state
+from echox.vocoder.recipe import VoiceRecipe, load_voice
+from launch import paths, run_state
 
 
 @pytest.fixture
@@ -87,3 +87,32 @@ def test_an_unreadable_manifest_is_stale_not_a_crash(tmp_path: Path, cache: Path
     echo = recipe(tmp_path)
     trained(echo, 20, age=1).write_text('{"step": 20, "recipe": {"na')
     assert run_state.run_state(echo)[0] == "stale"
+
+
+def voice(tmp_path: Path, *overrides: str) -> VoiceRecipe:
+    data = ["data.train=[demo/sqa-train]", "data.valid=null", "optim.steps=20", f"storage={tmp_path / 'runs'}"]
+    return load_voice("demo", [*data, *overrides])
+
+
+def spoken(recipe: VoiceRecipe, step: int, age: float) -> None:
+    path = Path(recipe.storage) / recipe.name / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"step": step, "recipe": resolved(recipe)}))
+    _date(path, -age)
+
+
+def test_a_vocoder_is_reused_continued_or_replaced_like_a_stage(tmp_path: Path, cache: Path) -> None:
+    assert run_state.run_state(voice(tmp_path))[0] == "none"
+    spoken(voice(tmp_path), 8, age=50)
+    assert run_state.run_state(voice(tmp_path)) == ("partial", "continues at step 8 of 20")
+    spoken(voice(tmp_path), 20, age=40)
+    for free in ("log_every=5", "data.micro_batch=2", "optim.steps=19"):
+        assert run_state.run_state(voice(tmp_path, free))[0] == "done", free
+    assert run_state.run_state(voice(tmp_path, "optim.steps=30"))[0] == "partial", "it goes on with more"
+    for other in ("optim.lr=0.5", "seed=18", "generator.embedding=16"):
+        assert run_state.run_state(voice(tmp_path, other)) == ("stale", "the recipe changed"), other
+    _date(cache / "data" / "demo" / "sqa-train" / "dataset.json", -5)
+    assert run_state.run_state(voice(tmp_path)) == ("stale", "demo/sqa-train was built again")
+    aside = run_state.set_aside(voice(tmp_path))
+    assert aside is not None and (aside / "checkpoints" / "step-00000020" / "manifest.json").is_file()
+    assert run_state.run_state(voice(tmp_path))[0] == "none"

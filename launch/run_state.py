@@ -1,4 +1,4 @@
-"""Decides whether a stage's earlier run can be reused, continued, or has to make room for a new one."""
+"""Decides whether an earlier run of a stage or vocoder can be reused, continued, or has to make room for another."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from echox.builders.data import listings
 from echox.config.load import fingerprint
 from echox.config.schema import Recipe
 from echox.engine.checkpoint.manifest import newest_manifest
+from echox.vocoder.recipe import VoiceRecipe
 
 State = Literal["none", "partial", "done", "stale"]
 
 
-def run_state(recipe: Recipe) -> tuple[State, str]:
+def run_state(recipe: Recipe | VoiceRecipe) -> tuple[State, str]:
     """What an earlier run of this recipe (paths absolute) is worth, and why.
 
     `done`: trained to the end by this recipe or one that differs in free keys alone, after the runs it starts from and
@@ -30,17 +31,17 @@ def run_state(recipe: Recipe) -> tuple[State, str]:
         return "none", "nothing trained yet"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-        before = Recipe.model_validate(manifest["recipe"])
+        before = type(recipe).model_validate(manifest["recipe"])
     except (OSError, ValueError, KeyError, ValidationError):
         return "stale", "its checkpoint is of another version"
     if fingerprint(before) != fingerprint(recipe):
         return "stale", "the recipe changed"
     made = path.stat().st_mtime
-    for source in (recipe.init.s2t, recipe.init.t2c):
-        upstream = newest_manifest(Path(source)) if source else None
+    for source in _runs_before(recipe):
+        upstream = newest_manifest(source)
         if upstream is not None and upstream.stat().st_mtime > made:
-            return "stale", f"{Path(source or '').name} was trained again"
-    for name, listing in listings(source.path for source in recipe.data.train).items():
+            return "stale", f"{source.name} was trained again"
+    for name, listing in listings(_data(recipe)).items():
         if listing.stat().st_mtime > made:
             return "stale", f"{name} was built again"
     if int(manifest.get("step", 0)) < recipe.optim.steps:
@@ -48,7 +49,20 @@ def run_state(recipe: Recipe) -> tuple[State, str]:
     return "done", f"{recipe.name} has its {recipe.optim.steps} steps"
 
 
-def set_aside(recipe: Recipe) -> Path | None:
+def _runs_before(recipe: Recipe | VoiceRecipe) -> list[Path]:
+    """Folders of the runs whose weights it starts from; a vocoder starts from none."""
+    if isinstance(recipe, VoiceRecipe):
+        return []
+    return [Path(source) for source in (recipe.init.s2t, recipe.init.t2c) if source]
+
+
+def _data(recipe: Recipe | VoiceRecipe) -> list[str]:
+    if isinstance(recipe, VoiceRecipe):
+        return list(recipe.data.train)
+    return [source.path for source in recipe.data.train]
+
+
+def set_aside(recipe: Recipe | VoiceRecipe) -> Path | None:
     """Move a run's folder out of the way, keeping it; returns where it went."""
     folder = Path(recipe.storage) / recipe.name
     if not folder.exists():
