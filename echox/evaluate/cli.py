@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echox.speak.voice_options import add_voice_options
+
 
 def add_parser(subparsers: Any) -> None:
     """Register both commands."""
@@ -22,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint folder of the echo stage")
     parser.add_argument("--limit", type=int, help="most items of each set")
-    parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
+    add_voice_options(parser)
     parser.add_argument("--corpus", default="demo", help="folder of the sets below $ECHOX_CACHE/data; default: demo")
     parser.add_argument(
         "--out", type=Path, help="folder for scores and samples; default: evaluation/ in the run's parent"
@@ -135,6 +137,7 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
         out=args.out,
         # What is not named is left out of the commands beside the scores.
         vocoder=args.vocoder or (None if args.corpus == "demo" else default_vocoder(args.corpus)),
+        speaker=args.speaker,
         limit=args.limit,
         part=Part(*(args.shard or (0, 1))),
         **{name: value for name, value in chosen.items() if value is not None},
@@ -165,7 +168,8 @@ def _evaluate_demo(args: argparse.Namespace) -> int:
 
     run = local_run(args.trained)
     chosen = {} if args.rated is None else {"rated": args.rated}
-    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus, **chosen)
+    voice = {"vocoder": args.vocoder, "speaker": args.speaker}
+    found = evaluate_demo(run, limit=args.limit, progress=_watch, corpus=args.corpus, **voice, **chosen)
     scores = found.to_json()
     save_evaluation(args.out or run.parent / "evaluation", scores, found.samples())
     if args.json:

@@ -219,8 +219,9 @@ transcribe (asr), the second a question with its answer (sqa), the third an answ
 takes of the shards what its task can use. "answer_audio" may be added to a question; "id" (else the path), "split",
 "offset" and "duration" in seconds, "channel" (from 0; otherwise the mean of all), these three with "answer_" before
 them for "answer_audio", and "turns" ({"role", "text"} of the dialogue before, with "audio" for
---history-audio) are optional; "audio_filepath" is read as "audio", and further short fields are kept as "fields". With
---task tts, "audio" and "text" are read as a spoken answer too.""",
+--history-audio) are optional; "audio_filepath" is read as "audio", and further short fields are kept as "fields", of
+which "speaker", and "answer_speaker" beside a question, tell the voices of a vocoder apart. With --task tts, "audio"
+and "text" are read as a spoken answer too.""",
     tasks=("", "asr", "sqa", "tts"),
     discover=discover,
     kind=_kind,
