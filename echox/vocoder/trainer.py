@@ -186,7 +186,7 @@ class VoiceRun:
         units, unit_set = units_of_voice(sources, recipe.generator.units)
         found, speakers = choice.checkpoint, tuple[str, ...]()
         if recipe.generator.speaker:
-            # Those of the checkpoint keep their rows, whatever the order of the datasets of now.
+            # Those of the checkpoint keep their rows, also where the datasets of now lack one of them.
             known = () if found is None else state.recorded_speakers(found.path, found.manifest)
             speakers = speakers_of_voice(sources, known)
         shape = recipe.generator.shape(units, max(1, len(speakers)))
