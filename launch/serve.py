@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from echox.errors import EchoXError, LaunchError
+from echox.speak.voice_options import SPEAKER_HELP
 from launch.job.command_line import said
 from launch.serving.config import Serving
 
@@ -40,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", help="folder that all nodes see, or URL, of a run of the echo stage")
     parser.add_argument("--vocoder", metavar="FOLDER", help="vocoder folder; default: the demo's, below $ECHOX_CACHE")
+    parser.add_argument("--speaker", metavar="NAME", help=SPEAKER_HELP)
     parser.add_argument(
         "--address", metavar="http://HOST:PORT", help="cluster whose job serves it; default: the one of this process"
     )
@@ -69,7 +71,7 @@ def serving_of(args: argparse.Namespace) -> Serving:
             least, most = (int(number) for number in args.autoscale.split(":"))
         except ValueError:
             raise LaunchError(f"--autoscale {args.autoscale} is not MIN:MAX", fix="write such as 1:4") from None
-    names = ("run", "vocoder", "host", "port", "gpus", "cpus", "open", "waiting")
+    names = ("run", "vocoder", "speaker", "host", "port", "gpus", "cpus", "open", "waiting")
     return Serving(replicas=least, most=most, **{name: getattr(args, name) for name in names})
 
 

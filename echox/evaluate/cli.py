@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from echox.evaluate.demo import Evaluation
 
 from echox.arguments import from_zero, positive
+from echox.speak.voice_options import add_voice_options
 
 
 def add_parser(subparsers: Any) -> None:
@@ -45,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
         "t2c run reads them",
     )
     parser.add_argument("--limit", type=int, help="most items of each set")
-    parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
+    add_voice_options(parser)
     parser.add_argument("--corpus", default="demo", help="folder of the sets below $ECHOX_CACHE/data; default: demo")
     parser.add_argument(
         "--out", type=Path, help="folder for scores and samples; default: evaluation/ in the run's parent"
@@ -173,6 +174,7 @@ def _evaluate_benchmarks(args: argparse.Namespace) -> int:
         out=args.out,
         # What is not named is left out of the commands beside the scores.
         vocoder=args.vocoder or (None if args.corpus == "demo" else default_vocoder(args.corpus)),
+        speaker=args.speaker,
         limit=args.limit,
         part=Part(*(args.shard or (0, 1))),
         **{name: value for name, value in chosen.items() if value is not None},
@@ -226,7 +228,8 @@ def _evaluate_demo(args: argparse.Namespace) -> int:
 
     run = local_run(args.trained)
     chosen = {} if args.rated is None else {"rated": args.rated}
-    found = evaluate_demo(run, vocoder=args.vocoder, limit=args.limit, progress=_watch, corpus=args.corpus, **chosen)
+    voice = {"vocoder": args.vocoder, "speaker": args.speaker}
+    found = evaluate_demo(run, limit=args.limit, progress=_watch, corpus=args.corpus, **voice, **chosen)
     return _saved(args, run, found)
 
 

@@ -134,6 +134,7 @@ def evaluate_demo(
     *,
     questions: Sequence[HeldOutSet] = QUESTION_SETS,
     vocoder: Path | None = None,
+    speaker: str | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
     corpus: str = "demo",
@@ -145,13 +146,14 @@ def evaluate_demo(
         run: run or checkpoint folder of the echo stage.
         questions: sets of spoken questions; those that are not on disk are left out.
         vocoder: vocoder folder; default: the demo's.
+        speaker: name or number of who speaks, in a vocoder of several; None: the first.
         limit: most items of each set.
         progress: called with phase, items done and items in all.
         corpus: folder of the sets below `data/` of the cache: `demo`, or `small`, whose questions are the same.
         rated: questions of each set whose speech is rated by DNSMOS, where that was fetched; 0 for none.
 
     Raises:
-        DataError: the vocoder is of other units than the run or the held-out set.
+        DataError: the vocoder is of other units than the run or the held-out set, or has no such speaker.
     """
     from echox.evaluate.asr import Judge
     from echox.speak.pipeline import SpeechToSpeech
@@ -160,10 +162,10 @@ def evaluate_demo(
 
     root = cache_dir() / "data" / corpus
     folder = vocoder or root / "vocoder"
-    speaker, rater = load_vocoder(folder), Dnsmos.find() if rated else None
+    voice, rater = load_vocoder(folder, speaker), Dnsmos.find() if rated else None
     model = SpeechToSpeech.load(run)
     language = model.recipe.language
-    listener = Listener(speaker, Judge.load(resolve_model(JUDGE), language=language))
+    listener = Listener(voice, Judge.load(resolve_model(JUDGE), language=language))
     sentences = resolve_data(f"{corpus}/{RESYNTHESIS_SET}")
     check_vocoder(folder, [model.units, UnitPart(f"{corpus}/{RESYNTHESIS_SET}", read_unit_set(sentences))])
     ceilings = json.loads((root / "corpus.json").read_text()).get("text_llm_acc", {})
@@ -198,15 +200,16 @@ def evaluate_demo(
     spoken = [row for each, score in sets.items() for row in played(each.name, score.items, listener)]
     streamed = _streamed_questions(asked)
     streaming = score_streaming(model, listener.vocoder, streamed)
-    command = _command(run, vocoder, limit, corpus, rated)
+    command = _command(run, vocoder, speaker, limit, corpus, rated)
     return Evaluation(sets, again, original, teacher, spoken, streaming, command, corpus=corpus, language=language)
 
 
-def _command(run: Path, vocoder: Path | None, limit: int | None, corpus: str, rated: int) -> str:
+def _command(run: Path, vocoder: Path | None, speaker: str | None, limit: int | None, corpus: str, rated: int) -> str:
     """The command that makes the same numbers."""
     options = {
         "--corpus": corpus if corpus != "demo" else None,
         "--vocoder": vocoder,
+        "--speaker": speaker,
         "--limit": limit,
         "--rated": rated if rated != RATED else None,
     }

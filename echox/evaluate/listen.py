@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from echox.speak.voice_options import add_voice_options
+
 POLL_S = 5.0
 ENDED = ("finished", "failed", "stopped")
 
@@ -33,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
         default=[],
         help="sound file to ask instead; may be given several times",
     )
-    parser.add_argument("--vocoder", type=Path, help="vocoder folder; default: the demo's")
+    add_voice_options(parser)
     parser.add_argument("--device", help="cpu or cuda; default: a GPU where there is one")
     parser.add_argument("--out", type=Path, help="folder for sounds and page; default: listen/ in the run's folder")
     parser.set_defaults(run=listen)
@@ -79,7 +81,7 @@ def listen(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    aloud = CheckpointsAloud(out, questions, load, load_vocoder(vocoder_folder))
+    aloud = CheckpointsAloud(out, questions, load, load_vocoder(vocoder_folder, args.speaker))
     while True:
         # Asked before the look: what is saved while it looks is found by the next one.
         ended = read_progress(run).get("state") in ENDED

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import secrets
-from pathlib import Path
 from typing import Any
 
 from echox.errors import EchoXError
+from echox.speak.voice_options import add_voice_options
 
 
 def add_parser(subparsers: Any) -> None:
@@ -22,9 +22,7 @@ def add_parser(subparsers: Any) -> None:
         "          curl -N --data-binary @question.wav http://127.0.0.1:8000/answer",
     )
     parser.add_argument("trained", metavar="RUN", help="run, URL of a run, or checkpoint of the echo stage")
-    parser.add_argument(
-        "--vocoder", type=Path, help="vocoder folder; default: the demo's, below $ECHOX_CACHE/data/demo"
-    )
+    add_voice_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="port; 0: any that is free; default: 8000")
     parser.add_argument("--token", help="what requests must carry; default: a random one, but none on this machine")
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from echox.serve.loading import load
     from echox.serve.worker import Worker
 
-    model, vocoder = load(args.trained, args.vocoder)
+    model, vocoder = load(args.trained, args.vocoder, args.speaker)
     try:
         limits = Limits(open=args.open, waiting=args.waiting, question_s=model.max_audio_s)
     except ValueError as error:

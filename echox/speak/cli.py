@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from echox.errors import DataError
 from echox.files import read_json
+from echox.speak.voice_options import add_voice_options
 
 if TYPE_CHECKING:
     from echox.stream.dialogue import Turn
@@ -45,9 +46,7 @@ def add_parser(subparsers: Any) -> None:
         default="runs/demo/demo-echo",
         help="run, URL of a run, or checkpoint of the echo stage",
     )
-    parser.add_argument(
-        "--vocoder", type=Path, help="vocoder folder; default: the demo's, below $ECHOX_CACHE/data/demo"
-    )
+    add_voice_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     question = read_audio(args.question)
     turns = [*(read_history(args.history) if args.history else []), *map(_typed_turn, args.turn)]
     folder = args.vocoder or default_vocoder()
-    vocoder = load_vocoder(folder)
+    vocoder = load_vocoder(folder, args.speaker)
     model = SpeechToSpeech.load(local_run(args.trained))
     check_vocoder(folder, [model.units])
     if len(question) > model.max_audio_s * SAMPLE_RATE:

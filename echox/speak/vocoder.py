@@ -11,8 +11,8 @@ import numpy as np
 
 from echox.config.paths import cache_dir
 from echox.errors import DataError, MissingModelError
-from echox.files import read_json
 from echox.speak.blocks import Block, Blocks, joined
+from echox.speak.speakers import read_vocoder_config, speaker_row
 from echox.units.identity import RECORD, UnitPart, check_same_unit_set, read_unit_set
 
 if TYPE_CHECKING:
@@ -113,16 +113,20 @@ class CodeHifiGan:
     Args:
         model: the network, in eval mode.
         sample_rate: samples a second it makes.
+        speaker: row of who speaks, in a model of several.
     """
 
-    def __init__(self, model: Any, sample_rate: int) -> None:
+    def __init__(self, model: Any, sample_rate: int, speaker: int = 0) -> None:
         self.model = model.eval()
         self.sample_rate = sample_rate
+        self.speaker = speaker
         self._units = int(model.config.unit_hifi_gan_vocab_size)
 
     @classmethod
-    def load(cls, folder: str | Path) -> CodeHifiGan:
+    def load(cls, folder: str | Path, speaker: int = 0) -> CodeHifiGan:
         """Open a folder with `config.json` (a SeamlessM4TConfig) and `model.safetensors`.
+
+        `speaker` is the row of one of its voices.
 
         Raises:
             MissingModelError: a file is absent, or weights and configuration do not fit each other.
@@ -139,6 +143,8 @@ class CodeHifiGan:
             config = SeamlessM4TConfig.from_pretrained(folder)
             with torch.device("meta"):
                 wanted = sum(weight.numel() for weight in SeamlessM4TCodeHifiGan(config).parameters())
+            if min(config.vocoder_num_spkrs, config.vocoder_num_langs) < 1:
+                raise ValueError("config.json describes a table of speakers or languages without a row")
             if wanted > (folder / "model.safetensors").stat().st_size:
                 raise ValueError(f"config.json describes {wanted:,} weights, more than there are")
             model = SeamlessM4TCodeHifiGan(config)
@@ -149,24 +155,24 @@ class CodeHifiGan:
                 where=str(folder),
                 fix="Give a folder with config.json and model.safetensors of one SeamlessM4TCodeHifiGan.",
             ) from error
-        return cls(model, int(config.sampling_rate))
+        return cls(model, int(config.sampling_rate), speaker)
 
     def stream(self) -> VocoderStream:
         """Begin one unit sequence."""
-        return _Checked(_HifiGanStream(self.model), self._units)
+        return _Checked(_HifiGanStream(self.model, self.speaker), self._units)
 
     def __call__(self, units: Sequence[Units], durations: Sequence[Units] | None = None) -> list[Floats]:
         """Waveforms of unit sequences."""
         check_units(units, durations, self._units)
-        return _spoken(lambda: _HifiGanStream(self.model), units, durations)
+        return _spoken(lambda: _HifiGanStream(self.model, self.speaker), units, durations)
 
 
 class _HifiGanStream:
     """Durations of blocks of units, then the waveform of blocks of frames."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, speaker: int) -> None:
         config = model.config
-        self._model = model
+        self._model, self._speaker = model, speaker
         self._units = Blocks(UNITS, (config.variance_predictor_kernel_size - 1) // 2 + 1)
         self._frames = Blocks(FRAMES, sees_frames(config))
         self._hop = math.prod(config.upsample_rates)
@@ -190,14 +196,15 @@ class _HifiGanStream:
         return self.push_frames(np.repeat(block.items[block.own], frames_U[block.own]))
 
     def _sounding(self, block: Block) -> Floats:
-        """Speaker and language vectors of index 0, where the model has them, stand before and after the units."""
+        """The vector of the first language stands before the units, that of the speaker behind, if there are any."""
         import torch
 
         with torch.no_grad():
             parts = [self._model.unit_embedding(torch.from_numpy(block.items)[None]).transpose(1, 2)]
-            for table, first in ((self._model.speaker_embedding, False), (self._model.language_embedding, True)):
-                if table.embedding_dim:
-                    vector_1DT = table.weight[:1, :, None].expand(-1, -1, len(block.items))
+            speaker_D = self._model.speaker_embedding.weight[self._speaker]
+            for vector_D, first in ((speaker_D, False), (self._model.language_embedding.weight[0], True)):
+                if len(vector_D):
+                    vector_1DT = vector_D[None, :, None].expand(-1, -1, len(block.items))
                     parts = [vector_1DT, *parts] if first else [*parts, vector_1DT]
             wave: Floats = self._model.hifi_gan(torch.cat(parts, dim=1)).reshape(-1).numpy()
         return wave[block.own.start * self._hop : block.own.stop * self._hop]
@@ -283,21 +290,18 @@ def default_vocoder(corpus: str = "demo") -> Path:
     return cache_dir() / "data" / corpus / "vocoder"
 
 
-def load_vocoder(folder: str | Path) -> Vocoder:
+def load_vocoder(folder: str | Path, speaker: str | None = None) -> Vocoder:
     """Open a vocoder folder of either kind.
+
+    Args:
+        folder: with its `config.json`.
+        speaker: name, or number from 0, of who speaks in a vocoder of several; None for the first.
 
     Raises:
         MissingModelError: no vocoder there.
+        DataError: it has no such speaker.
     """
     from echox.speak.unit_mel import KIND
 
-    path = Path(folder) / "config.json"
-    try:
-        config = dict(read_json(path))
-    except (OSError, ValueError, TypeError) as error:
-        raise MissingModelError(
-            "There is no vocoder in the folder",
-            where=str(folder),
-            fix="Name a vocoder folder, or build the demo corpus.",
-        ) from error
-    return UnitMelVocoder.load(folder) if config.get("kind") == KIND else CodeHifiGan.load(folder)
+    config, row = read_vocoder_config(folder), speaker_row(folder, speaker)
+    return UnitMelVocoder.load(folder) if config.get("kind") == KIND else CodeHifiGan.load(folder, row)

@@ -94,7 +94,7 @@ class Adversaries:
         for place, batch in enumerate(batches):
             self.discriminators.train(place == 0)  # Spectral norm moves once a step, however many forwards a rank has.
             with torch.no_grad():
-                made_BN = kept[place].wave_BN if kept else self.generator.speak(batch.frames_BT)
+                made_BN = kept[place].wave_BN if kept else self.generator.speak(batch.frames_BT, batch.speakers_B)
             real, made = halves(self.discriminators(torch.cat([batch.wave_BN, made_BN.detach()])), len(made_BN))
             loss = (discriminator_loss(real, made) * batch.weight_B).sum() / clips
             loss.backward()
@@ -115,7 +115,7 @@ class Adversaries:
         """The generator's forward of one micro-batch; its dropout is the same on whichever rank it lies."""
         slot = self._world.rank + place * self._world.size
         torch.manual_seed(key64(self._recipe.seed, "dropout", batch.step, slot) >> 1)
-        spoken: Spoken = self.generator(batch.frames_BT, batch.units_BU, batch.mask_BU)
+        spoken: Spoken = self.generator(batch.frames_BT, batch.speakers_B, batch.units_BU, batch.mask_BU)
         return spoken
 
     def _generator_losses(self, batch: VoiceBatch, spoken: Spoken, clips: float, units: float) -> list[Tensor]:

@@ -46,7 +46,7 @@ def _add_import(actions: Any) -> None:
         metavar="FOLDER",
         help="folder that records which units it speaks, such as that of a k-means",
     )
-    imported.add_argument("--speaker", type=int, metavar="N", help="which voice, from 0, of a model of several")
+    imported.add_argument("--speaker", type=int, metavar="N", help="one voice alone, from 0, of a model of several")
     imported.add_argument("--json", action="store_true", help="print the result as JSON")
     imported.set_defaults(run=run_import)
 
@@ -56,7 +56,8 @@ def _add_train(actions: Any) -> None:
         "train",
         help="train a unit HiFi-GAN on shards, in this process or in every process of a torchrun",
         description="Train a unit HiFi-GAN with its duration predictor on answer.flac, answer.units and "
-        "answer.durations of one voice. The vocoder is kept in the run's folder under vocoder/.",
+        "answer.durations of one voice, or of several (generator.speaker). The vocoder is kept in the run's folder "
+        "under vocoder/.",
         epilog="examples: echox vocoder train demo optim.steps=100\n"
         "          torchrun --standalone --nproc-per-node 8 -m echox vocoder train hifi_gan",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -95,6 +96,7 @@ def run_import(args: argparse.Namespace) -> int:
         "folder": str(args.folder),
         "units": shape.units,
         "sample_rate": shape.sample_rate,
+        **({"speakers": shape.speakers} if shape.speaker else {}),
         "weights": sum(tensor.numel() for tensor in weights.values()),
         "unit_set": unit_set.digest if unit_set is not None else None,
     }

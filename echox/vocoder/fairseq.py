@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,49 +36,36 @@ _RENAMED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What a fairseq configuration says.
-
-    Attributes:
-        shape: sizes of the network.
-        speakers: rows of its table of speakers; 0 where it has none.
-    """
-
-    shape: HifiGanShape
-    speakers: int
-
-
 def convert(checkpoint: Path, config: Path, speaker: int | None = None) -> tuple[HifiGanShape, dict[str, Tensor]]:
     """The shape of a fairseq code HiFi-GAN, and its weights under transformers' names.
 
     Args:
         checkpoint: the `g_*` file: `torch.save({"generator": state})`.
         config: its `config.json`.
-        speaker: which voice, for a model of several; None for a model of one.
+        speaker: which voice of a model of several alone; None keeps all that there are.
 
     Raises:
         DataError: a file cannot be read, or the two are not what transformers' class can compute; all reasons at once.
     """
     settings = _settings(config)
-    source, problems = read_config(settings)
-    problems += _speaker_problems(source.speakers, speaker)
+    shape, problems = read_config(settings)
+    problems += _speaker_problems(shape, speaker)
     state = read_generator(checkpoint)
     weights: dict[str, Tensor] = {}
-    if not any(source.shape.mistakes()) and not any(source.shape.misfits()):
-        weights, more = rename(state, source, checkpoint.stat().st_size)
+    if not any(shape.mistakes()) and not any(shape.misfits()):
+        weights, more = rename(state, shape, checkpoint.stat().st_size)
         problems += more
     if problems:
         said = "; ".join(problems[:_MOST_NAMED])
         more_of_them = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise DataError(f"The vocoder cannot be imported: {said}{more_of_them}", where=str(checkpoint), fix=_FIX)
-    if source.speakers:
-        assert speaker is not None
+    if speaker is not None:
         weights["speaker_embedding.weight"] = weights["speaker_embedding.weight"][speaker : speaker + 1].clone()
-    return source.shape, weights
+        shape = replace(shape, speakers=1)
+    return shape, weights
 
 
-def read_config(settings: Mapping[str, Any]) -> tuple[Source, list[str]]:
+def read_config(settings: Mapping[str, Any]) -> tuple[HifiGanShape, list[str]]:
     """Sizes in a fairseq configuration, and what it asks for that transformers' class cannot compute, a clause each."""
     several = bool(settings.get("multispkr"))
     duration = settings.get("dur_predictor_params")
@@ -89,6 +76,7 @@ def read_config(settings: Mapping[str, Any]) -> tuple[Source, list[str]]:
         units=settings.get("num_embeddings", 0),
         embedding=0 if width is None else width,
         speaker=width if several and type(width) is int else 0,
+        speakers=settings.get("num_speakers", SPEAKERS) if several else 1,
         rates=_listed(settings.get("upsample_rates")),
         kernels=_listed(settings.get("upsample_kernel_sizes")),
         channels=settings.get("upsample_initial_channel", 0),
@@ -102,11 +90,7 @@ def read_config(settings: Mapping[str, Any]) -> tuple[Source, list[str]]:
         problems += shape.misfits()
         problems += _contradictions(settings, shape)
     problems += _unsupported(settings, duration, width)
-    speakers = settings.get("num_speakers", SPEAKERS) if several else 0
-    if type(speakers) is not int or not 0 <= speakers < 1 << 20 or (several and not speakers):
-        problems.append(f"num_speakers is {speakers!r:.40}")
-        speakers = 0
-    return Source(shape=shape, speakers=speakers), problems
+    return shape, problems
 
 
 def _unsupported(settings: Mapping[str, Any], duration: Mapping[str, Any], width: object) -> Iterator[str]:
@@ -134,12 +118,13 @@ def _contradictions(settings: Mapping[str, Any], shape: HifiGanShape) -> Iterato
             yield f"{name} is {settings[name]!r:.20}, where the other sizes make {size}"
 
 
-def _speaker_problems(speakers: int, speaker: int | None) -> list[str]:
-    if not speakers:
-        return ["it has one voice, so no speaker can be chosen"] if speaker is not None else []
-    if speaker is None or not 0 <= speaker < speakers:
-        return [f"it has {speakers} speakers: name one, from 0, by --speaker"]
-    return []
+def _speaker_problems(shape: HifiGanShape, speaker: int | None) -> Iterator[str]:
+    if speaker is None or any(shape.mistakes()):
+        return
+    if not shape.speaker:
+        yield "it has one voice, so no speaker can be chosen"
+    elif not 0 <= speaker < shape.speakers:
+        yield f"it has no speaker {speaker}: its {shape.speakers} have the numbers from 0"
 
 
 def read_generator(checkpoint: Path) -> dict[str, Any]:
@@ -183,30 +168,28 @@ def _check_archive(checkpoint: Path, file: Any) -> None:
         raise ValueError("its members claim to be longer than the file")
 
 
-def rename(state: Mapping[str, Any], source: Source, size: int) -> tuple[dict[str, Tensor], list[str]]:
+def rename(state: Mapping[str, Any], shape: HifiGanShape, size: int) -> tuple[dict[str, Tensor], list[str]]:
     """Weights under transformers' names, folded; and what is unknown, missing or of another shape, a clause each.
 
     Args:
         state: fairseq's tensors.
-        source: what its configuration says.
+        shape: what its configuration says.
         size: bytes of the file; a network of more weights is not built.
     """
     import torch
 
-    shapes = {name: tuple(tensor.shape) for name, tensor in source.shape.build("meta").state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in shape.build("meta").state_dict().items()}
     claimed = sum(torch.Size(shape).numel() for shape in shapes.values())
     if claimed > size:
         return {}, [f"the configuration describes {claimed:,} weights, and the file has {size:,} bytes"]
-    if source.speakers:
-        shapes["speaker_embedding.weight"] = (source.speakers, source.shape.speaker)
     weights: dict[str, Tensor] = {}
     problems: list[str] = []
     taken: set[str] = set()
-    for name, shape in shapes.items():
-        if not torch.Size(shape).numel():
-            weights[name] = torch.zeros(shape)
+    for name, size_of in shapes.items():
+        if not torch.Size(size_of).numel():
+            weights[name] = torch.zeros(size_of)
             continue
-        parts = _parts(name, shape)
+        parts = _parts(name, size_of)
         taken |= parts.keys()
         wrong = [clause for part, wanted in parts.items() for clause in _wrong(state, part, wanted)]
         problems += wrong

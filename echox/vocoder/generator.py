@@ -34,25 +34,33 @@ class Generator(nn.Module):
         _draw(self.net)
         self.net.apply_weight_norm()
         for table in (self.net.speaker_embedding, self.net.language_embedding):
-            table.requires_grad_(False)  # of width 0
+            table.requires_grad_(table.embedding_dim > 0)
 
-    def forward(self, frames_BT: Tensor, units_BU: Tensor, mask_BU: Tensor) -> Spoken:
+    def forward(self, frames_BT: Tensor, speakers_B: Tensor, units_BU: Tensor, mask_BU: Tensor) -> Spoken:
         """Speak segments, and predict the durations of whole clips.
 
         Args:
             frames_BT: the unit of each frame of 20 ms.
+            speakers_B: row of each clip's speaker; 0 in a model of one voice.
             units_BU: units without consecutive duplicates.
             mask_BU: which of them are real.
         """
-        return Spoken(self.speak(frames_BT), self.log_durations(units_BU, mask_BU))
+        return Spoken(self.speak(frames_BT, speakers_B), self.log_durations(units_BU, mask_BU))
 
-    def speak(self, frames_BT: Tensor) -> Tensor:
-        """Waveforms `[B, T * hop]`."""
-        wave_BN: Tensor = self.net.hifi_gan(self.net.unit_embedding(frames_BT).transpose(1, 2))
+    def speak(self, frames_BT: Tensor, speakers_B: Tensor) -> Tensor:
+        """Waveforms `[B, T * hop]`; the speaker's vector, where there is one, stands behind that of each unit."""
+        vectors_BTD = self.net.unit_embedding(frames_BT)
+        if self.shape.speaker:
+            speaker_BTD = self.net.speaker_embedding(speakers_B)[:, None].expand(-1, frames_BT.shape[1], -1)
+            vectors_BTD = torch.cat([vectors_BTD, speaker_BTD], dim=2)
+        wave_BN: Tensor = self.net.hifi_gan(vectors_BTD.transpose(1, 2))
         return wave_BN
 
     def log_durations(self, units_BU: Tensor, mask_BU: Tensor) -> Tensor:
-        """log(1 + frames) `[B, U]`, of each clip as if it were alone: what is padded is 0 before each convolution."""
+        """log(1 + frames) `[B, U]`, of each clip as if it were alone: what is padded is 0 before each convolution.
+
+        They are of the units alone, in fairseq as here: a speaker has a sound, and no tempo.
+        """
         predictor, real_BU1 = self.net.dur_predictor, mask_BU[..., None]
         hidden_BUD = self.net.unit_embedding(units_BU)
         for conv, norm in ((predictor.conv1, predictor.ln1), (predictor.conv2, predictor.ln2)):

@@ -27,8 +27,8 @@ class VoiceData(Section):
 
     train: Guarded[tuple[str, ...]] = Field(
         min_length=1,
-        description="folders of shards with answer.flac, answer.units and answer.durations, of one voice; or names "
-        "below $ECHOX_CACHE/data",
+        description="folders of shards with answer.flac, answer.units and answer.durations, of one voice unless "
+        "generator.speaker says otherwise; or names below $ECHOX_CACHE/data",
     )
     valid: Free[str | None] = Field(None, description="one to validate on, and to speak samples of; null: neither")
     global_batch: Guarded[PositiveInt] = Field(16, description="clips in one optimizer step, over all ranks")
@@ -48,6 +48,12 @@ class GeneratorConfig(Section):
 
     units: PositiveInt | None = Field(None, description="number of units; null: as the record of the shards says")
     embedding: PositiveInt = Field(128, description="width of a unit's vector")
+    speaker: Guarded[int] = Field(
+        0,
+        ge=0,
+        description="width of a speaker's vector, of which each speaker that the shards of data.train name has one; "
+        "0: one voice",
+    )
     sample_rate: PositiveInt = Field(
         16_000, description="samples a second of what it speaks; answer.flac has as many, or more"
     )
@@ -63,11 +69,13 @@ class GeneratorConfig(Section):
     )
     duration_dropout: float = Field(0.5, ge=0, lt=1, description="in the duration predictor")
 
-    def shape(self, units: int) -> HifiGanShape:
-        """The sizes, for a number of units."""
+    def shape(self, units: int, speakers: int = 1) -> HifiGanShape:
+        """The sizes, for a number of units and of speakers."""
         return HifiGanShape(
             units=units,
             embedding=self.embedding,
+            speaker=self.speaker,
+            speakers=speakers,
             rates=self.rates,
             kernels=self.kernels,
             channels=self.channels,

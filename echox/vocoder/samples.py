@@ -33,15 +33,16 @@ class Samples:
         folder: of the run.
         clips: what is spoken, the same at every step.
         rate: samples a second.
+        speakers: names of those who speak, by row; none for one voice.
     """
 
-    def __init__(self, folder: Path, clips: Sequence[Clip], rate: int) -> None:
-        self.clips, self.rate = list(clips), rate
+    def __init__(self, folder: Path, clips: Sequence[Clip], rate: int, speakers: Sequence[str] = ()) -> None:
+        self.clips, self.rate, self.speakers = list(clips), rate, list(speakers)
         self._folder = folder / SAMPLES
 
     @torch.no_grad()
     def speak(self, step: int, net: Generator, log_mel: LogMel) -> tuple[dict[str, float], list[tuple[Path, str]]]:
-        """Speak each clip with its own durations.
+        """Speak each clip with its own durations, and as its own speaker.
 
         Args:
             step: optimizer steps behind the weights.
@@ -61,7 +62,8 @@ class Samples:
             frames_1T, units_1U, durations_1U, wave_1N = (
                 torch.from_numpy(each)[None].to(device) for each in (clip.frames, clip.units, clip.durations, clip.wave)
             )
-            spoken = net(frames_1T, units_1U, torch.ones_like(units_1U, dtype=torch.bool))
+            speaker_1 = torch.tensor([clip.speaker], device=device)
+            spoken = net(frames_1T, speaker_1, units_1U, torch.ones_like(units_1U, dtype=torch.bool))
             errors.append(float(mel_loss(log_mel(wave_1N), log_mel(spoken.wave_BN))))
             misses += float(duration_loss(spoken.logs_BU, durations_1U, torch.ones_like(units_1U)))
             units += len(clip.units)
@@ -91,8 +93,9 @@ class Samples:
                 if (path := self._folder / SPOKEN.format(step, number)).is_file()
             )
             real = player((self._folder / REAL.format(number)).read_bytes())
+            heading = f"{clip.id} ({self.speakers[clip.speaker]})" if self.speakers else clip.id
             parts.append(
-                f"<h2>{html.escape(clip.id)}</h2><table><tr><th>step</th><th>speech</th></tr>"
+                f"<h2>{html.escape(heading)}</h2><table><tr><th>step</th><th>speech</th></tr>"
                 f"<tr><td>real</td><td>{real}</td></tr>{rows}</table>"
             )
         write_page(self._folder / PAGE, "EchoX: a voice learns", parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 LARGEST = 1 << 16
 """Of any one size: what a configuration of someone else claims is checked before anything is built."""
 MOST_LAYERS = 16
+MOST_SPEAKERS = 1 << 20
+SPEAKER_IDS = "speaker_id_map"
+"""Field of `config.json`: the row of each speaker by name, as in the configuration of Piper's voices."""
 DURATION_KERNEL = 3
 """The second convolution of the duration predictor is padded by 1 whatever its kernel, so only 3 keeps the length."""
 SLOPE = 0.1
@@ -34,6 +37,7 @@ class HifiGanShape:
         units: number of units K.
         embedding: width of a unit's vector, and of the duration predictor.
         speaker: width of a speaker's vector, which stands behind the unit's; 0 for a model of one voice without one.
+        speakers: rows of the table of these vectors.
         rates, kernels: of each transposed convolution; the product of the rates is the samples of a unit frame.
         channels: before the first of them; each halves it.
         resblock_kernels, resblock_dilations: of the residual blocks behind each of them, added up.
@@ -44,6 +48,7 @@ class HifiGanShape:
     units: int = 1000
     embedding: int = 128
     speaker: int = 0
+    speakers: int = 1
     rates: tuple[int, ...] = (5, 4, 4, 2, 2)
     kernels: tuple[int, ...] = (11, 8, 8, 4, 4)
     channels: int = 512
@@ -63,6 +68,10 @@ class HifiGanShape:
         for name in ("units", "embedding", "channels", "sample_rate"):
             if not _whole(fields[name], 1):
                 yield f"{name} is {fields[name]!r:.40}, not a whole number from 1 to {LARGEST}"
+        if not _whole(self.speaker, 0):
+            yield f"speaker is {self.speaker!r:.40}, not a whole number from 0 to {LARGEST}"
+        if not _whole(self.speakers, 1, MOST_SPEAKERS):
+            yield f"speakers is {self.speakers!r:.40}, not a whole number from 1 to {MOST_SPEAKERS}"
         for name in ("rates", "kernels", "resblock_kernels"):
             if not _sizes(fields[name]):
                 yield f"{name} is {fields[name]!r:.60}, not a list of 1 to {MOST_LAYERS} sizes"
@@ -96,7 +105,7 @@ class HifiGanShape:
             "lang_embed_dim": 0,
             "spkr_embed_dim": self.speaker,
             "vocoder_num_langs": 1,
-            "vocoder_num_spkrs": 1,
+            "vocoder_num_spkrs": self.speakers,
             "upsample_rates": list(self.rates),
             "upsample_kernel_sizes": list(self.kernels),
             "upsample_initial_channel": self.channels,
@@ -119,7 +128,11 @@ class HifiGanShape:
 
 
 def write_vocoder(
-    folder: Path, shape: HifiGanShape, weights: Mapping[str, Tensor], unit_set: UnitSetIdentity | None
+    folder: Path,
+    shape: HifiGanShape,
+    weights: Mapping[str, Tensor],
+    unit_set: UnitSetIdentity | None,
+    speakers: Sequence[str] = (),
 ) -> None:
     """Write a folder that `echox.speak.vocoder.load_vocoder` opens.
 
@@ -128,18 +141,22 @@ def write_vocoder(
         shape: of the network.
         weights: state of `HifiGanShape.build`, without weight norm.
         unit_set: which units it speaks; None where that is not known.
+        speakers: their names, in the order of the rows; none where they have numbers alone.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     write_unit_set(folder, None)  # Interrupted here, it is of unknown units rather than of those of an earlier one.
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
-    write_atomically(folder / "config.json", json.dumps(shape.config(), indent=2) + "\n")
+    config = shape.config()
+    if speakers:
+        config[SPEAKER_IDS] = {name: row for row, name in enumerate(speakers)}
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_unit_set(folder, unit_set)
 
 
-def _whole(value: object, least: int) -> bool:
-    return type(value) is int and least <= value <= LARGEST
+def _whole(value: object, least: int, most: int = LARGEST) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _sizes(value: object) -> bool:

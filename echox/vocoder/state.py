@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from echox.engine.checkpoint.contents import Contents, Manifest
     from echox.vocoder.recipe import VoiceRecipe
 
 PARTS = ("generator", "discriminators")
@@ -72,11 +73,24 @@ def restore(
                 kept = {moment: tensor.to(value.device) for moment, tensor in moments.items()}
                 optimizers[part].state[value] = {"step": torch.tensor(float(step)), **kept}
     except (RuntimeError, KeyError) as error:
+        said = str(error).splitlines()  # torch names the first tensor in its second line
         raise CheckpointError(
-            f"the checkpoint holds other tensors than this vocoder: {str(error).splitlines()[0]}",
+            f"the checkpoint holds other tensors than this vocoder: {said[min(1, len(said) - 1)].strip()}",
             where=str(checkpoint),
             fix="continue with the recipe of the run, or use another run name",
         ) from error
+
+
+def recorded_speakers(checkpoint: Path, manifest: Manifest) -> tuple[str, ...]:
+    """Names of the speakers that a run began with, in the order of their rows; none for one voice.
+
+    Raises:
+        CheckpointError: what the manifest has in their place are no names.
+    """
+    names: Any = manifest.get("speakers", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError("its speakers are no list of names", where=str(checkpoint), fix="restore its manifest")
+    return tuple(names)
 
 
 def save(
@@ -89,8 +103,11 @@ def save(
     world_size: int,
     stream: Mapping[str, Any],
     metrics: Mapping[str, float],
+    speakers: Sequence[str] = (),
 ) -> Path:
     """Write and publish the checkpoint after `step` steps; returns its folder.
+
+    `speakers` are the names behind the rows of the table of speakers, none for one voice.
 
     Raises:
         CheckpointError: it cannot be written; earlier ones are untouched.
@@ -103,29 +120,28 @@ def save(
         temporary.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), temporary / WEIGHTS)
         weights = {name: each for name, each in tensors.items() if name.startswith(PARTS)}
-        write_manifest(
-            temporary,
-            {
-                "run": recipe.name,
-                "stage": recipe.stage,
-                "recipe": recipe.model_dump(mode="json"),
-                "frozen": {},
-                "dtypes": {"trainable": {"float32": sum(each.numel() for each in weights.values())}},
-                "precision": "fp32",
-                "step": step,
-                "updates": step,
-                "attempt": attempt,
-                "world_size": world_size,
-                "created": time.strftime(CREATED, time.gmtime()),
-                "cursor": {"step": step, "stream": stream, "health": {"losses": [], "known": 0, "bad_steps": 0}},
-                "metrics": dict(metrics),
-                "trainable": {
-                    name: {"shape": list(each.shape), "dtype": str(each.dtype)} for name, each in weights.items()
-                },
-                "versions": library_versions(),
+        contents: Contents = {
+            "run": recipe.name,
+            "stage": recipe.stage,
+            "recipe": recipe.model_dump(mode="json"),
+            "frozen": {},
+            "dtypes": {"trainable": {"float32": sum(each.numel() for each in weights.values())}},
+            "precision": "fp32",
+            "step": step,
+            "updates": step,
+            "attempt": attempt,
+            "world_size": world_size,
+            "created": time.strftime(CREATED, time.gmtime()),
+            "cursor": {"step": step, "stream": stream, "health": {"losses": [], "known": 0, "bad_steps": 0}},
+            "metrics": dict(metrics),
+            "trainable": {
+                name: {"shape": list(each.shape), "dtype": str(each.dtype)} for name, each in weights.items()
             },
-            {WEIGHTS: describe_file(temporary / WEIGHTS)},
-        )
+            "versions": library_versions(),
+        }
+        if speakers:
+            contents["speakers"] = list(speakers)
+        write_manifest(temporary, contents, {WEIGHTS: describe_file(temporary / WEIGHTS)})
         publish(temporary, final)
     except Exception as error:  # a full disk comes out of safetensors as an error of its own
         shutil.rmtree(temporary, ignore_errors=True)

@@ -36,7 +36,15 @@ from echox.errors import CheckpointError, EchoXError, TrainingError
 from echox.stream.quarantine import merge as merge_ledgers
 from echox.vocoder import state
 from echox.vocoder.adversarial import LOSSES, Adversaries
-from echox.vocoder.data import VoiceBatch, VoiceCollate, held_out, open_voice, units_of_voice, voice_reader
+from echox.vocoder.data import (
+    VoiceBatch,
+    VoiceCollate,
+    held_out,
+    open_voice,
+    speakers_of_voice,
+    units_of_voice,
+    voice_reader,
+)
 from echox.vocoder.samples import Samples
 from echox.vocoder.shape import write_vocoder
 
@@ -158,6 +166,7 @@ class VoiceRun:
     reader: StreamReader
     networks: Adversaries
     unit_set: UnitSetIdentity | None
+    speakers: tuple[str, ...]
     samples: Samples | None
 
     @classmethod
@@ -175,14 +184,18 @@ class VoiceRun:
         reporter.progress("starting")
         sources = open_voice(recipe.data.train)
         units, unit_set = units_of_voice(sources, recipe.generator.units)
-        shape = recipe.generator.shape(units)
-        collate = VoiceCollate(units, recipe.data.segment_frames, recipe.seed, shape.sample_rate)
+        found, speakers = choice.checkpoint, tuple[str, ...]()
+        if recipe.generator.speaker:
+            # Those of the checkpoint keep their rows, also where the datasets of now lack one of them.
+            known = () if found is None else state.recorded_speakers(found.path, found.manifest)
+            speakers = speakers_of_voice(sources, known)
+        shape = recipe.generator.shape(units, max(1, len(speakers)))
+        collate = VoiceCollate(units, recipe.data.segment_frames, recipe.seed, shape.sample_rate, speakers)
         # Read by all ranks, so that all end where there are none.
         clips = [] if recipe.data.valid is None else held_out(recipe.data.valid, collate, recipe.samples)
-        samples = Samples(reporter.folder.path, clips, shape.sample_rate) if clips and world.is_main else None
+        samples = Samples(reporter.folder.path, clips, shape.sample_rate, speakers) if clips and world.is_main else None
         reader = voice_reader(recipe, sources, collate, world.rank, world.size, pin=world.device.type == "cuda")
         networks = Adversaries(recipe, shape, world)
-        found = choice.checkpoint
         if found is not None:
             state.restore(found.path, found.manifest["step"], networks.modules, networks.optimizers)
         elif world.is_main:
@@ -199,6 +212,7 @@ class VoiceRun:
             reader=reader,
             networks=networks,
             unit_set=unit_set,
+            speakers=speakers,
             samples=samples,
         )
         run.announce()
@@ -239,6 +253,7 @@ class VoiceRun:
             stage=self.recipe.stage,
             world_size=self.world.size,
             device=self.world.device,
+            **({"speakers": len(self.speakers)} if self.speakers else {}),
             **weights,
         )
         if self.world.is_main:
@@ -347,6 +362,7 @@ class VoiceRun:
                     world_size=self.world.size,
                     stream=dict(self.reader.record()),
                     metrics=reporter.metrics,
+                    speakers=self.speakers,
                 )
                 Retention(last=self.recipe.keep).apply(reporter.folder.path)
                 found = (path, None)
@@ -370,8 +386,8 @@ class VoiceRun:
     def export(self) -> None:
         """Write the vocoder of the present weights on rank 0."""
         if self.world.is_main:
-            generator = self.networks.generator
-            write_vocoder(self.reporter.folder.path / VOCODER, generator.shape, generator.folded(), self.unit_set)
+            generator, folder = self.networks.generator, self.reporter.folder.path / VOCODER
+            write_vocoder(folder, generator.shape, generator.folded(), self.unit_set, self.speakers)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.reporter.state.step % every == 0

@@ -28,6 +28,7 @@ class Serving:
     Attributes:
         run: folder that all nodes see, or URL.
         vocoder: folder of the voice; None: the demo's, below the cache of each node.
+        speaker: name or number of who speaks, in a voice of several; None: the first.
         host: address that the proxies listen on.
         port: port of theirs.
         replicas: how many, or the fewest.
@@ -43,6 +44,7 @@ class Serving:
 
     run: str
     vocoder: str | None = None
+    speaker: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: int = 1

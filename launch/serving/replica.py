@@ -28,7 +28,7 @@ class Replica:
         if token is None and not serving.at_home:
             fix = f"set {TOKEN} on the nodes before `ray start`, or --host 127.0.0.1"
             raise LaunchError(f"whoever reaches {serving.host} could use it, for no token is set", fix=fix)
-        model, vocoder = load(serving.run, serving.vocoder)
+        model, vocoder = load(serving.run, serving.vocoder, serving.speaker)
         limits = serving.limits(model.max_audio_s)
         self._worker = Worker(model, vocoder, limits)
         hosts = LOOPBACK if serving.at_home else ("*",)

@@ -230,7 +230,8 @@ takes of the shards what its task can use. "answer_audio" may be added to a ques
 "offset" and "duration" in seconds, "channel" (from 0; otherwise the mean of all), these three with "answer_" before
 them for "answer_audio", "answers" (a list of those that scores accept), and "turns" ({"role", "text"} of the dialogue
 before, with "audio" for --history-audio) are optional; "audio_filepath" is read as "audio", and further short fields
-are kept as "fields". With --task tts, "audio" and "text" are read as a spoken answer too.""",
+are kept as "fields", of which "speaker", and "answer_speaker" beside a question, tell the voices of a vocoder apart.
+With --task tts, "audio" and "text" are read as a spoken answer too.""",
     tasks=("", "asr", "sqa", "tts"),
     discover=discover,
     kind=_kind,

@@ -86,7 +86,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stand = Stand()
     monkeypatch.setenv("ECHOX_CACHE", str(tmp_path))
     monkeypatch.setattr("echox.evaluate.asr.Judge", SimpleNamespace(load=stand.listen))
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: stand)
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: stand)
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech", SimpleNamespace(load=lambda folder: stand))
     monkeypatch.setattr(demo, "resolve_model", lambda ref: tmp_path)
     return root
@@ -144,6 +144,19 @@ def test_how_it_sounds_is_rated_and_the_command_is_kept(
     assert metrics(scores["sets"]["sqa-heldout-phrasing"])["dnsmos_ovrl"] == pytest.approx(1, abs=0.01)
     monkeypatch.setattr(Dnsmos, "find", lambda: pytest.fail("nothing is to be rated"))
     assert evaluate_demo(tmp_path / "run", rated=0).to_json()["sets"]["sqa-heldout-phrasing"]["quality"] == {}
+
+
+def test_answers_are_spoken_by_the_speaker_that_is_named(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from echox.speak.vocoder import load_vocoder
+
+    asked: list[Any] = []
+    stand = load_vocoder(corpus / "vocoder")
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda *given: asked.append(given) or stand)
+    scores = evaluate_demo(tmp_path / "run", speaker="bo", limit=1, rated=0).to_json()
+    assert asked == [(corpus / "vocoder", "bo")]
+    assert scores["command"] == f"echox evaluate {tmp_path / 'run'} --speaker bo --limit 1 --rated 0"
 
 
 def test_which_sets_are_asked_and_what_they_are_for_is_said_by_the_caller(corpus: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_run_vocoder_and_heldout_set_are_of_one_unit_set(
     model = SimpleNamespace(units=UnitPart("run demo-echo", run), recipe=SimpleNamespace(language="en"))
     monkeypatch.setenv("ECHOX_CACHE", str(tmp_path))
     monkeypatch.setattr("echox.evaluate.asr.Judge.load", lambda folder, language: None)
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: None)
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: None)
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda folder: model)
     monkeypatch.setattr(demo, "resolve_model", lambda ref: tmp_path)
     monkeypatch.setattr(demo, "take", take)

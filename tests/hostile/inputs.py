@@ -845,6 +845,8 @@ def vocoder_configs(good: dict[str, Any]) -> dict[str, str]:
         "hifi-empty": "{}",
         "hifi-huge": json.dumps({**hifi, "unit_hifi_gan_vocab_size": 10**9}),
         "hifi-text": json.dumps({**hifi, "unit_hifi_gan_vocab_size": "x"}),
+        "hifi-speakers": json.dumps({**hifi, "vocoder_num_spkrs": 10**9}),
+        "hifi-names": json.dumps({**hifi, "vocoder_num_spkrs": 0, "speaker_id_map": [ESCAPE]}),
         "hifi-negative": json.dumps({**hifi, "unit_hifi_gan_vocab_size": -4}),
         "hifi-code": json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}),
     }

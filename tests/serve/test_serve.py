@@ -219,13 +219,23 @@ def test_limits_are_above_zero_and_a_question_keeps_to_them() -> None:
     assert len(question.audio) == len(clips()[0])
 
 
+def test_a_run_is_served_in_the_voice_that_is_named(model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch) -> None:
+    from echox.serve.loading import load
+
+    monkeypatch.setattr("echox.serve.loading.SpeechToSpeech.load", lambda run: model)
+    monkeypatch.setattr("echox.serve.loading.check_vocoder", lambda folder, parts: None)
+    monkeypatch.setattr("echox.serve.loading.load_vocoder", lambda folder, speaker: (folder, speaker))
+    assert load("run", "voice", "bo")[1] == (Path("voice"), "bo")
+    assert load("run", "voice")[1] == (Path("voice"), None)
+
+
 def test_the_command_refuses_a_port_that_is_taken(
     served: Served, tmp_path: Path, model: SpeechToSpeech, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     from echox.cli import main
 
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda run: model)
-    monkeypatch.setattr("echox.serve.loading.load_vocoder", lambda folder: None)
+    monkeypatch.setattr("echox.serve.loading.load_vocoder", lambda folder, speaker=None: None)
     command = ["serve", str(tmp_path), "--vocoder", str(tmp_path)]
     assert main([*command, "--port", str(served.port)]) == 1
     assert f"port {served.port} of 127.0.0.1 is taken" in capsys.readouterr().err

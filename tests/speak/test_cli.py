@@ -41,7 +41,7 @@ def test_a_question_longer_than_the_model_hears_is_answered_and_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], seconds: int, cut: bool
 ) -> None:
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda trained: Model())
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: Vocoder())
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: Vocoder())
     question, out = tmp_path / "question.wav", tmp_path / "answer.wav"
     write_audio(question, np.full(16000 * seconds, 0.1, np.float32))
     write_unit_set(tmp_path / "voice", UNITS)
@@ -69,7 +69,7 @@ def test_a_vocoder_of_other_units_is_refused(
     line: str,
 ) -> None:
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda trained: Model())
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: Vocoder())
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: Vocoder())
     question, voice = tmp_path / "question.wav", tmp_path / "voice"
     write_audio(question, np.full(16000, 0.1, np.float32))
     write_unit_set(voice, units)
@@ -83,12 +83,24 @@ def test_a_vocoder_of_other_units_is_refused(
 
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, *words: str) -> int:
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda trained: model)
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: Vocoder())
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: Vocoder())
     question = tmp_path / "question.wav"
     write_audio(question, np.full(16000, 0.1, np.float32))
     write_unit_set(tmp_path / "voice", UNITS)
     out = str(tmp_path / "answer.wav")
     return main(["speak", "--question", str(question), "--out", out, "--vocoder", str(tmp_path / "voice"), *words])
+
+
+def test_the_speaker_is_that_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech.load", lambda trained: Model())
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda *given: asked.append(given) or Vocoder())
+    write_audio(tmp_path / "question.wav", np.full(16000, 0.1, np.float32))
+    write_unit_set(tmp_path / "voice", UNITS)
+    where = ["--question", str(tmp_path / "question.wav"), "--out", str(tmp_path / "answer.wav")]
+    words = ["speak", *where, "--vocoder", str(tmp_path / "voice")]
+    assert main(words) == 0 and main([*words, "--speaker", "bo"]) == 0
+    assert asked == [(tmp_path / "voice", None), (tmp_path / "voice", "bo")]
 
 
 def test_what_was_said_before_comes_from_a_file_and_from_the_command_line(

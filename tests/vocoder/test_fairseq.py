@@ -49,6 +49,28 @@ def test_the_waveform_is_that_of_fairseq(config: dict[str, Any], speaker: int | 
     np.testing.assert_allclose(wave, wanted, rtol=0, atol=1e-5)
 
 
+def test_a_model_of_several_speakers_keeps_them_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = fairseq.random_state(fairseq.SPEAKERS)
+    ours = imported(tmp_path, fairseq.SPEAKERS, state, "--json")
+    assert json.loads(capsys.readouterr().out)["speakers"] == 7
+    assert torch.equal(load_file(ours / "model.safetensors")["speaker_embedding.weight"], state["spkr.weight"])
+    units_U = torch.from_numpy(UNITS.astype(np.int64))
+    waves = []
+    for speaker in range(7):
+        (wave,) = load_vocoder(ours, str(speaker))([UNITS])
+        wanted = fairseq.speak(fairseq.SPEAKERS, state, units_U, speaker).numpy()
+        np.testing.assert_allclose(wave, wanted, rtol=0, atol=1e-5)
+        waves.append(wave)
+    assert min(np.abs(one - other).max() for one in waves for other in waves if one is not other) > 0.05
+    (first,) = load_vocoder(ours)([UNITS])
+    assert np.array_equal(first, waves[0]), "the first where none is named"
+    # Cut out, one sounds as it does among the others.
+    (alone,) = load_vocoder(imported(tmp_path / "one", fairseq.SPEAKERS, state, "--speaker", "4"))([UNITS])
+    assert np.array_equal(alone, waves[4])
+    with pytest.raises(DataError, match="it has no speaker 7: its 7 have the numbers from 0"):
+        convert(tmp_path / "theirs" / "g_00500000", tmp_path / "theirs" / "config.json", 7)
+
+
 def test_another_speaker_is_another_voice(tmp_path: Path) -> None:
     state = fairseq.random_state(fairseq.SPEAKERS)
     waves = [
@@ -117,7 +139,8 @@ def test_every_reason_against_a_checkpoint_is_given_at_once(tmp_path: Path) -> N
     ("change", "said"),
     [
         ({"dur_predictor_params": None}, "it predicts no durations"),
-        ({"multispkr": "_"}, "name one, from 0, by --speaker"),
+        ({"multispkr": "_"}, "spkr.weight is missing"),
+        ({"multispkr": "_", "num_speakers": 0}, "speakers is 0, not a whole number from 1"),
         ({"num_embeddings": 1 << 40}, "units is 1099511627776"),
         ({"upsample_initial_channel": 1 << 15}, "weights, and the file has"),
         ({"upsample_initial_channel": 60}, "60 channels cannot be halved 5 times"),

@@ -118,7 +118,7 @@ def test_folded_weights_speak_as_those_that_train(generator: Generator) -> None:
     plain = generator.shape.build().eval()
     plain.load_state_dict(generator.folded())
     frames_1T = torch.tensor([[1, 1, 4, 2, 3, 0, 0, 2]])
-    wave_1N = generator.speak(frames_1T)
+    wave_1N = generator.speak(frames_1T, torch.zeros(1, dtype=torch.long))
     wanted_1N = plain.hifi_gan(plain.unit_embedding(frames_1T).transpose(1, 2))
     assert wave_1N.shape == (1, 8 * 320) and float(wave_1N.detach().std()) > 1e-3
     torch.testing.assert_close(wave_1N, wanted_1N, rtol=0, atol=1e-6)
@@ -133,7 +133,7 @@ def test_the_first_weights_are_those_that_the_published_vocoders_began_with() ->
     for name, fan in fans.items():
         deviation = float(weights[f"hifi_gan.{name}.weight"].std())
         assert deviation == pytest.approx((3 * fan) ** -0.5, rel=0.3 if name == "conv_post" else 0.1), name
-    wave_BN = made.speak(torch.randint(0, 5, (4, 8)))
+    wave_BN = made.speak(torch.randint(0, 5, (4, 8)), torch.zeros(4, dtype=torch.long))
     assert float(wave_BN.detach().std()) > 0.005, "a sound from the first step on, which the mel loss can shape"
 
 

@@ -6,7 +6,6 @@ import base64
 import json
 import math
 import re
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import launch, start
+from launching import launch
 from safetensors.torch import load_file
 
 from echox import cli
 from echox.audio.io import encode_flac, header_rate, read_audio, resample
-from echox.engine.checkpoint.manifest import WEIGHTS, list_checkpoints, read_manifest
+from echox.engine.checkpoint.manifest import list_checkpoints, read_manifest
 from echox.engine.context import LocalContext
 from echox.engine.interfaces import NullTracker
 from echox.engine.stop import request_stop
@@ -33,8 +32,7 @@ from echox.vocoder.losses import LogMel
 from echox.vocoder.samples import MOST_SHOWN, PAGE, Samples
 from echox.vocoder.trainer import train_voice
 from tests.vocoder import toy
-
-WORKER = Path(__file__).with_name("voice_worker.py")
+from tests.vocoder.runs import WORKER, losses_of, run_in, trained_state
 
 
 class Heard(NullTracker):
@@ -54,27 +52,6 @@ class Heard(NullTracker):
 @pytest.fixture(scope="module")
 def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy.write_voice(tmp_path_factory.mktemp("voice") / "train")
-
-
-def run_in(folder: Path, voice: Path, processes: int, name: str, **changes: Any) -> Path:
-    """Train in processes of their own; the run's folder."""
-    die_at = changes.pop("die_at", None)
-    scenario = {"name": name, "recipe": toy.recipe_tree(voice, folder / "runs", name, **changes), "die_at": die_at}
-    if die_at is None:
-        launch(folder, WORKER, processes, [scenario])
-    else:
-        ranks = start(folder, WORKER, processes, [scenario])
-        assert ranks.wait() == [-signal.SIGKILL] * processes, ranks.said()
-    return folder / "runs" / name
-
-
-def trained_state(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(run)[0] / WEIGHTS)
-
-
-def losses_of(run: Path) -> list[tuple[int, dict[str, float]]]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], {k: v for k, v in row.items() if k.startswith(("loss/", "lr/"))}) for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +19,35 @@ UNIT_SET = UnitSetIdentity(features="log_mel", clusters=5, centroids="aa")
 GENERATOR = {"embedding": 8, "channels": 32, "resblock_kernels": [3], "resblock_dilations": [[1, 3]]}
 
 
-def clip(seed: int, units: int = 9) -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.float32]]:
+class Voice(NamedTuple):
+    """Pitch in Hz of unit 0, of which the others are multiples, and deviation of the noise in its sound."""
+
+    lowest: float = 150.0
+    breath: float = 0.05
+
+
+ORDINARY = Voice()
+
+
+def clip(
+    seed: int, units: int = 9, voice: Voice = ORDINARY
+) -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.float32]]:
     """Units, frames of each, and a sound in which every unit is a pitch and lasts so long by what it is."""
     random = np.random.default_rng(seed)
     names = np.cumsum(random.integers(1, 4, units)).astype(np.uint16) % 5
     durations = (1 + names).astype(np.uint16)
-    pitch = 150.0 * (1 + np.repeat(names, durations.astype(int) * HOP))
-    wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE) + random.normal(0, 0.05, len(pitch))
+    pitch = voice.lowest * (1 + np.repeat(names, durations.astype(int) * HOP))
+    wave = 0.3 * np.sin(2 * np.pi * np.cumsum(pitch) / SAMPLE_RATE) + random.normal(0, voice.breath, len(pitch))
     return names, durations, wave.astype(np.float32)
 
 
-def sample(name: str, units: Any, durations: Any, wave: Any, **changes: Any) -> dict[str, Any]:
+def sample(
+    name: str, units: Any, durations: Any, wave: Any, speaker: str | None = None, **changes: Any
+) -> dict[str, Any]:
+    meta = {"id": name, "task": "tts", "question_s": None, "answer_s": len(wave) / SAMPLE_RATE}
     return {
         "__key__": name,
-        "json": {"id": name, "task": "tts", "question_s": None, "answer_s": len(wave) / SAMPLE_RATE},
+        "json": meta if speaker is None else {**meta, "fields": {"speaker": speaker}},
         "answer.units": np.asarray(units, "<u2").tobytes(),
         "answer.durations": np.asarray(durations, "<u2").tobytes(),
         "answer.flac": encode_flac(wave),
@@ -41,6 +57,20 @@ def sample(name: str, units: Any, durations: Any, wave: Any, **changes: Any) -> 
 
 def write_voice(folder: Path, clips: int = 6, units: int = 9) -> Path:
     write_shards(folder, [sample(f"s{seed}", *clip(seed, units)) for seed in range(clips)])
+    write_unit_set(folder, UNIT_SET)
+    return folder
+
+
+def write_voices(folder: Path, voices: Mapping[str, Voice], clips: int = 4) -> Path:
+    """The same units by several speakers, one after the other."""
+    write_shards(
+        folder,
+        [
+            sample(f"{name}-{seed}", *clip(seed, voice=voice), speaker=name)
+            for name, voice in voices.items()
+            for seed in range(clips)
+        ],
+    )
     write_unit_set(folder, UNIT_SET)
     return folder
 

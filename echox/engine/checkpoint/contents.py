@@ -47,6 +47,7 @@ class RunContents(TypedDict):
         frozen: name to identity of every frozen model; their weights are never stored.
         run_files: name to identity of every file in the run's folder that the weights depend on; older manifests have
             none.
+        speakers: of a vocoder of several, their names in the order of their rows.
         imported: of a release that was imported, what its configuration had and its files told.
         dtypes: elements by kind and dtype.
         precision: "bf16" or "fp32", as resolved.
@@ -57,6 +58,7 @@ class RunContents(TypedDict):
     recipe: dict[str, Any]
     frozen: dict[str, FrozenModel]
     run_files: NotRequired[dict[str, RunFileEntry]]
+    speakers: NotRequired[list[str]]
     imported: NotRequired[dict[str, Any]]
     dtypes: dict[str, dict[str, int]]
     precision: str

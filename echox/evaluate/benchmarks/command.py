@@ -50,6 +50,7 @@ class Request:
         places: folder or file of those that do not lie at their default place.
         out: folder of results; those of benchmarks go to `benchmarks/` in it.
         vocoder: vocoder folder.
+        speaker: name or number of who speaks, in a vocoder of several; None for the first.
         judge: model that listens.
         sampling: `release` for sampled runs beside the greedy one; None for none.
         repeats: sampled runs.
@@ -66,6 +67,7 @@ class Request:
     places: Mapping[str, Path] = field(default_factory=dict)
     out: Path | None = None
     vocoder: Path | None = None
+    speaker: str | None = None
     judge: str = JUDGE
     sampling: str | None = None
     repeats: int = REPEATS
@@ -87,6 +89,7 @@ class Request:
             "--data": f"{name}={self.places[name]}" if name in self.places else None,
             "--judge": self.judge,
             "--vocoder": self.vocoder,
+            "--speaker": self.speaker,
             "--sampling": self.sampling if decoding.temperature else None,
             "--repeats": self.repeats if decoding.temperature and self.repeats != usual.repeats else None,
             "--limit": self.limit,
@@ -132,7 +135,8 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
         The results; None where other processes have questions left, whose answers are needed for any score.
 
     Raises:
-        DataError: see `survey`, `read_answers` and `writing`; or the vocoder is of other units than the run.
+        DataError: see `survey`, `read_answers` and `writing`; or the vocoder is of other units than the run, or has no
+            such speaker.
         CheckpointError, MissingModelError: run, vocoder or judge is not there.
     """
     from echox.speak.vocoder import default_vocoder, load_vocoder
@@ -141,13 +145,13 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
     vocoder = request.vocoder or default_vocoder()
     rater = Dnsmos.find() if request.rated else None
     quality = {**rater.identity(), "most": request.rated} if rater else None
-    setting = setting_identity(request.run, judge, vocoder, request.batch, quality)
+    setting = setting_identity(request.run, judge, vocoder, request.batch, quality, request.speaker)
     benchmarks = [survey(name, request.places.get(name), request.limit) for name in request.names]
     root = request.folder
 
     @cache
     def speaking() -> Speaking:
-        return _load(request.run, vocoder, judge, rater)
+        return _load(request, vocoder, judge, rater)
 
     ways = decodings(request.sampling, request.repeats, request.max_new)
     found: dict[str, list[tuple[Decoding, dict[int, Answered]]]] = {}
@@ -171,7 +175,7 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
     items = {each.name: [judged(each, answers, language) for _, answers in found[each.name]] for each in benchmarks}
     results = _results(request, benchmarks, ways, items, language)
     greedy = {name: rows[0] for name, rows in items.items()}
-    speaker = load_vocoder(vocoder)
+    speaker = load_vocoder(vocoder, request.speaker)
     sounds = {each.name: _sounds(each, greedy[each.name], speaker) for each in benchmarks}
     write_benchmark_page(root / PAGE, results, greedy, sounds)
     write_atomically(root / RESULTS, json.dumps(results, indent=1) + "\n")
@@ -223,13 +227,13 @@ def _decoding(decoding: Decoding) -> dict[str, Any]:
     return {"decoding": known.pop("name"), **known}
 
 
-def _load(run: Path, vocoder: Path, judge: NamedJudge, rater: Dnsmos | None) -> Speaking:
+def _load(request: Request, vocoder: Path, judge: NamedJudge, rater: Dnsmos | None) -> Speaking:
     from echox.speak.pipeline import SpeechToSpeech
     from echox.speak.vocoder import check_vocoder, load_vocoder
 
-    model = SpeechToSpeech.load(run)
+    model = SpeechToSpeech.load(request.run)
     check_vocoder(vocoder, [model.units])
-    return Speaking(model, Listener(load_vocoder(vocoder), judge.open(None)), rater)
+    return Speaking(model, Listener(load_vocoder(vocoder, request.speaker), judge.open(None)), rater)
 
 
 def _sounds(benchmark: Benchmark, rows: list[Judged], speaker: Speaker) -> list[Sounds]:

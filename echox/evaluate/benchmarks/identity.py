@@ -10,6 +10,7 @@ from echox.engine.checkpoint.checkpointer import find_weights
 from echox.engine.checkpoint.manifest import MANIFEST, read_manifest, weights_name
 from echox.errors import MissingModelError
 from echox.files import sha256_file, sha256_files
+from echox.speak.speakers import speaker_row
 
 if TYPE_CHECKING:
     from echox.evaluate.benchmarks.decoding import Decoding
@@ -20,7 +21,12 @@ _OF_VOCODER = ("*.json", "*.safetensors")
 
 
 def setting_identity(
-    run: Path, judge: NamedJudge, vocoder: Path, batch: int, quality: Mapping[str, Any] | None = None
+    run: Path,
+    judge: NamedJudge,
+    vocoder: Path,
+    batch: int,
+    quality: Mapping[str, Any] | None = None,
+    speaker: str | None = None,
 ) -> dict[str, Any]:
     """What is the same for all benchmarks and decodings.
 
@@ -30,6 +36,7 @@ def setting_identity(
         vocoder: vocoder folder.
         batch: questions answered together.
         quality: what rates the sound, and how many answers; None where nothing does.
+        speaker: name or number of who speaks, in a vocoder of several; None for the first.
 
     Questions answered together are part of it: padding moves a sum by its rounding, and a quantised judge scales its
     numbers by the loudest clip of its batch.
@@ -37,6 +44,7 @@ def setting_identity(
     Raises:
         CheckpointError: the run has no good checkpoint.
         MissingModelError: there is no vocoder.
+        DataError: the vocoder has no such speaker.
     """
     checkpoint = find_weights(run).parent
     return {
@@ -45,7 +53,7 @@ def setting_identity(
             "manifest": sha256_file(checkpoint / MANIFEST),
         },
         "judge": {"language": "found for each clip", "files": judge.identity()},
-        "vocoder": _vocoder(vocoder),
+        "vocoder": _vocoder(vocoder, speaker),
         "batch": batch,
         "quality": quality,
     }
@@ -57,9 +65,11 @@ def answers_identity(setting: Mapping[str, Any], benchmark: Benchmark, decoding:
     return {**setting, "questions": questions, "decoding": decoding.identity()}
 
 
-def _vocoder(folder: Path) -> dict[str, str]:
+def _vocoder(folder: Path, speaker: str | None) -> dict[str, str | int]:
+    """Hashes of its files, and the row of who speaks, if that is not the first."""
     found = sha256_files(folder, _OF_VOCODER)
     if not found:
         fix = "name a vocoder folder by --vocoder, or build the demo corpus"
         raise MissingModelError("There is no vocoder in the folder", where=str(folder), fix=fix)
-    return found
+    row = speaker_row(folder, speaker)
+    return {**found, **({"speaker": row} if row else {})}

@@ -40,6 +40,8 @@ PREAMBLE = struct.Struct("<8sII16s")
 SHARD = np.dtype([("bytes", "<u8"), ("first", "<u8"), ("name", "<u8"), ("sha256", "V32")])
 """One shard: size of its file, number of its first sample, where its name begins, hash."""
 
+_ONCE_OPENED = ("shards", "shard_names", "records", "tasks", "speakers", "speaker_names")
+"""Segments that are compared with their hashes when a catalogue is opened."""
 _LAST_OFFSET = (1 << 62) - 1
 _CHECKED_AT_ONCE = 1 << 20
 """Samples, of 140 bytes each, that are looked through when a catalogue is opened."""
@@ -50,8 +52,8 @@ class Catalogue:
     """All samples of one dataset, numbered in shard order.
 
     Open one with `Catalogue.open`, or with `open_catalogue` of the store where it may be remote. Opening maps the file
-    and checks its header, its shard table, its records and their tasks; keys and member places are checked by `verify`,
-    and by `ShardStore` with every sample it reads.
+    and checks its header, its shard table, its records, their tasks and speakers; keys and member places are checked by
+    `verify`, and by `ShardStore` with every sample it reads.
 
     Attributes:
         location: folder or URL of the shards.
@@ -79,7 +81,7 @@ class Catalogue:
         self.optional: tuple[str, ...] = tuple(header["optional"])
         self.sources: list[str] = header["sources"]
         self.layouts: list[tuple[str, ...]] = [tuple(layout) for layout in header["layouts"]]
-        self._check([name for name in ("shards", "shard_names", "records", "tasks") if name in self._segments])
+        self._check([name for name in _ONCE_OPENED if name in self._segments])
         self.records: NDArray[Any] = self._table("records", RECORD)
         self._members: NDArray[Any] = self._table("members", MEMBER)
         self._shards: NDArray[Any] = self._table("shards", SHARD)
@@ -146,6 +148,32 @@ class Catalogue:
     def tasks(self) -> NDArray[np.uint8] | None:
         """Own task of every sample, as a place in `TASKS`; [N], or None in a catalogue from before they were noted."""
         return self._segment("tasks") if "tasks" in self._segments else None
+
+    @cached_property
+    def speaker_names(self) -> list[str]:
+        """What `speakers` numbers; empty where no sample says who speaks its answer."""
+        if "speaker_names" not in self._segments:
+            return []
+        try:
+            names = parse_json(self._segment("speaker_names").tobytes())
+        except ValueError as error:
+            raise _unusable(self.location, f"the names of its speakers cannot be read: {error}") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _unusable(self.location, "the names of its speakers are no list of texts")
+        return names
+
+    @cached_property
+    def speakers(self) -> NDArray[np.uint32]:
+        """Who speaks each answer: a place in `speaker_names`, counted from 1; [N].
+
+        0 where nothing says it, which is so of all samples in a catalogue from before it was noted.
+        """
+        if "speakers" not in self._segments:
+            return np.zeros(self.samples, dtype=np.uint32)
+        found = self._table("speakers", np.dtype("<u4"))
+        if len(found) != self.samples or (len(found) and found.max() > len(self.speaker_names)):
+            raise _unusable(self.location, "the catalogue's speakers are not of its samples")
+        return found
 
     def key(self, sample: int) -> str:
         """Name of one sample."""
@@ -262,7 +290,7 @@ class Catalogue:
 
 def _checked_header(header: Any) -> dict[str, Any]:
     """The header of a catalogue; ValueError, KeyError, TypeError or AttributeError where its fields are others."""
-    rows = {"records": RECORD.itemsize, "members": MEMBER.itemsize, "shards": SHARD.itemsize, "tasks": 1}
+    rows = {"records": RECORD.itemsize, "members": MEMBER.itemsize, "shards": SHARD.itemsize, "speakers": 4}
     segments = header["segments"]
     for name in ("shards", "shard_names", "records", "members", "keys"):
         if name not in segments:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, int], None]
 """Called with shards done, shards in all, samples so far."""
 _SEGMENTS = ("shards", "shard_names", "records", "tasks", "members", "keys")
+_OF_SPEAKERS = ("speakers", "speaker_names")
+"""Segments of a catalogue of which any sample says who speaks its answer."""
 
 
 class CatalogueBuilder:
@@ -45,10 +47,13 @@ class CatalogueBuilder:
         self._optional = frozenset(optional)
         self._required: frozenset[str] | None = None
         self._scratch = Path(tempfile.mkdtemp(prefix=".catalogue-", dir=folder))
-        self._files: dict[str, IO[bytes]] = {name: (self._scratch / name).open("w+b") for name in _SEGMENTS}
+        self._files: dict[str, IO[bytes]] = {
+            name: (self._scratch / name).open("w+b") for name in (*_SEGMENTS, *_OF_SPEAKERS)
+        }
         self._shards: list[dict[str, Any]] = []
         self._sources: dict[str, int] = {}
         self._layouts: dict[tuple[str, ...], int] = {}
+        self._speakers: dict[str, int] = {}
         self._hashes: list[NDArray[np.uint64]] = []
         self._members = 0
         self._seconds = 0.0
@@ -83,6 +88,8 @@ class CatalogueBuilder:
         records["layout"] = _renumber(table.layouts, self._layouts)[records["layout"]]
         records["first"] += np.uint64(self._members)
         records["key"] += np.uint64(self._files["keys"].tell())
+        named = _renumber(table.speaker_names, self._speakers) + 1
+        speakers = np.append(0, named)[table.speakers].astype("<u4")
         row = np.zeros(1, dtype=SHARD)
         row["bytes"], row["first"], row["name"] = table.bytes, self.samples, self._files["shard_names"].tell()
         row["sha256"] = np.void(bytes.fromhex(table.sha256))
@@ -93,6 +100,7 @@ class CatalogueBuilder:
             ("members", table.members.tobytes()),
             ("keys", "".join(table.keys).encode()),
             ("tasks", table.tasks.tobytes()),
+            ("speakers", speakers.tobytes()),
         ):
             self._files[segment].write(content)
         self._hashes.append(np.array([xxh3_64_intdigest(key.encode()) for key in table.keys], dtype=np.uint64))
@@ -113,6 +121,7 @@ class CatalogueBuilder:
         Raises:
             DataError: two samples of one name.
         """
+        self._files["speaker_names"].write(json.dumps(list(self._speakers)).encode())
         for file in self._files.values():
             file.flush()
         self._refuse_repeated_keys()
@@ -124,7 +133,8 @@ class CatalogueBuilder:
             "sources": list(self._sources),
             "layouts": [list(layout) for layout in self._layouts],
         }
-        segments = {name: self._scratch / name for name in _SEGMENTS}
+        names = (*_SEGMENTS, *_OF_SPEAKERS) if self._speakers else _SEGMENTS
+        segments = {name: self._scratch / name for name in names}
         digest = write_segments(self._folder / CATALOGUE_NAME, header, segments)
         listing = {
             "version": 2,

@@ -16,6 +16,7 @@ from xxhash import xxh3_64_intdigest
 from echox.audio.io import SAMPLE_RATE, header_seconds, read_audio
 from echox.errors import DataError
 from echox.files import parse_json
+from echox.stream.format.speakers import answer_speaker
 from echox.stream.format.tar_headers import LARGEST_SAMPLE, Spans, defect, mapped, walk
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class ShardTable:
         keys: sample names.
         records, members: rows, see `RECORD` and `MEMBER`; [N], [M].
         tasks: places in `TASKS`; [N].
-        sources, layouts: what `source` and `layout` number.
+        speakers: who speaks each answer: a place in `speaker_names`, counted from 1; 0 where nothing says it; [N].
+        sources, layouts, speaker_names: what `source`, `layout` and `speakers` number.
         end: where the last sample ends.
     """
 
@@ -82,8 +84,10 @@ class ShardTable:
     records: NDArray[Any]
     members: NDArray[Any]
     tasks: NDArray[np.uint8]
+    speakers: NDArray[np.uint32]
     sources: list[str]
     layouts: list[tuple[str, ...]]
+    speaker_names: list[str]
     end: int
 
     @property
@@ -155,7 +159,9 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
         for start, size in zip(spans.members.data.tolist(), spans.members.sizes.tolist(), strict=True)
     ]
     tasks = np.zeros(count, dtype=np.uint8)
+    speakers = np.zeros(count, dtype="<u4")
     sources: dict[str, int] = {}
+    names: dict[str, int] = {}
     layouts: dict[tuple[str, ...], int] = {}
     required: frozenset[str] | None = None
     for number, (key, extensions, offset) in enumerate(
@@ -177,6 +183,8 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
         except ValueError as error:
             raise defect(shard, offset, f"sample {key}: {error}", "repair its json member") from error
         source, tasks[number] = described.pop("source"), TASKS.index(described.pop("task"))
+        if speaker := described.pop("speaker"):
+            speakers[number] = names.setdefault(speaker, len(names) + 1)
         record = records[number]
         record["source"] = sources.setdefault(source, len(sources))
         record["layout"] = layouts.setdefault(extensions, len(layouts))
@@ -190,8 +198,10 @@ def _table(view: memoryview, spans: Spans, shard: Path, optional: frozenset[str]
         records=records,
         members=members,
         tasks=tasks,
+        speakers=speakers,
         sources=list(sources),
         layouts=list(layouts),
+        speaker_names=list(names),
         end=int(spans.starts[-1]),
     )
 
@@ -202,7 +212,7 @@ def _content(extensions: tuple[str, ...], checksums: NDArray[Any]) -> int:
 
 
 def describe(members: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of one sample as the catalogue has it: lengths, turns, hash of the texts, source, task.
+    """Metadata of one sample as the catalogue has it: lengths, turns, hash of the texts, source, task, speaker.
 
     Durations that the metadata leaves out are those of the audio.
 
@@ -222,6 +232,7 @@ def describe(members: Mapping[str, Any]) -> dict[str, Any]:
         "text": xxh3_64_intdigest(f"{question}\0{answer}".encode()) if question or answer else 0,
         "source": str(meta.get("source") or ""),
         "task": meta["task"] if meta.get("task") in TASKS else "",
+        "speaker": answer_speaker(meta),
     }
 
 

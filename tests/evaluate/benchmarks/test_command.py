@@ -280,6 +280,28 @@ def test_answers_at_even_distances_are_rated_for_their_sound(
     assert run["dnsmos_ovrl"] is None and run["dnsmos_n"] == 0
 
 
+def test_answers_of_one_speaker_are_not_those_of_another(
+    whole: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voices = {"spkr_embed_dim": 4, "vocoder_num_spkrs": 2, "speaker_id_map": {"ann": 0, "bo": 1}}
+    (world / "vocoder" / "config.json").write_text(json.dumps(voices))
+    try:
+        words = command(world, tmp_path, "--limit", "1")
+        assert cli.main([*words, "--speaker", "bo", "--json"]) == 0
+        run = json.loads(capsys.readouterr().out)["benchmarks"]["mine"]["runs"][0]
+        assert "--speaker bo" in run["command"]
+        assert cli.main([*words, "--speaker", "1"]) == 0, "the same by its number"
+        assert cli.main(words) == DataError.exit_code
+        assert "answers of another vocoder.speaker" in capsys.readouterr().err
+        assert cli.main([*words, "--speaker", "bob"]) == DataError.exit_code
+        assert "did you mean 'bo'?" in capsys.readouterr().err
+        assert cli.main(command(world, tmp_path / "first")) == cli.main(
+            command(world, tmp_path / "first", "--speaker", "ann")
+        ), "the first, by name or not"
+    finally:
+        (world / "vocoder" / "config.json").write_text("{}")
+
+
 def test_killed_at_any_point_and_started_again_it_ends_in_the_same_files(
     whole: Path, world: Path, tmp_path: Path, killed: Killed
 ) -> None:

@@ -82,4 +82,4 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
     """Put the stand-ins in their places."""
     patch.setattr(NamedJudge, "open", _open)
     patch.setattr(Dnsmos, "find", Rater)
-    patch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: Mouth())
+    patch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: Mouth())

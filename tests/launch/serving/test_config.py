@@ -31,6 +31,12 @@ def test_words_become_options_of_ray_serve() -> None:
     assert serving("--autoscale", "2:2").deployment({})["num_replicas"] == 2
 
 
+def test_a_run_is_served_in_the_voice_that_is_named() -> None:
+    assert serving().speaker is None
+    named = serving("--vocoder", "voice", "--speaker", "bo")
+    assert (named.vocoder, named.speaker) == ("voice", "bo")
+
+
 def test_ray_serve_takes_the_options() -> None:
     from ray import serve as ray_serve
 
@@ -83,7 +89,7 @@ def test_replicas_get_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_machines_are_let_in_by_a_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from launch.serving import replica
 
-    monkeypatch.setattr(replica, "load", lambda run, vocoder: pytest.fail("it is refused before models load"))
+    monkeypatch.setattr(replica, "load", lambda run, vocoder, speaker: pytest.fail("it is refused before models load"))
     monkeypatch.delenv("ECHOX_SERVE_TOKEN", raising=False)
     with pytest.raises(LaunchError, match="whoever reaches 0.0.0.0 could use it, for no token is set") as refused:
         replica.Replica(serving("--host", "0.0.0.0"))
