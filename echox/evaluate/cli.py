@@ -141,7 +141,7 @@ def _read_sentences(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 2:
         raise DataError(f"--limit {args.limit} leaves no other sentence to compare with", fix="give 2 or more")
     run = local_run(args.trained)
-    chosen = {name: getattr(args, name) for name in ("judge", "limit") if getattr(args, name) is not None}
+    chosen = {name: getattr(args, name) for name in ("speaker", "judge", "limit") if getattr(args, name) is not None}
     vocoder = args.vocoder or default_vocoder(args.corpus)
     found = read_sentences(run, args.sentences, vocoder, progress=_watch, **chosen)
     folder = args.out or run.parent / "evaluation"
@@ -206,7 +206,7 @@ def _evaluate_own(args: argparse.Namespace) -> int:
         raise DataError("--questions alone has no ceilings to compare with", fix=fix)
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit {args.limit} leaves no question", fix="give a number from 1 on, or leave it out")
-    chosen = {name: getattr(args, name) for name in ("judge", "rated") if getattr(args, name) is not None}
+    chosen = {name: getattr(args, name) for name in ("speaker", "judge", "rated") if getattr(args, name) is not None}
     sets = OwnSets(
         run=local_run(args.trained),
         questions=tuple(Path(each) for each in args.questions.split(",") if each),

@@ -28,6 +28,7 @@ class OwnSets:
         questions: folders of shards with question.flac and an answer's text.
         sentences: folder of shards with answer.flac and answer.units of the voice.
         vocoder: vocoder folder.
+        speaker: who of its speakers; None for the first.
         judge: model that listens, by folder or by name below the cache's models.
         limit: most items of each set.
         rated: questions of each set whose speech is rated by DNSMOS, where that was fetched; 0 for none.
@@ -37,6 +38,7 @@ class OwnSets:
     questions: tuple[Path, ...]
     sentences: Path
     vocoder: Path
+    speaker: str | None = None
     judge: str = JUDGE
     limit: int | None = None
     rated: int = RATED
@@ -48,6 +50,7 @@ class OwnSets:
             "--questions": ",".join(map(str, self.questions)),
             "--sentences": self.sentences,
             "--vocoder": self.vocoder,
+            "--speaker": self.speaker,
             "--judge": self.judge,
             "--limit": self.limit,
             "--rated": self.rated if self.rated != RATED else None,
@@ -78,10 +81,10 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
         raise DataError("two sets of questions have one name", where=str(sets.questions[0]), fix="rename a folder")
     asked = {each: take(folder, sets.limit) for each, folder in named.items()}
     heldout = take(sets.sentences, min(sets.limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
-    speaker, rater = load_vocoder(sets.vocoder), Dnsmos.find() if sets.rated else None
+    voice, rater = load_vocoder(sets.vocoder, sets.speaker), Dnsmos.find() if sets.rated else None
     model = SpeechToSpeech.load(sets.run)
     language = model.recipe.language
-    listener = Listener(speaker, judge.open(language))
+    listener = Listener(voice, judge.open(language))
     check_vocoder(sets.vocoder, [model.units, UnitPart(str(sets.sentences), read_unit_set(sets.sentences))])
 
     def watch(name: str) -> Callable[[int, int], None] | None:

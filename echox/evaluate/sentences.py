@@ -21,8 +21,9 @@ from echox.evaluate.judges import NamedJudge
 from echox.evaluate.listening import Listener
 from echox.evaluate.normalization import error_rate_name, normalize
 from echox.evaluate.reader import TextReader
+from echox.evaluate.resampling import drawn_rates, interval_95
 from echox.evaluate.spoken import UNITS, take
-from echox.evaluate.text import wer, word_errors
+from echox.evaluate.text import wer
 from echox.units.identity import UnitPart, read_unit_set
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 SENTENCES = 40
 _SOUND = "answer.flac"
-_RESAMPLED, _SEED = 2000, 17
 
 Progress = Callable[[str, int, int], None]
 
@@ -87,6 +87,7 @@ def read_sentences(
     sentences: str,
     vocoder: Path,
     *,
+    speaker: str | None = None,
     judge: str = JUDGE,
     limit: int = SENTENCES,
     progress: Progress | None = None,
@@ -97,6 +98,7 @@ def read_sentences(
         run: run or checkpoint folder of the t2c stage.
         sentences: dataset with `answer.flac` and `answer.units`, none of which the run was trained on.
         vocoder: vocoder folder.
+        speaker: who of its speakers; None for the first.
         judge: Whisper that listens, in the language of the run's recipe.
         limit: most sentences, at even distances.
         progress: called with a phase, sentences done and sentences in all.
@@ -109,7 +111,7 @@ def read_sentences(
     from echox.speak.vocoder import check_vocoder, load_vocoder
 
     place, listens = resolve_data(sentences), NamedJudge(judge, resolve_model(judge))
-    speaker, samples = load_vocoder(vocoder), take(place, limit)
+    voice, samples = load_vocoder(vocoder, speaker), take(place, limit)
     lacking = [name for name in (UNITS, _SOUND) if any(name not in sample.members for sample in samples)]
     if lacking or len(samples) < 2:
         what = f"some samples have no {' and no '.join(lacking)}" if lacking else f"{len(samples)} sentence is too few"
@@ -118,7 +120,7 @@ def read_sentences(
     reader = TextReader.load(run)
     check_vocoder(vocoder, [reader.units, UnitPart(sentences, read_unit_set(place))])
     language = reader.recipe.language
-    listener = Listener(speaker, listens.open(language))
+    listener = Listener(voice, listens.open(language))
     texts = [str(sample.meta["answer_text"]) for sample in samples]
     said = _said(reader, texts, progress)
     true = [np.frombuffer(sample[UNITS], dtype="<u2") for sample in samples]
@@ -173,13 +175,4 @@ def _shifted(heard: Sequence[str]) -> list[str]:
 def _voice(name: str, texts: Sequence[str], heard: Sequence[str], language: str) -> Voice:
     same = [normalize(text, language) == normalize(said, language) for text, said in zip(texts, heard, strict=True)]
     rate = wer(texts, heard, language)
-    return Voice(name, rate, _interval(texts, heard, language), float(np.mean(same)), list(heard))
-
-
-def _interval(texts: Sequence[str], heard: Sequence[str], language: str) -> list[float]:
-    """Between which rates 95 % of those lie that are found when sentences are drawn again from these."""
-    counted = [word_errors(text, said, language) for text, said in zip(texts, heard, strict=True)]
-    errors_N, words_N = np.array(counted).T
-    drawn_RN = np.random.default_rng(_SEED).integers(0, len(texts), (_RESAMPLED, len(texts)))
-    rates_R = errors_N[drawn_RN].sum(1) / np.maximum(words_N[drawn_RN].sum(1), 1)
-    return [float(end) for end in np.quantile(rates_R, (0.025, 0.975))]
+    return Voice(name, rate, interval_95(drawn_rates(texts, heard, language)), float(np.mean(same)), list(heard))

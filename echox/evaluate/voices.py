@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echox.audio.io import SAMPLE_RATE, encode_wav, resample
+from echox.config.languages import ENGLISH
 from echox.errors import DataError
+from echox.evaluate.normalization import normalize
 from echox.evaluate.quality import Dnsmos, mean_quality, spread_over
-from echox.evaluate.text import normalize, wer
+from echox.evaluate.resampling import drawn_rates, interval_95
+from echox.evaluate.text import wer
 from echox.html import player, write_page
 from echox.stream.collate import Item, text_of
 from echox.vocoder.data import MEMBERS, Clip, VoiceCollate
@@ -33,7 +36,6 @@ ANY_UNIT = 1 << 16
 """Vocoders refuse what they do not know; the clips do not."""
 PLAYED = 12
 """Clips of the page."""
-_RESAMPLES, _SEED = 5_000, 17
 
 Progress = Callable[[str, int, int], None]
 
@@ -51,7 +53,7 @@ class VoiceScore:
 
     name: str
     wer: float
-    wer_95: tuple[float, float]
+    wer_95: list[float]
     seconds: float
     quality: dict[str, float] | None
 
@@ -119,6 +121,7 @@ def compare_voices(
     judge: Transcriber,
     rater: Dnsmos | None = None,
     *,
+    language: str = ENGLISH,
     rated: int = 12,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -128,6 +131,7 @@ def compare_voices(
         spoken: recordings, their units, and what is said.
         vocoders: by name.
         judge: writes down 16 kHz clips.
+        language: by whose rules transcripts are compared.
         rater: rates how they sound; None leaves that out.
         rated: clips that are rated, the same of each row, at even distances.
         progress: called with a row, rows done and rows in all.
@@ -147,18 +151,20 @@ def compare_voices(
     for row, sounds in waves.items():
         heard[row] = judge.transcribe(sounds)
         quality = mean_quality(rater.rate([sounds[index] for index in chosen])) if rater and rated else None
-        wrong_N2 = _wrong(texts, heard[row])
-        drawn = _drawn(wrong_N2)
-        interval = (float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5)))
+        interval = interval_95(drawn_rates(texts, heard[row], language))
         seconds = sum(len(wave) for wave in sounds) / SAMPLE_RATE
-        scores.append(VoiceScore(row, wer(texts, heard[row]), interval, seconds, quality))
+        scores.append(VoiceScore(row, wer(texts, heard[row], language), interval, seconds, quality))
         if progress:
             progress(row, len(scores), len(waves))
-    return Comparison(scores, preferred(list(vocoders), texts, heard, scores), texts, heard, waves)
+    return Comparison(scores, preferred(list(vocoders), texts, heard, scores, language), texts, heard, waves)
 
 
 def preferred(
-    names: Sequence[str], texts: Sequence[str], heard: Mapping[str, Sequence[str]], scores: Sequence[VoiceScore]
+    names: Sequence[str],
+    texts: Sequence[str],
+    heard: Mapping[str, Sequence[str]],
+    scores: Sequence[VoiceScore],
+    language: str = ENGLISH,
 ) -> str:
     """The vocoder with fewer words wrong, where that is no chance; of the others the one that sounds best.
 
@@ -167,24 +173,10 @@ def preferred(
     """
     found = {score.name: score for score in scores}
     best = min(names, key=lambda name: found[name].wer)
-    rows = {name: _wrong(texts, heard[name]) for name in names}
-    close = [name for name in names if float(np.percentile(_drawn(rows[name]) - _drawn(rows[best]), 2.5)) <= 0]
+    rates = {name: drawn_rates(texts, heard[name], language) for name in names}
+    close = [name for name in names if interval_95(rates[name] - rates[best])[0] <= 0]
     sounds = {name: (found[name].quality or {}).get("ovrl", -found[name].wer) for name in close}
     return max(sounds, key=lambda name: sounds[name])
-
-
-def _wrong(texts: Sequence[str], heard: Sequence[str]) -> NDArray[np.float64]:
-    """Words wrong, and words, of each clip; [N, 2]."""
-    counts = [len(normalize(text).split()) for text in texts]
-    rows = zip(texts, heard, counts, strict=True)
-    return np.array([(wer([text], [said]) * words, words) for text, said, words in rows])
-
-
-def _drawn(wrong_N2: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Word error rates of clips drawn with replacement, the same clips each time it is called."""
-    rng, count = np.random.default_rng(_SEED), len(wrong_N2)
-    sums_R2 = wrong_N2[rng.integers(0, count, (_RESAMPLES, count))].sum(1)
-    return np.asarray(sums_R2[:, 0] / sums_R2[:, 1])
 
 
 def table(found: Comparison) -> list[list[str]]:

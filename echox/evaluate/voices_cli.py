@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echox.arguments import positive
+from echox.config.languages import ENGLISH
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,6 +30,9 @@ def add_parser(subparsers: Any) -> None:
         "--rated", type=positive, default=12, metavar="N", help="clips that DNSMOS rates, where it is; default: 12"
     )
     compare.add_argument("--judge", metavar="MODEL", help="Whisper that listens; default: the demo's, a small one")
+    compare.add_argument(
+        "--language", default=ENGLISH, help="that is spoken, as Whisper names it; default: %(default)s"
+    )
     compare.add_argument("--out", type=Path, help="folder for voices.json and voices.html, with players")
     compare.add_argument("--json", action="store_true", help="print the result as JSON")
     compare.set_defaults(run=run)
@@ -56,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
     spoken = recordings(take(place, args.limit))
     vocoders = {folder: load_vocoder(folder) for folder in args.vocoders}
     judge, rater = NamedJudge.find(args.judge or JUDGE), Dnsmos.find()
-    found = compare_voices(spoken, vocoders, judge.open(None), rater, rated=args.rated, progress=_watch)
-    result = {**found.to_json(), "judge": judge.name, "data": args.data}
+    found = compare_voices(
+        spoken, vocoders, judge.open(args.language), rater, language=args.language, rated=args.rated, progress=_watch
+    )
+    result = {**found.to_json(), "judge": judge.name, "language": args.language, "data": args.data}
     if args.out is not None:
         write_voices_page(args.out / "voices.html", found)
         write_atomically(args.out / "voices.json", json.dumps(result, indent=1) + "\n")

@@ -141,7 +141,7 @@ def _weights(layer: Any, *, adopt: bool) -> _Layer:
 
 def _side_by_side(maps: Sequence[Any], *, adopt: bool) -> Tensor:
     """Weights of linear maps of one input, `[in, out of all]`."""
-    weights = [getattr(each, "base_layer", each).weight for each in maps]
+    weights: list[Tensor] = [getattr(each, "base_layer", each).weight for each in maps]
     outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
     if weights[0].device.type == "cpu" and outputs > inputs:
         laid_io = torch.cat([weight.t() for weight in weights], dim=1).contiguous()

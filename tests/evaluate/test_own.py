@@ -81,7 +81,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     judge = SimpleNamespace(find=lambda name: SimpleNamespace(name=name, open=opened))
     monkeypatch.setattr("echox.evaluate.own.NamedJudge", judge)
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: stand)
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: stand)
     monkeypatch.setattr("echox.speak.pipeline.SpeechToSpeech", SimpleNamespace(load=lambda folder: stand))
     return tmp_path
 

@@ -16,6 +16,7 @@ from echox.errors import CheckpointError, DataError
 from echox.evaluate import sentences
 from echox.evaluate.judges import NamedJudge
 from echox.evaluate.reader import TextReader
+from echox.evaluate.resampling import drawn_rates, interval_95
 from echox.evaluate.sentences import lines, read_sentences
 from echox.evaluate.text import wer
 from echox.speak.pipeline import SpeechToSpeech
@@ -91,7 +92,7 @@ def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(NamedJudge, "open", opened)
     monkeypatch.setattr(sentences, "resolve_model", lambda ref: tmp_path)
     monkeypatch.setattr(TextReader, "load", lambda run: Stand())
-    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder: Stand())
+    monkeypatch.setattr("echox.speak.vocoder.load_vocoder", lambda folder, speaker=None: Stand())
     write(tmp_path / "set")
     return tmp_path / "set"
 
@@ -131,10 +132,10 @@ def test_four_voices_are_scored_in_the_language_of_the_run(stand: Path, tmp_path
 def test_the_interval_is_wider_the_more_the_sentences_differ() -> None:
     texts = ["один два три четыре"] * 20
     half = ["один два три четыре"] * 10 + ["нет"] * 10
-    low, high = sentences._interval(texts, half, "ru")
+    low, high = interval_95(drawn_rates(texts, half, "ru"))
     assert 0.2 < low < 0.4 and 0.6 < high < 0.8
-    assert sentences._interval(texts, texts, "ru") == [0.0, 0.0]
-    assert sentences._interval(["— !"] * 2, ["шум", ""], "ru") == [0.0, 2.0], "a reference without a word"
+    assert interval_95(drawn_rates(texts, texts, "ru")) == [0.0, 0.0]
+    assert interval_95(drawn_rates(["— !"] * 2, ["шум", ""], "ru")) == [0.0, 2.0], "a reference without a word"
 
 
 def test_the_command_prints_the_table_and_keeps_what_was_heard(
@@ -169,7 +170,7 @@ def test_a_dataset_that_cannot_be_read_aloud_is_refused(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--benchmark", "llama-questions"], "score different stages"),
+        (["--benchmark", "llama-questions"], "is an evaluation of its own"),
         (["--limit", "1"], "leaves no other sentence"),
         (["--shard", "0/2"], "--shard needs --benchmark"),
     ],
