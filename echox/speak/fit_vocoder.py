@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from echox.arguments import positive
 from echox.errors import EchoXError, printable
 
 
@@ -20,7 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("shards", type=Path, help="folder of shards, or a name below $ECHOX_CACHE/data")
     parser.add_argument("folder", type=Path, help="where the vocoder goes")
-    parser.add_argument("--steps", type=_positive, default=300, help="of its duration network (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=300, help="of its duration network (default: %(default)s)")
     args = parser.parse_args(words)
     try:
         _fit(args.shards, args.folder, args.steps)
@@ -43,12 +44,6 @@ def _fit(shards: Path, folder: Path, steps: int) -> None:
         steps=steps,
         progress=lambda what, done, total: progress("fit the vocoder", done, total),
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":
