@@ -200,7 +200,7 @@ def _scores(result: Mapping[str, Any]) -> str:
     shown = list(_shown(result))
     rows = [(name, str(row.get("n", "–")), *(cell(column.key, row) for column in shown)) for name, row in sets.items()]
     meanings = "\n".join(f"- {column.label}: {column.meaning}" for column in shown)
-    judge = f"Judge: {_code(result['judge'])}, told that the language is {_code(_told(result))}. "
+    judge = f"Judge: {_code(result.get('judge', ''))}, told that the language is {_code(_told(result))}. "
     judge = judge if result.get("judge") else ""
     about = "Each set was used for nothing but testing where its role is `test`."
     roles = [(name, str(row.get("role") or "–"), str(row.get("about") or "–")) for name, row in sets.items()]

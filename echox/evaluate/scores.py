@@ -56,17 +56,17 @@ class SpokenItem:
     @property
     def text_right(self) -> bool:
         """A gold answer stands in the model's text."""
-        return answer_match(self.text, self.golds)
+        return answer_match(self.text, self.golds, self.language)
 
     @property
     def speech_right(self) -> bool:
         """A gold answer stands in the judge's transcript of the model's speech."""
-        return answer_match(self.heard, self.golds)
+        return answer_match(self.heard, self.golds, self.language)
 
     @property
     def text_strict(self) -> bool:
         """Entity and gold answer stand in the model's text."""
-        return strict_match(self.text, self.golds, self.entity)
+        return strict_match(self.text, self.golds, self.entity, self.language)
 
     @property
     def speech_strict(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from echox.config.languages import ENGLISH
 from echox.errors import DataError
-from echox.evaluate.normalization import normalize
+from echox.evaluate.normalization import SPACELESS, normalize
 
 _SPACELESS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -65,15 +65,16 @@ def word_edits(wanted: str, heard: str, language: str = ENGLISH) -> list[tuple[s
     ]
 
 
-def _tokens(text: str) -> list[str]:
+def _tokens(text: str, language: str) -> list[str]:
     """Lower-case runs of letters, digits and marks; any other visible character is a token of its own.
 
-    So is a letter, with its marks, of a script without spaces: a run of them is a sentence.
+    In a language without spaces so is a letter of its script, with its marks: a run of them is a sentence.
     """
+    apart = language in SPACELESS
     tokens: list[str] = []
     in_word = may_grow = False
     for character in unicodedata.normalize("NFD", text):
-        kind, alone = unicodedata.category(character)[0], _SPACELESS.match(character) is not None
+        kind, alone = unicodedata.category(character)[0], apart and _SPACELESS.match(character) is not None
         if in_word and (kind == "M" or kind in "LN" and may_grow and not alone):
             tokens[-1] += character
         elif kind not in "ZC":
@@ -83,7 +84,7 @@ def _tokens(text: str) -> list[str]:
     return [token.lower() for token in tokens]  # of a whole word: a sigma at its end is another letter
 
 
-def answer_match(prediction: str, golds: str | Sequence[str]) -> bool:
+def answer_match(prediction: str, golds: str | Sequence[str], language: str = ENGLISH) -> bool:
     """Whether the tokens of any accepted answer are a contiguous part of the reply's tokens.
 
     The open-question rule of DPR (arXiv 2004.04906) that UltraEval-Audio applies: NFD, lower case, no normalisation of
@@ -92,21 +93,24 @@ def answer_match(prediction: str, golds: str | Sequence[str]) -> bool:
     Args:
         prediction: the reply.
         golds: one accepted answer, or several.
+        language: of both, by Whisper's code; the rule as published, which benchmarks go by, is that of any with spaces.
     """
-    return bool(_spans(prediction, golds))
+    return bool(_spans(prediction, golds, language))
 
 
-def _spans(reply: str, forms: str | Sequence[str]) -> list[range]:
+def _spans(reply: str, forms: str | Sequence[str], language: str) -> list[range]:
     """Where the tokens of any of the forms stand in the reply's tokens."""
-    tokens, found = _tokens(reply), []
+    tokens, found = _tokens(reply, language), []
     for form in [forms] if isinstance(forms, str) else forms:
-        wanted = _tokens(form)
+        wanted = _tokens(form, language)
         starts = range(len(tokens) - len(wanted) + 1) if wanted else ()
         found += [range(at, at + len(wanted)) for at in starts if tokens[at : at + len(wanted)] == wanted]
     return found
 
 
-def strict_match(reply: str, golds: str | Sequence[str], entity: str | Sequence[str] = ()) -> bool:
+def strict_match(
+    reply: str, golds: str | Sequence[str], entity: str | Sequence[str] = (), language: str = ENGLISH
+) -> bool:
     """Whether a reply names an accepted answer and, in other words of it, what the question is about.
 
     "Zimbabwe is in Africa" is no answer to a question about Ghana, and in "It is Guatemala City" no country is named.
@@ -115,11 +119,12 @@ def strict_match(reply: str, golds: str | Sequence[str], entity: str | Sequence[
         reply: what was written or heard.
         golds: accepted answers, see `answer_match`.
         entity: accepted forms of what the question is about; without any, the answer alone counts.
+        language: of all of them, see `answer_match`.
     """
-    answers = _spans(reply, golds)
+    answers = _spans(reply, golds, language)
     if not entity:
         return bool(answers)
-    named = _spans(reply, entity)
+    named = _spans(reply, entity, language)
     return any(set(answer).isdisjoint(name) for answer in answers for name in named)
 
 
@@ -137,6 +142,6 @@ def strictly_said(
         golds, entity: see `strict_match`.
         language: of all of them, by Whisper's code.
     """
-    if strict_match(heard, golds, entity):
+    if strict_match(heard, golds, entity, language):
         return True
-    return strict_match(text, golds, entity) and normalize(heard, language) == normalize(text, language)
+    return strict_match(text, golds, entity, language) and normalize(heard, language) == normalize(text, language)
