@@ -16,6 +16,7 @@ from typing import Any
 from echox.arguments import positive
 from echox.errors import EchoXError, LaunchError
 from launch.job.command_line import said
+from launch.job.room import lacking
 
 ADDRESS_HELP = "cluster whose job does it; default: the one of this process"
 LOST = 5
@@ -117,14 +118,10 @@ def check_room(cpus: float, gpus: float) -> None:
     Raises:
         LaunchError: it could not.
     """
-    import ray
-
-    has = ray.cluster_resources()
-    short = [f"{need:g} {name} ({has.get(name, 0):g})" for name, need in (("CPU", cpus), ("GPU", gpus))
-             if need > has.get(name, 0)]  # fmt: skip
+    short = lacking({"CPU": cpus, "GPU": gpus})
     if short:
         fix = "add nodes, or give fewer --gpus or --cpus"
-        raise LaunchError(f"a process needs more than the cluster has: {', '.join(short)}", fix=fix)
+        raise LaunchError(f"a process needs more than the cluster has: {short}", fix=fix)
 
 
 def _answer(words: Sequence[str]) -> int:

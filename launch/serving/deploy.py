@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
 
 from echox.errors import LaunchError
 from launch.job.driver import connect
 from launch.job.environment import process_environment
+from launch.job.room import lacking
 from launch.job.signals import StopSignals
 from launch.serving.config import APP, Serving
 
@@ -82,14 +82,10 @@ def check_room(serving: Serving) -> None:
     Raises:
         LaunchError: it could not.
     """
-    import ray
-
-    has = ray.cluster_resources()
-    needs = {"GPU": serving.gpus * serving.replicas, "CPU": serving.cpus * serving.replicas}
-    short = [f"{need:g} {name} ({has.get(name, 0):g})" for name, need in needs.items() if need > has.get(name, 0)]
-    if short and not os.environ.get("ECHOX_AUTOSCALED"):
+    short = lacking({"GPU": serving.gpus * serving.replicas, "CPU": serving.cpus * serving.replicas})
+    if short:
         raise LaunchError(
-            f"{serving.replicas} replicas need more than the cluster has: {', '.join(short)}",
+            f"{serving.replicas} replicas need more than the cluster has: {short}",
             fix="add nodes, or give fewer --replicas, --gpus or --cpus",
         )
 

@@ -30,18 +30,7 @@ def test_a_wrong_command_is_refused_before_a_cluster_is_joined(
     assert f"error: {said}. Fix: " in capsys.readouterr().err
 
 
-def test_another_cluster_gets_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    submitted: list[Any] = []
-
-    class FakeJobs:
-        def __init__(self, address: str) -> None:
-            submitted.append(address)
-
-        def submit_module(self, words: list[str], job: str, *_: Any) -> str:
-            submitted.append(words)
-            return job
-
-    monkeypatch.setattr("launch.client.own_job.Jobs", FakeJobs)
+def test_another_cluster_gets_a_job(submitted: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["/shared/runs/echo", "--workers", "8", "--benchmark", "a", "--judge", "x"]
     assert evaluate.main([*words, "--address", "http://head:8265"]) == 0
     assert submitted == ["http://head:8265", ["launch.evaluate", *words]]
@@ -49,10 +38,13 @@ def test_another_cluster_gets_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_a_cluster_that_could_hold_no_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ECHOX_AUTOSCALED", raising=False)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
     check_room(4.0, 0.0)
     with pytest.raises(evaluate.LaunchError, match=r"8 CPU \(4\), 1 GPU \(0\)"):
         check_room(8.0, 1.0)
+    monkeypatch.setenv("ECHOX_AUTOSCALED", "1")
+    check_room(8.0, 1.0)
 
 
 def test_an_address_for_jobs_is_no_cluster_to_join(

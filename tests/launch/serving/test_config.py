@@ -96,18 +96,7 @@ def test_other_machines_are_let_in_by_a_token_alone(monkeypatch: pytest.MonkeyPa
     assert "ECHOX_SERVE_TOKEN" in refused.value.fix
 
 
-def test_another_cluster_gets_a_job(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    submitted: list[Any] = []
-
-    class FakeJobs:
-        def __init__(self, address: str) -> None:
-            submitted.append(address)
-
-        def submit_module(self, words: list[str], job: str, *_: Any) -> str:
-            submitted.append(words)
-            return job
-
-    monkeypatch.setattr("launch.client.own_job.Jobs", FakeJobs)
+def test_another_cluster_gets_a_job(submitted: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     address = "http://head:8265"
     for words in (["--address", address, "--port", "9"], [f"--address={address}", "--port", "9"]):
         assert serve.main(["/shared/runs/echo", *words]) == 0
