@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from echox.audio.io import encode_wav, read_audio
 from echox.config.languages import ENGLISH
 from echox.config.paths import cache_dir, resolve_data, resolve_model
+from echox.evaluate.commands import evaluate_command
 from echox.evaluate.listening import Listener
 from echox.evaluate.quality import Dnsmos, spread_over
 from echox.evaluate.scores import SetScore, SpokenItem
 from echox.evaluate.spoken import (
     RATED,
     TeacherScore,
+    labelled,
     resynthesis_wer,
     score_questions,
     score_teacher,
@@ -170,9 +171,6 @@ def evaluate_demo(
     check_vocoder(folder, [model.units, UnitPart(f"{corpus}/{RESYNTHESIS_SET}", read_unit_set(sentences))])
     ceilings = json.loads((root / "corpus.json").read_text()).get("text_llm_acc", {})
 
-    def watch(name: str) -> Callable[[int, int], None] | None:
-        return (lambda done, total: progress(name, done, total)) if progress else None
-
     def watch_phases(name: str) -> Callable[[str, int, int], None] | None:
         return (lambda phase, done, total: progress(f"{name} {phase}", done, total)) if progress else None
 
@@ -193,9 +191,11 @@ def evaluate_demo(
     }
     if (root / ASR_SET.name).is_dir():
         recordings = take(root / ASR_SET.name, limit)
-        sets[ASR_SET] = score_transcription(model, recordings, progress=watch(ASR_SET.name))
+        sets[ASR_SET] = score_transcription(model, recordings, progress=labelled(ASR_SET.name, progress))
     heldout = take(sentences, min(limit or RESYNTHESIS_ITEMS, RESYNTHESIS_ITEMS))
-    again, original = resynthesis_wer(heldout, listener, language=language, progress=watch(RESYNTHESIS_SET))
+    again, original = resynthesis_wer(
+        heldout, listener, language=language, progress=labelled(RESYNTHESIS_SET, progress)
+    )
     teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
     spoken = [row for each, score in sets.items() for row in played(each.name, score.items, listener)]
     streamed = _streamed_questions(asked)
@@ -213,8 +213,7 @@ def _command(run: Path, vocoder: Path | None, speaker: str | None, limit: int | 
         "--limit": limit,
         "--rated": rated if rated != RATED else None,
     }
-    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
-    return shlex.join(["echox", "evaluate", str(run), *given])
+    return evaluate_command(str(run), options)
 
 
 def _streamed_questions(asked: dict[HeldOutSet, list[Sample]]) -> list[NDArray[np.float32]]:

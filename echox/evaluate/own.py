@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from echox.audio.io import read_audio
 from echox.errors import DataError
+from echox.evaluate.commands import evaluate_command
 from echox.evaluate.demo import JUDGE, RESYNTHESIS_ITEMS, STREAMED, Evaluation, HeldOutSet, Progress, played
 from echox.evaluate.judges import NamedJudge
 from echox.evaluate.listening import Listener
 from echox.evaluate.quality import Dnsmos
-from echox.evaluate.spoken import RATED, resynthesis_wer, score_questions, score_teacher, take
+from echox.evaluate.spoken import RATED, labelled, resynthesis_wer, score_questions, score_teacher, take
 from echox.evaluate.streaming import score_streaming
 
 ABOUT = "questions that neither training nor validation has"
@@ -55,8 +55,7 @@ class OwnSets:
             "--limit": self.limit,
             "--rated": self.rated if self.rated != RATED else None,
         }
-        given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
-        return shlex.join(["echox", "evaluate", str(self.run), *given])
+        return evaluate_command(str(self.run), options)
 
 
 def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
@@ -87,9 +86,6 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
     listener = Listener(voice, judge.open(language))
     check_vocoder(sets.vocoder, [model.units, UnitPart(str(sets.sentences), read_unit_set(sets.sentences))])
 
-    def watch(name: str) -> Callable[[int, int], None] | None:
-        return (lambda done, total: progress(name, done, total)) if progress else None
-
     def watch_phases(name: str) -> Callable[[str, int, int], None] | None:
         return (lambda phase, done, total: progress(f"{name} {phase}", done, total)) if progress else None
 
@@ -97,7 +93,9 @@ def evaluate_own(sets: OwnSets, progress: Progress | None = None) -> Evaluation:
         each: score_questions(model, samples, listener, rater=rater, rated=sets.rated, progress=watch_phases(each.name))
         for each, samples in asked.items()
     }
-    again, original = resynthesis_wer(heldout, listener, language=language, progress=watch(sets.sentences.name))
+    again, original = resynthesis_wer(
+        heldout, listener, language=language, progress=labelled(sets.sentences.name, progress)
+    )
     teacher = score_teacher(model, [sample.meta["answer_text"] for sample in heldout], listener)
     clips = [read_audio(sample["question.flac"]) for sample in next(iter(asked.values()))[:STREAMED]]
     return Evaluation(

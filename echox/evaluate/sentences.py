@@ -22,7 +22,7 @@ from echox.evaluate.listening import Listener
 from echox.evaluate.normalization import error_rate_name, normalize
 from echox.evaluate.reader import TextReader
 from echox.evaluate.resampling import drawn_rates, interval_95
-from echox.evaluate.spoken import UNITS, take
+from echox.evaluate.spoken import UNITS, labelled, take
 from echox.evaluate.text import wer
 from echox.units.identity import UnitPart, read_unit_set
 
@@ -125,14 +125,11 @@ def read_sentences(
     said = _said(reader, texts, progress)
     true = [np.frombuffer(sample[UNITS], dtype="<u2") for sample in samples]
 
-    def watch(name: str) -> Callable[[int, int], None] | None:
-        return (lambda done, total: progress(name, done, total)) if progress else None
-
     recorded = listener.judge.transcribe([read_audio(sample[_SOUND]) for sample in samples])
     heard = {
         "recording": recorded,
-        "true units": listener.hear(true, watch("true units heard")),
-        "T2C": listener.hear([units for units, _ in said], watch("T2C heard")),
+        "true units": listener.hear(true, labelled("true units heard", progress)),
+        "T2C": listener.hear([units for units, _ in said], labelled("T2C heard", progress)),
         "another sentence": _shifted(listener.hear(true)),
     }
     voices = [_voice(name, texts, found, language) for name, found in heard.items()]

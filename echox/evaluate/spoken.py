@@ -40,6 +40,11 @@ PhaseProgress = Callable[[str, int, int], None]
 """Called with `answered`, `heard` or `rated`, items done and items in all."""
 
 
+def labelled(label: str, progress: PhaseProgress | None) -> Progress | None:
+    """What is called with done and total alone, and says the label as well."""
+    return (lambda done, total: progress(label, done, total)) if progress else None
+
+
 @dataclass(frozen=True)
 class TeacherScore:
     """How well the frozen T2C teacher speaks given texts.
@@ -93,7 +98,7 @@ def score_questions(
     score = question_score(_heard(items, listener, progress), text_llm_acc)
     if rater is None or not rated:
         return score
-    watch = (lambda done, total: progress("rated", done, total)) if progress else None
+    watch = labelled("rated", progress)
     return replace(score, quality=rate_voices(score.items, listener, rater, rated, watch))
 
 
@@ -186,7 +191,7 @@ def _answers(
 def _heard(items: Sequence[SpokenItem], listener: Listener, progress: PhaseProgress | None) -> list[SpokenItem]:
     """The items with what the judge hears of their speech, of the cascade and of the copies."""
     spoken = [(item.units, item.cascade_units, item.copy_units) for item in items]
-    watch = (lambda done, total: progress("heard", done, total)) if progress else None
+    watch = labelled("heard", progress)
     # All before the first is looked up: equal sequences are judged once, and those of like length together.
     listener.hear([units for three in spoken for units in three if units is not None], watch)
 

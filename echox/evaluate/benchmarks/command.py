@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -23,10 +22,12 @@ from echox.evaluate.benchmarks.records import Answered, Part
 from echox.evaluate.benchmarks.runner import Speaking, answer_benchmark
 from echox.evaluate.benchmarks.scoring import Judged, judged, pooled, repeated, score
 from echox.evaluate.benchmarks.survey import Benchmark, survey
+from echox.evaluate.commands import evaluate_command
 from echox.evaluate.demo import JUDGE
 from echox.evaluate.judges import NamedJudge
 from echox.evaluate.listening import Listener, Speaker, speak
 from echox.evaluate.quality import Dnsmos
+from echox.evaluate.spoken import labelled
 from echox.files import write_atomically
 from echox.speak.pipeline import STREAMED_TOKENS
 
@@ -86,6 +87,7 @@ class Request:
         """The command that makes one row."""
         usual = Request(trained="", run=self.run, names=())
         options = {
+            "--benchmark": name,
             "--data": f"{name}={self.places[name]}" if name in self.places else None,
             "--judge": self.judge,
             "--vocoder": self.vocoder,
@@ -98,8 +100,7 @@ class Request:
             "--rated": self.rated if self.rated != usual.rated else None,
             "--out": self.out,
         }
-        given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
-        return shlex.join(["echox", "evaluate", self.trained, "--benchmark", name, *given])
+        return evaluate_command(self.trained, options)
 
 
 def parse_names(given: str, places: Iterable[str]) -> tuple[tuple[str, ...], dict[str, Path]]:
@@ -166,7 +167,7 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
                 batch=request.batch,
                 rated=request.rated,
                 part=request.part,
-                progress=_labelled(f"{benchmark.name} {decoding.stem}", progress),
+                progress=labelled(f"{benchmark.name} {decoding.stem}", progress),
             )
             found.setdefault(benchmark.name, []).append((decoding, answers))
     if any(len(answers) < len(each.items) for each in benchmarks for _, answers in found[each.name]):
@@ -180,10 +181,6 @@ def evaluate_benchmarks(request: Request, progress: Progress | None = None) -> d
     write_benchmark_page(root / PAGE, results, greedy, sounds)
     write_atomically(root / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
-
-
-def _labelled(label: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    return (lambda done, total: progress(label, done, total)) if progress else None
 
 
 def _results(
